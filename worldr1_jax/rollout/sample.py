@@ -1,0 +1,231 @@
+"""The rollout: one scan over the denoising steps, which keeps only the stochastic window.
+
+`Sampler` holds the settings that rollout and update must share; both pass the same object, so that
+the update recomputes exactly the transitions that were drawn (`transition`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from worldr1_jax.rollout import sde
+from worldr1_jax.types import Trajectory
+
+# (latents [B f h w C], sigma * 1000 [B], text [B N D]) -> velocity, like latents
+Velocity = Callable[[Array, Array, Array], Array]
+# (latents [B f h w C], step int32) -> latents
+OnStep = Callable[[Array, Array], Array]
+
+KINDS = ("flow", "cps", "none")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Static settings of a step.
+
+    Attributes:
+      kind: "flow" (flow-SDE), "cps" (coefficients-preserving) or "none" (ODE everywhere).
+      eta: amount of noise; flow: > 0 (0.7 with "sd3", 1 with "linear", 0.3 with "constant"),
+        cps: in (0, 1]. Ignored by "none".
+      level: noise-level function of the flow-SDE, one of `sde.LEVELS`.
+      guidance: classifier-free guidance scale; 1 is off, and then no second forward is run.
+
+    Raises:
+      ValueError: when a field is out of its range.
+    """
+
+    kind: str = "flow"
+    eta: float = 0.7
+    level: str = "sd3"
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"sampler kind {self.kind!r} is unknown; use {', '.join(KINDS)}.")
+        if self.level not in sde.LEVELS:
+            raise ValueError(f"noise level {self.level!r} is unknown; use {', '.join(sde.LEVELS)}.")
+        if self.kind != "none" and self.eta <= 0:
+            raise ValueError(f"eta is {self.eta}; a stochastic step needs eta > 0.")
+        if self.kind == "cps" and self.eta > 1:
+            raise ValueError(f"eta is {self.eta}; CPS needs eta in (0, 1].")
+
+
+def guided(
+    velocity: Velocity,
+    sampler: Sampler,
+    latents: Float[Array, "B f h w C"],
+    sigma: Float[Array, ""],
+    text: Float[Array, "B N D"],
+    text_null: Float[Array, "N D"] | None,
+) -> Float[Array, "B f h w C"]:
+    """Velocity with classifier-free guidance, float32: `v_null + guidance (v_text - v_null)`.
+
+    The two branches are two calls of one batch shape, not one call of twice the batch: memory stays
+    that of one branch, and samples stay on the devices that hold them.
+    """
+    timestep = jnp.full(latents.shape[:1], sigma * 1000.0, jnp.float32)
+    v = velocity(latents, timestep, text).astype(jnp.float32)
+    if sampler.guidance == 1.0:
+        return v
+    if text_null is None or text_null.ndim != 2:
+        shape = None if text_null is None else text_null.shape
+        raise ValueError(
+            f"guidance {sampler.guidance} needs text_null [N D], the embedding of the negative "
+            f"prompt; got {shape}."
+        )
+    null = jnp.broadcast_to(text_null, (latents.shape[0], *text_null.shape))
+    v_null = velocity(latents, timestep, null).astype(jnp.float32)
+    return v_null + sampler.guidance * (v - v_null)
+
+
+def stochastic_step(
+    sampler: Sampler,
+    latents: Float[Array, "B ..."],
+    v: Float[Array, "B ..."],
+    sigmas: Float[Array, " T+1"],
+    index: Int[Array, ""],
+) -> sde.Step:
+    """Mean and std of step `index` of the schedule, given the velocity at its start."""
+    sigma, sigma_next = sigmas[index], sigmas[index + 1]
+    if sampler.kind == "flow":
+        return sde.flow_sde(latents, v, sigma, sigma_next, sampler.eta, sigmas[1], sampler.level)
+    if sampler.kind == "cps":
+        return sde.cps(latents, v, sigma, sigma_next, sampler.eta)
+    raise ValueError('sampler kind "none" has no stochastic step; use "flow" or "cps".')
+
+
+def step_noise(
+    keys: PRNGKeyArray, index: Int[Array, ""], shape: tuple[int, ...]
+) -> Float[Array, "B ..."]:
+    """Noise of step `index` for samples with these keys `[B]`, each of `shape` (without B)."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+
+def sample_keys(key: PRNGKeyArray, count: int, *, first: int = 0) -> PRNGKeyArray:
+    """Keys `[count]` of samples `first .. first + count - 1`: equal however a batch is split."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(count))
+
+
+def transition(
+    velocity: Velocity,
+    sampler: Sampler,
+    before: Float[Array, "B f h w C"],
+    text: Float[Array, "B N D"],
+    text_null: Float[Array, "N D"] | None,
+    sigmas: Float[Array, " T+1"],
+    index: Int[Array, ""],
+) -> sde.Step:
+    """Mean and std of step `index` from `before` under this velocity: the policy of one step."""
+    v = guided(velocity, sampler, before, sigmas[index], text, text_null)
+    return stochastic_step(sampler, before, v, sigmas, index)
+
+
+def step_outputs(
+    velocity: Velocity,
+    sampler: Sampler,
+    trajectory: Trajectory,
+    i: int | Int[Array, ""],
+    text: Float[Array, "B N D"],
+    text_null: Float[Array, "N D"] | None,
+    sigmas: Float[Array, " T+1"],
+) -> tuple[sde.Step, Float[Array, " B"]]:
+    """Step and log-probability of window step `i` (0 .. W-1), recomputed under this velocity."""
+    before, after = trajectory.window_latents[i], trajectory.window_latents[i + 1]
+    index = trajectory.window_start + i
+    step = transition(velocity, sampler, before, text, text_null, sigmas, index)
+    return step, sde.log_prob(after, step.mean, step.std)
+
+
+def sample(
+    velocity: Velocity,
+    keys: PRNGKeyArray,
+    noise: Float[Array, "B f h w C"],
+    sigmas: Float[Array, " T+1"],
+    text: Float[Array, "B N D"],
+    text_null: Float[Array, "N D"] | None = None,
+    *,
+    sampler: Sampler,
+    window: tuple[int | Int[Array, ""], int] = (0, 0),
+    on_step: OnStep | None = None,
+) -> Trajectory:
+    """Denoises a batch: ODE steps, and stochastic ones inside the window.
+
+    The batch shares its window. Memory is that of W + 1 states, whatever T is.
+
+    Args:
+      velocity: the policy.
+      keys: `[B]`, one a sample (`sample_keys`), consumed; results then do not depend on how the
+        batch is split or sharded.
+      noise: state at `sigmas[0]`, unit variance; group members share prompt and camera, not this.
+      sigmas: schedule (`schedule.sigmas`).
+      text: embedding of each prompt.
+      text_null: embedding of the negative prompt; needed when guidance is not 1.
+      sampler: settings; the update must be given the same.
+      window: first step, which may be traced, and W, which is static. `schedule.check_window` says
+        what fits. W is 0 exactly when the sampler's kind is "none".
+      on_step: applied to the state after each step outside the window (the released World-R1 adds
+        its camera warp so). Inside, it would change the state whose probability was taken.
+
+    Raises:
+      ValueError: when keys are not one a sample, or the window and the sampler's kind disagree.
+    """
+    start, width = window
+    _check(keys, noise, sigmas, sampler, start, width)
+    start = jnp.asarray(start, jnp.int32)
+
+    def ode_step(x, v, index):
+        x_next = sde.ode(x, v, sigmas[index], sigmas[index + 1])
+        x_next = x_next if on_step is None else on_step(x_next, index).astype(jnp.float32)
+        return x_next, jnp.zeros(x.shape[0], jnp.float32)
+
+    def sde_step(x, v, index):
+        step = stochastic_step(sampler, x, v, sigmas, index)
+        x_next = step.mean + step.std * step_noise(keys, index, x.shape[1:])
+        return x_next, sde.log_prob(x_next, step.mean, step.std)
+
+    def body(carry, index):
+        x, states, log_probs = carry
+        v = guided(velocity, sampler, x, sigmas[index], text, text_null)
+        place = index - start  # of this step in the window
+        if width == 0:
+            x_next, log_prob = ode_step(x, v, index)
+        else:
+            inside = (place >= 0) & (place < width)
+            x_next, log_prob = jax.lax.cond(inside, sde_step, ode_step, x, v, index)
+            log_probs = _put(log_probs, log_prob, place)
+        return (x_next, _put(states, x_next, place + 1), log_probs), None
+
+    x = noise.astype(jnp.float32)
+    states = jnp.zeros((width + 1, *x.shape), jnp.float32).at[0].set(x)  # right when start is 0
+    log_probs = jnp.zeros((width, x.shape[0]), jnp.float32)
+    carry, _ = jax.lax.scan(body, (x, states, log_probs), jnp.arange(sigmas.shape[0] - 1))
+    return Trajectory(
+        latents=carry[0], window_latents=carry[1], log_prob_old=carry[2], window_start=start
+    )
+
+
+def _put(buffer: Array, value: Array, place: Int[Array, ""]) -> Array:
+    """Writes `value` at `buffer[place]`; a place outside the buffer leaves it as it is."""
+    slot = jnp.clip(place, 0, buffer.shape[0] - 1)
+    return buffer.at[slot].set(jnp.where(slot == place, value, buffer[slot]))
+
+
+def _check(keys, noise, sigmas, sampler: Sampler, start, width: int) -> None:
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != noise.shape[:1]:
+        raise ValueError(
+            f"keys are {keys.dtype}{list(keys.shape)}; they must be one jax.random.key for each of "
+            f"the {noise.shape[0]} samples (see sample_keys)."
+        )
+    if (width == 0) != (sampler.kind == "none"):
+        raise ValueError(
+            f"a window of {width} steps and sampler kind {sampler.kind!r} disagree; kind \"none\" "
+            "goes with 0 steps, the others with at least 1."
+        )
+    if width and isinstance(start, int) and not 0 <= start <= sigmas.shape[0] - 2 - width:
+        raise ValueError(
+            f"window steps {start} .. {start + width - 1} do not lie within the first "
+            f"{sigmas.shape[0] - 2} of the {sigmas.shape[0] - 1} steps."
+        )
