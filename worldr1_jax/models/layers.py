@@ -1,0 +1,171 @@
+"""Layers that the transformers share: linear (with room for LoRA), norms, embedding, stacked blocks.
+
+A layer of `stack=(L,)` keeps the weights of L equal layers on the leading axis of every leaf;
+`scan_layers` runs them one after another, so that the program does not grow with depth.
+Matmuls run in the dtype of their input; norms compute in float32 and return float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Stack = tuple[int, ...]
+Block = TypeVar("Block", bound=nnx.Module)
+
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+def normal(std: float) -> Initializer:
+    """Normal values of the given standard deviation; takes (key, shape, dtype)."""
+    return lambda key, shape, dtype: (std * jax.random.normal(key, shape)).astype(dtype)
+
+
+def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Uniform in +-sqrt(6 / (in + out)), with in and out the last two axes (a stack is not a fan)."""
+    bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros; the key is not used."""
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, plus a low-rank term once `lora.add` has been called.
+
+    Leaves: kernel [*stack, in, out], bias [*stack, out] or None; with LoRA also
+    lora_a [*stack, in, r] and lora_b [*stack, r, out].
+    """
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        rngs: nnx.Rngs,
+        stack: Stack = (),
+        bias: bool = True,
+        init: Initializer = xavier_uniform,
+        param_dtype: Any = jnp.float32,
+    ):
+        shape = (*stack, features_in, features_out)
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        bias_value = nnx.Param(jnp.zeros((*stack, features_out), param_dtype)) if bias else None
+        self.bias = nnx.data(bias_value)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def __call__(self, x: Float[Array, "... i"], adapters: bool = True) -> Float[Array, "... o"]:
+        """Runs in x.dtype. `adapters=False` leaves the low-rank term out."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if adapters and self.lora_a is not None:
+            # A and B rest in float32 so that small updates are not lost; only their use is rounded.
+            low = (x @ self.lora_a[...].astype(x.dtype)) * jnp.asarray(self.lora_scale, x.dtype)
+            y = y + low @ self.lora_b[...].astype(x.dtype)
+        return y
+
+
+class LayerNorm(nnx.Module):
+    """Zero mean and unit variance over the last axis, in float32; scale and bias when `affine`."""
+
+    def __init__(self, features: int, *, eps: float, affine: bool, stack: Stack = ()):
+        self.eps = eps
+        shape = (*stack, features)
+        self.scale = nnx.data(nnx.Param(jnp.ones(shape)) if affine else None)
+        self.bias = nnx.data(nnx.Param(jnp.zeros(shape)) if affine else None)
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Returns float32, whatever the dtype of x."""
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        if self.scale is None or self.bias is None:
+            return x
+        return x * self.scale[...] + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Unit mean square over the last axis, times a learned scale, in float32."""
+
+    def __init__(self, features: int, *, eps: float, stack: Stack = ()):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((*stack, features)))
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Returns float32, whatever the dtype of x."""
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return x * self.scale[...]
+
+
+class Embedding(nnx.Module):
+    """A table of vectors; leaf: embedding [*stack, entries, features]."""
+
+    def __init__(
+        self,
+        entries: int,
+        features: int,
+        *,
+        rngs: nnx.Rngs,
+        init: Initializer,
+        stack: Stack = (),
+        param_dtype: Any = jnp.float32,
+    ):
+        self.embedding = nnx.Param(init(rngs.params(), (*stack, entries, features), param_dtype))
+
+    def __call__(self, ids: Int[Array, ...]) -> Float[Array, "... d"]:
+        """The rows of the table at `ids`, which have to be in [0, entries)."""
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+
+def scan_layers(
+    blocks: Block,
+    x: jax.Array,
+    call: Callable[[Block, jax.Array], jax.Array],
+    *,
+    remat: str = "none",
+) -> jax.Array:
+    """Runs the L layers that `blocks` stacks: x = call(layer 0, x), x = call(layer 1, x), ...
+
+    Args:
+      blocks: a module whose every leaf has the layers as its leading axis.
+      x: what flows from layer to layer; shape and dtype stay the same.
+      call: one layer. Whatever else it needs, it closes over.
+      remat: what the backward pass recomputes: "none", "full" (all but the inputs of each layer) or
+        "dots" (all but the inputs and the results of matmuls with weights).
+
+    Raises:
+      ValueError: an unknown remat policy.
+    """
+    check_remat(remat)
+    graphdef, stacked = nnx.split(blocks)
+
+    def body(carry: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+        return call(nnx.merge(graphdef, layer), carry), None
+
+    # prevent_cse guards against undoing the remat outside of loops; inside a scan it only costs.
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    elif remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    return jax.lax.scan(body, x, stacked)[0]
+
+
+def check_remat(remat: str) -> None:
+    """Raises ValueError when `remat` is not one of REMAT_POLICIES."""
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is '{remat}'; it has to be one of {', '.join(REMAT_POLICIES)}")

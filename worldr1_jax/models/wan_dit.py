@@ -1,0 +1,536 @@
+"""Wan2.1 text-to-video diffusion transformer (DiT): noisy latents, time and text to a velocity.
+
+Parameters and file names follow diffusers' WanTransformer3DModel; the files of Wan-Video's own
+release are read as well. The L blocks are stacked on the leading axis of their leaves and scanned.
+Norms, time embedding, modulation, RoPE and softmax compute in float32; matmuls and the
+residual stream run in the module's `dtype`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from worldr1_jax.models import convert, layers
+from worldr1_jax.models.attention import Implementation, attention
+
+QK_NORM = "rms_norm_across_heads"
+
+# config.json of Wan-Video's own release -> names here.
+_ORIGINAL_FIELDS = {
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "freq_dim": "freq_dim",
+    "ffn_dim": "ffn_dim",
+    "num_layers": "num_layers",
+    "eps": "eps",
+    "text_dim": "text_dim",
+    "cross_attn_norm": "cross_attn_norm",
+    "patch_size": "patch_size",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape of the network, in the field names of diffusers' config.json.
+
+    patch_size counts latent frames, rows and columns per token; rope_max_seq_len is the largest
+    number of tokens along one of these axes.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = QK_NORM
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+    def __post_init__(self) -> None:
+        if len(self.patch_size) != 3:
+            raise ValueError(f"patch_size is {self.patch_size}; it has to have three numbers")
+        if self.qk_norm != QK_NORM:
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; this network has '{QK_NORM}' only")
+        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
+            raise ValueError(
+                f"attention_head_dim is {self.attention_head_dim}; RoPE needs an even number >= 6"
+            )
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim is {self.freq_dim}; it has to be even")
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def wan_1_3b(cls) -> Config:
+        """Wan2.1-T2V-1.3B."""
+        return cls(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+
+    @classmethod
+    def wan_14b(cls) -> Config:
+        """Wan2.1-T2V-14B."""
+        return cls()
+
+    @classmethod
+    def nano(cls) -> Config:
+        """About 4.5M parameters, for the shipped nano world (text from umt5.Config.nano())."""
+        return cls(
+            num_attention_heads=6,
+            attention_head_dim=32,
+            text_dim=128,
+            freq_dim=64,
+            ffn_dim=768,
+            num_layers=6,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Reads diffusers' config.json, or the one of Wan-Video's own release.
+
+        Raises:
+          ValueError: a field with a value that this network cannot honour, such as image_dim.
+        """
+        values = _from_original(values) if "dim" in values else dict(values)
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {}
+        for name, value in values.items():
+            if name.startswith("_"):  # diffusers' notes on the file: class and version
+                continue
+            if name in names and value is not None:
+                known[name] = tuple(value) if name == "patch_size" else value
+            elif name not in names and value is not None:
+                raise ValueError(
+                    f"config field '{name}' is {value!r}; the text-to-video network needs it null"
+                )
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict that diffusers' WanTransformer3DModel would write to config.json."""
+        values = dataclasses.asdict(self)
+        values["patch_size"] = list(self.patch_size)
+        nulls = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+        return {"_class_name": "WanTransformer3DModel", **values, **nulls}
+
+
+def _from_original(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Field values of Wan-Video's own config.json under the names of Config."""
+    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    dim, model_type = values.pop("dim"), values.pop("model_type", "t2v")
+    if model_type != "t2v":
+        raise ValueError(f"model_type is '{model_type}'; this is the text-to-video network ('t2v')")
+    values.pop("text_len", None)  # length to which the pipeline pads the text, not a shape here
+    unknown = sorted(set(values) - set(_ORIGINAL_FIELDS))
+    if unknown:
+        raise ValueError(f"config field '{unknown[0]}' is unknown in a Wan config.json")
+    named = {_ORIGINAL_FIELDS[name]: value for name, value in values.items()}
+    return {**named, "attention_head_dim": dim // named["num_attention_heads"]}
+
+
+class WanAttention(nnx.Module):
+    """Multi-head attention with RMSNorm of queries and keys over all heads at once."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, stack: layers.Stack, param_dtype: Any):
+        dim = config.dim
+        kwargs = {"rngs": rngs, "stack": stack, "param_dtype": param_dtype}
+        self.heads = config.num_attention_heads
+        self.to_q = layers.Linear(dim, dim, **kwargs)
+        self.to_k = layers.Linear(dim, dim, **kwargs)
+        self.to_v = layers.Linear(dim, dim, **kwargs)
+        self.to_out = layers.Linear(dim, dim, **kwargs)
+        self.norm_q = layers.RMSNorm(dim, eps=config.eps, stack=stack)
+        self.norm_k = layers.RMSNorm(dim, eps=config.eps, stack=stack)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N d"],
+        context: Float[Array, "B M d"],
+        rope: tuple[jax.Array, jax.Array] | None,
+        *,
+        implementation: Implementation,
+        adapters: bool,
+    ) -> Float[Array, "B N d"]:
+        """Queries from x, keys and values from context; `rope` turns queries and keys."""
+        q = self._heads(self.norm_q(self.to_q(x, adapters)))
+        k = self._heads(self.norm_k(self.to_k(context, adapters)))
+        v = self._heads(self.to_v(context, adapters))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = q.astype(x.dtype), k.astype(x.dtype)
+        out = attention(q, k, v, implementation=implementation)
+        return self.to_out(out.reshape(x.shape), adapters)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+
+class Mlp(nnx.Module):
+    """linear_2(activation(linear_1(x)))."""
+
+    def __init__(
+        self,
+        features: tuple[int, int, int],
+        activation: Callable[[jax.Array], jax.Array],
+        *,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        self.activation = activation
+        self.linear_1 = layers.Linear(features[0], features[1], rngs=rngs, **kwargs)
+        self.linear_2 = layers.Linear(features[1], features[2], rngs=rngs, **kwargs)
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """Runs in x.dtype."""
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class WanBlocks(nnx.Module):
+    """Self-attention, cross-attention to the text and MLP; `stack` of them in one module."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, stack: layers.Stack, param_dtype: Any):
+        dim, eps = config.dim, config.eps
+        kwargs = {"rngs": rngs, "stack": stack, "param_dtype": param_dtype}
+        self.norm1 = layers.LayerNorm(dim, eps=eps, affine=False)
+        self.attn1 = WanAttention(config, **kwargs)
+        affine = layers.LayerNorm(dim, eps=eps, affine=True, stack=stack)
+        self.norm2 = nnx.data(affine if config.cross_attn_norm else None)
+        self.attn2 = WanAttention(config, **kwargs)
+        self.norm3 = layers.LayerNorm(dim, eps=eps, affine=False)
+        self.ffn = Mlp((dim, config.ffn_dim, dim), jax.nn.gelu, **kwargs)
+        table = layers.normal(dim**-0.5)(rngs.params(), (*stack, 1, 6, dim), jnp.float32)
+        self.scale_shift_table = nnx.Param(table)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N d"],
+        text: Float[Array, "B M d"],
+        modulation: Float[Array, "B 6 d"],
+        rope: tuple[jax.Array, jax.Array],
+        *,
+        implementation: Implementation,
+        adapters: bool,
+    ) -> Float[Array, "B N d"]:
+        """One block (the stack axis has been scanned away)."""
+        dtype = x.dtype
+        kwargs: dict[str, Any] = {"implementation": implementation, "adapters": adapters}
+        rows = jnp.split(self.scale_shift_table[...] + modulation, 6, axis=1)
+        shift1, scale1, gate1, shift3, scale3, gate3 = rows
+        h = (self.norm1(x) * (1 + scale1) + shift1).astype(dtype)
+        x = (x + self.attn1(h, h, rope, **kwargs) * gate1).astype(dtype)
+        h = x if self.norm2 is None else self.norm2(x).astype(dtype)
+        x = x + self.attn2(h, text, None, **kwargs)
+        h = (self.norm3(x) * (1 + scale3) + shift3).astype(dtype)
+        return (x + self.ffn(h) * gate3).astype(dtype)
+
+
+class WanDiT(nnx.Module):
+    """The denoiser.
+
+    Args:
+      config: shape of the network.
+      rngs: source of the initial weights; use nnx.eval_shape around the constructor for none.
+      dtype: dtype of matmuls and of the residual stream.
+      param_dtype: dtype in which matmul kernels rest; all other leaves are float32.
+      remat: what the backward pass recomputes: "none", "full" or "dots" (layers.scan_layers).
+      implementation: of self-attention (attention.attention); cross-attention always uses "xla"
+        because its 512 keys are few.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rngs: nnx.Rngs,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: str = "none",
+        implementation: Implementation = "xla",
+    ):
+        layers.check_remat(remat)
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.implementation = implementation
+        dim, patch = config.dim, math.prod(config.patch_size)
+        # The initial values are those of Wan's release: Xavier, 0.02 for time and text, and a zero
+        # head, with which a fresh network answers zero.
+        embed: dict[str, Any] = {"rngs": rngs, "init": layers.normal(0.02)}
+        self.patch_embedding = PatchEmbedding(config, rngs=rngs)
+        self.time_embedder = Mlp((config.freq_dim, dim, dim), jax.nn.silu, **embed)
+        self.time_proj = layers.Linear(dim, 6 * dim, rngs=rngs)
+        self.text_embedder = Mlp((config.text_dim, dim, dim), jax.nn.gelu, **embed)
+        self.blocks = WanBlocks(
+            config, rngs=rngs, stack=(config.num_layers,), param_dtype=param_dtype
+        )
+        self.norm_out = layers.LayerNorm(dim, eps=config.eps, affine=False)
+        self.proj_out = layers.Linear(
+            dim, patch * config.out_channels, rngs=rngs, init=layers.zeros
+        )
+        table = layers.normal(dim**-0.5)(rngs.params(), (1, 2, dim), jnp.float32)
+        self.scale_shift_table = nnx.Param(table)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B f h w C"],
+        timestep: Float[Array, B],
+        text: Float[Array, "B N t"],
+        *,
+        adapters: bool = True,
+    ) -> Float[Array, "B f h w c"]:
+        """Velocity eps - x0 of noisy latents.
+
+        Args:
+          latents: x_sigma, normalised VAE latents.
+          timestep: 1000 sigma.
+          text: UMT5 embeddings, zero beyond each prompt's end, as Wan was trained. No mask: every
+            row is attended to.
+          adapters: False gives the base network's answer from a network with LoRA.
+
+        Returns:
+          float32, shaped like latents (with config.out_channels).
+
+        Raises:
+          ValueError: sizes that the patch size does not divide, or that do not fit the config.
+        """
+        grid = _check_inputs(self.config, latents, timestep, text)
+        rope = rope_tables(grid, self.config.attention_head_dim)
+        temb = self.time_embedder(time_frequencies(timestep, self.config.freq_dim))
+        modulation = self.time_proj(jax.nn.silu(temb)).reshape(temb.shape[0], 6, -1)
+        text = self.text_embedder(text.astype(self.dtype))
+        x = self.patch_embedding(latents.astype(self.dtype))
+
+        def block(layer: WanBlocks, x: jax.Array) -> jax.Array:
+            return layer(
+                x, text, modulation, rope, implementation=self.implementation, adapters=adapters
+            )
+
+        x = layers.scan_layers(self.blocks, x, block, remat=self.remat)
+        shift, scale = jnp.split(self.scale_shift_table[...] + temb[:, None], 2, axis=1)
+        x = (self.norm_out(x) * (1 + scale) + shift).astype(self.dtype)
+        x = self.proj_out(x).astype(jnp.float32)
+        return unpatchify(x, grid, self.config.patch_size)
+
+
+class PatchEmbedding(nnx.Module):
+    """Convolution whose stride is its kernel: one linear map per patch. Leaf kernel [t h w in out]."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.patch_size = config.patch_size
+        patch = math.prod(config.patch_size)
+        flat = layers.xavier_uniform(
+            rngs.params(), (patch * config.in_channels, config.dim), jnp.float32
+        )
+        self.kernel = nnx.Param(flat.reshape(*config.patch_size, config.in_channels, config.dim))
+        self.bias = nnx.Param(jnp.zeros(config.dim))
+
+    def __call__(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B N d"]:
+        """Tokens in the order frame, row, column; runs in latents.dtype."""
+        kernel = self.kernel[...].astype(latents.dtype)
+        tokens = patchify(latents, self.patch_size)
+        return tokens @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(tokens.dtype)
+
+
+def patchify(x: Float[Array, "B f h w C"], patch_size: tuple[int, int, int]) -> jax.Array:
+    """[B f h w C] -> [B N (patch C)], tokens ordered frame, row, column."""
+    batch, frames, height, width, channels = x.shape
+    t, p, q = patch_size
+    x = x.reshape(batch, frames // t, t, height // p, p, width // q, q, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(batch, -1, t * p * q * channels)
+
+
+def unpatchify(
+    x: Float[Array, "B N p"], grid: tuple[int, int, int], patch_size: tuple[int, int, int]
+) -> Float[Array, "B f h w C"]:
+    """The inverse of patchify; grid counts tokens along frames, rows and columns."""
+    x = x.reshape(x.shape[0], *grid, *patch_size, -1)
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    size = [n * p for n, p in zip(grid, patch_size, strict=True)]
+    return x.reshape(x.shape[0], *size, x.shape[-1])
+
+
+def time_frequencies(timestep: Float[Array, B], features: int) -> Float[Array, "B d"]:
+    """cos, then sin, of timestep x 10000^(-i / (features / 2)), in float32."""
+    half = features // 2
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / half).astype(np.float32)
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rope_tables(
+    grid: tuple[int, int, int], head_dim: int
+) -> tuple[Float[Array, "N 1 d"], Float[Array, "N 1 d"]]:
+    """cos and sin of each token's angles, for `rotate`: [N 1 head_dim / 2], float32.
+
+    The head's channels are divided among frame, row and column as d - 4(d // 6), 2(d // 6), 2(d // 6);
+    within each part the angle of pair i is position x 10000^(-2i / part). Angles are computed in
+    float64 while tracing, one small table per axis.
+    """
+    side = 2 * (head_dim // 6)
+    tables = []
+    for axis, (count, part) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
+        angles = np.outer(np.arange(count), 10000.0 ** (-np.arange(0, part, 2) / part))
+        shape = [1, 1, 1, part // 2]
+        shape[axis] = count
+        tables.append(
+            np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32).reshape(2, *shape)
+        )
+    full = [jnp.broadcast_to(t, (2, *grid, t.shape[-1])) for t in tables]
+    cos, sin = jnp.concatenate(full, axis=-1).reshape(2, -1, 1, head_dim // 2)
+    return cos, sin
+
+
+def rotate(
+    x: Float[Array, "B N H D"], cos: Float[Array, "N 1 d"], sin: Float[Array, "N 1 d"]
+) -> Float[Array, "B N H D"]:
+    """Rotary embedding: turns the channel pairs (0, 1), (2, 3), ... by their angles, in float32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+
+
+def _check_inputs(
+    config: Config, latents: jax.Array, timestep: jax.Array, text: jax.Array
+) -> tuple[int, int, int]:
+    """Tokens along frames, rows and columns; raises ValueError for shapes that do not fit."""
+    if latents.ndim != 5 or latents.shape[-1] != config.in_channels:
+        raise ValueError(
+            f"latents have shape {list(latents.shape)}; they have to be [B, f, h, w, "
+            f"{config.in_channels}]"
+        )
+    batch, *size, _ = latents.shape
+    if any(n % p for n, p in zip(size, config.patch_size, strict=True)):
+        raise ValueError(
+            f"latents of {size} (frames, height, width) have to be multiples of the patch size "
+            f"{list(config.patch_size)}"
+        )
+    if timestep.shape != (batch,):
+        raise ValueError(f"timestep has shape {list(timestep.shape)}; it has to be [{batch}]")
+    if text.ndim != 3 or text.shape[0] != batch or text.shape[-1] != config.text_dim:
+        raise ValueError(
+            f"text has shape {list(text.shape)}; it has to be [{batch}, N, {config.text_dim}]"
+        )
+    frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
+    if max(frames, height, width) > config.rope_max_seq_len:
+        raise ValueError(
+            f"latents of {size} make more than rope_max_seq_len = {config.rope_max_seq_len} tokens "
+            "along one axis"
+        )
+    return frames, height, width
+
+
+_LINEARS = (  # leaf path, diffusers' name, name in Wan-Video's own release; without the suffix
+    ("time_embedder.linear_1", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("time_embedder.linear_2", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("time_proj", "condition_embedder.time_proj", "time_projection.1"),
+    ("text_embedder.linear_1", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("text_embedder.linear_2", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("proj_out", "proj_out", "head.head"),
+    *(
+        (f"blocks.{attn}.{ours}", f"blocks.{{i}}.{attn}.{theirs}", f"blocks.{{i}}.{wan}.{short}")
+        for attn, wan in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for ours, theirs, short in (
+            ("to_q", "to_q", "q"),
+            ("to_k", "to_k", "k"),
+            ("to_v", "to_v", "v"),
+            ("to_out", "to_out.0", "o"),
+        )
+    ),
+    ("blocks.ffn.linear_1", "blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
+    ("blocks.ffn.linear_2", "blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
+)
+_COPIES = (
+    ("patch_embedding.bias", "patch_embedding.bias", "patch_embedding.bias"),
+    ("scale_shift_table", "scale_shift_table", "head.modulation"),
+    ("blocks.scale_shift_table", "blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
+    *(
+        (
+            f"blocks.{attn}.{norm}.scale",
+            f"blocks.{{i}}.{attn}.{norm}.weight",
+            f"blocks.{{i}}.{wan}.{norm}.weight",
+        )
+        for attn, wan in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for norm in ("norm_q", "norm_k")
+    ),
+)
+_CROSS_NORM = (  # only with config.cross_attn_norm; Wan-Video numbers the norms otherwise
+    ("blocks.norm2.scale", "blocks.{i}.norm2.weight", "blocks.{i}.norm3.weight"),
+    ("blocks.norm2.bias", "blocks.{i}.norm2.bias", "blocks.{i}.norm3.bias"),
+)
+
+
+def table(config: Config, layout: str = "diffusers") -> convert.Table:
+    """Rows for convert.load and convert.save; layout is "diffusers" or "wan" (Wan-Video's own)."""
+    column = {"diffusers": 1, "wan": 2}[layout]
+    rows = [("patch_embedding.weight", "patch_embedding.kernel", "conv3d")]
+    for names in _LINEARS:
+        rows.append((f"{names[column]}.weight", f"{names[0]}.kernel", "linear"))
+        rows.append((f"{names[column]}.bias", f"{names[0]}.bias", "copy"))
+    copies = _COPIES + (_CROSS_NORM if config.cross_attn_norm else ())
+    rows.extend((names[column], names[0], "copy") for names in copies)
+    return tuple(rows)
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    shardings: Callable[[str], jax.sharding.Sharding] | None = None,
+    remat: str = "none",
+    implementation: Implementation = "xla",
+) -> WanDiT:
+    """Reads a folder with config.json and safetensors, of diffusers or of Wan-Video's own release.
+
+    Args:
+      path: the folder, e.g. Wan2.1-T2V-1.3B-Diffusers/transformer.
+      dtype: compute dtype (see WanDiT).
+      param_dtype: dtype in which kernels of the blocks rest; None means `dtype`.
+      mesh, shardings: where the leaves go as they stream in (see convert.load).
+      remat, implementation: see WanDiT.
+
+    Raises:
+      ValueError: a config this network cannot honour, or files that do not fit it.
+    """
+    values = convert.read_config(path)
+    config = Config.from_dict(values)
+    kernels = dtype if param_dtype is None else param_dtype
+    model = nnx.eval_shape(
+        lambda: WanDiT(
+            config,
+            nnx.Rngs(0),
+            dtype=dtype,
+            param_dtype=kernels,
+            remat=remat,
+            implementation=implementation,
+        )
+    )
+    rows = table(config, "wan" if "dim" in values else "diffusers")
+    repeats = {"i": config.num_layers}
+    convert.load(model, path, rows, repeats, mesh=mesh, shardings=shardings)
+    return model
+
+
+def save(model: WanDiT, path: str | Path) -> None:
+    """Writes the folder that diffusers' WanTransformer3DModel.from_pretrained reads.
+
+    LoRA leaves are not written: `lora.merge` folds them in first.
+    """
+    config = model.config
+    convert.save(model, path, table(config), {"i": config.num_layers}, config.to_dict())
