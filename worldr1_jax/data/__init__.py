@@ -1,0 +1,1 @@
+"""Prompt files (`prompts`), whose turn it is (`phases`), and batches of prompts (`loader`)."""

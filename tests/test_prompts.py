@@ -1,0 +1,75 @@
+"""Prompt files: what is read, and what is refused, all at once."""
+
+import json
+
+import pytest
+
+from worldr1_jax.data import prompts
+
+
+def _folder(tmp_path, **files: bytes):
+    for split in prompts.SPLITS:
+        (tmp_path / f"{split}.txt").write_bytes(files.get(split, b"a prompt\n"))
+    return tmp_path
+
+
+def test_folder_is_read_in_file_order(tmp_path):
+    folder = _folder(tmp_path, train="A red sphere.\r\n  Камера, два\u2028слова. \nlast".encode())
+    assert prompts.read(folder) == prompts.PromptSets(
+        train=("A red sphere.", "Камера, два\u2028слова.", "last"),
+        dynamic=("a prompt",),
+        test=("a prompt",),
+    )
+
+
+def test_one_text_file_is_all_train_and_may_carry_a_byte_order_mark(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert prompts.read(path) == prompts.PromptSets(train=("one", "two"))
+
+
+def test_jsonl_holds_splits(tmp_path):
+    path = tmp_path / "p.jsonl"
+    records = [{"prompt": "a"}, {"prompt": "b", "split": "dynamic"}, {"prompt": "c", "id": 3}]
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    assert prompts.read(path) == prompts.PromptSets(train=("a", "c"), dynamic=("b",))
+
+
+def test_every_problem_is_named_at_once_in_one_sentence(tmp_path):
+    folder = _folder(tmp_path, train=b"ok\n\n \n\t\nok\n\xff\xfe\n\nok\n", dynamic=b"  \n\n")
+    (folder / "test.txt").unlink()
+    with pytest.raises(ValueError) as error:
+        prompts.read(folder)
+    message = str(error.value)
+    assert "train.txt: blank prompt on lines 2-4, 7" in message
+    assert "train.txt: not UTF-8 on line 6" in message
+    assert "dynamic.txt: empty" in message
+    assert "test.txt: missing" in message
+    assert "\n" not in message and message.endswith(".")
+
+
+def test_jsonl_problems(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": " "}\n[1]\n{oops\n{"prompt": "a", "split": "x"}')
+    with pytest.raises(ValueError) as error:
+        prompts.read(path)
+    for part in ("blank prompt on line 2", '"prompt" on line 3', "not JSON on line 4", "on line 5"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("gone.txt", None, "missing"),
+        ("gone", None, "missing"),
+        ("empty.txt", b"\n\n", "empty"),
+        ("empty.jsonl", b"", "empty"),
+        ("table.csv", b"a,b", "neither"),
+        ("held.jsonl", b'{"prompt": "a", "split": "test"}', 'no prompt of the split "train"'),
+    ],
+)
+def test_unusable_paths(tmp_path, name, content, complaint):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        prompts.read(tmp_path / name)
