@@ -1,0 +1,454 @@
+"""The Wan2.1 video VAE: video [B F H W 3] in [0, 1] <-> latents [B f h w C], with f = 1 + (F - 1) / 4.
+
+Whole videos by default, differentiable; `chunked=True` gives the same result with memory that does not grow with the
+number of frames. The files and the names are those of diffusers' AutoencoderKLWan (config.json + safetensors).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from worldr1_jax.models import convert
+from worldr1_jax.models.wan_vae_layers import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    DType,
+    ResidualBlock,
+    RMSNorm,
+    Stream,
+    Upsample,
+    apply,
+)
+
+# Per-channel statistics of Wan2.1's latents, as published in its config.json.
+_WAN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+_WAN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Architecture, in the publisher's field names.
+
+    Attributes:
+      base_dim: channels of the first encoder level.
+      decoder_base_dim: channels of the last decoder level; None means base_dim.
+      z_dim: latent channels.
+      dim_mult: channels of each level, in units of base_dim; each level but the last halves height and width.
+      num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
+      attn_scales: scales (1, 0.5, 0.25, ...) at which encoder levels have attention.
+      temperal_downsample: for each level but the last, whether it also halves the frames (publisher's spelling).
+      dropout: kept for the files; the network runs as in inference, where dropout does nothing.
+      latents_mean, latents_std: per latent channel, for the normalised latents.
+      is_residual: the Wan2.2 variant; only False is supported.
+      in_channels, out_channels: 3, or 3 * patch_size^2 with patches.
+      patch_size: pixels of a square patch folded into channels before the encoder; None or 1 for none.
+    """
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    dropout: float = 0.0
+    latents_mean: tuple[float, ...] = _WAN_MEAN
+    latents_std: tuple[float, ...] = _WAN_STD
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_residual:
+            raise ValueError(
+                "is_residual is true (the Wan2.2 VAE), which is not supported: give a Wan2.1 VAE"
+            )
+        levels = len(self.dim_mult)
+        if len(self.temperal_downsample) != levels - 1:
+            raise ValueError(
+                f"temperal_downsample has {len(self.temperal_downsample)} entries, but {levels} levels need {levels - 1}"
+            )
+        channels = 3 * (self.patch_size or 1) ** 2
+        if (self.in_channels, self.out_channels) != (channels, channels):
+            raise ValueError(
+                f"in_channels {self.in_channels} and out_channels {self.out_channels} must both be {channels} "
+                f"with patch_size {self.patch_size}"
+            )
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.z_dim:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values, but z_dim is {self.z_dim}"
+                )
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent pixel, along height and along width."""
+        return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
+
+    @property
+    def temporal_compression(self) -> int:
+        """Frames per latent frame, after the first."""
+        return 2 ** sum(self.temperal_downsample)
+
+    @classmethod
+    def wan2_1(cls) -> Config:
+        """Wan2.1's VAE: 127M parameters, 8x8x4 compression."""
+        return cls()
+
+    @classmethod
+    def nano(cls) -> Config:
+        """A small VAE of the same compression, 8x8x4, in latents whose statistics are not measured yet (0 and 1)."""
+        return cls(
+            base_dim=16,
+            dim_mult=(1, 2, 4),
+            num_res_blocks=1,
+            temperal_downsample=(True, True),
+            latents_mean=(0.0,) * 16,
+            latents_std=(1.0,) * 16,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """From the publisher's config.json. Raises ValueError for a field that this network does not know."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        # The scale factors only steer the publisher's tiling; ours follow from the levels.
+        ignored = {"scale_factor_temporal", "scale_factor_spatial"}
+        fields = {
+            name: value
+            for name, value in values.items()
+            if not name.startswith("_") and name not in ignored
+        }
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(
+                f"config.json has the field '{unknown[0]}', which the Wan2.1 VAE does not know"
+            )
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in fields.items()
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The publisher's config.json."""
+        values = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
+        }
+        scales = {
+            "scale_factor_temporal": self.temporal_compression,
+            "scale_factor_spatial": self.spatial_compression,
+        }
+        return {"_class_name": "AutoencoderKLWan", **values, **scales}
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: DType):
+        self.resnets = nnx.List(
+            [ResidualBlock(channels, channels, rngs=rngs, dtype=dtype) for _ in range(2)]
+        )
+        self.attentions = nnx.List([AttentionBlock(channels, rngs=rngs, dtype=dtype)])
+
+    def layers(self) -> list[nnx.Module]:
+        """The layers in the order in which they run."""
+        return [self.resnets[0], self.attentions[0], self.resnets[1]]
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks of one decoder level, and the upsampling to the next one."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        *,
+        temporal: bool | None,
+        rngs: nnx.Rngs,
+        dtype: DType,
+    ):
+        self.resnets = nnx.List(
+            [
+                ResidualBlock(channels if i else in_channels, channels, rngs=rngs, dtype=dtype)
+                for i in range(blocks)
+            ]
+        )
+        # temporal is None at the last level, which is not upsampled.
+        upsamplers = (
+            []
+            if temporal is None
+            else [Upsample(channels, temporal=temporal, rngs=rngs, dtype=dtype)]
+        )
+        self.upsamplers = nnx.List(upsamplers)
+
+    def layers(self) -> list[nnx.Module]:
+        """The layers in the order in which they run."""
+        return [*self.resnets, *self.upsamplers]
+
+
+class Encoder(nnx.Module):
+    """Patched video -> moments before `quant_conv`."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: DType):
+        widths = [config.base_dim * m for m in config.dim_mult]
+        kernel = (3, 3, 3)
+        channels = config.base_dim
+        self.conv_in = CausalConv3d(config.in_channels, channels, kernel, rngs=rngs, dtype=dtype)
+        blocks: list[nnx.Module] = []
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResidualBlock(channels, width, rngs=rngs, dtype=dtype))
+                channels = width
+                if 0.5**level in config.attn_scales:
+                    blocks.append(AttentionBlock(width, rngs=rngs, dtype=dtype))
+            if level < len(widths) - 1:
+                temporal = config.temperal_downsample[level]
+                blocks.append(Downsample(width, temporal=temporal, rngs=rngs, dtype=dtype))
+        self.down_blocks = nnx.List(blocks)
+        self.mid_block = MidBlock(channels, rngs=rngs, dtype=dtype)
+        self.norm_out = RMSNorm(channels, rngs=rngs)
+        self.conv_out = CausalConv3d(channels, 2 * config.z_dim, kernel, rngs=rngs, dtype=dtype)
+
+    def layers(self) -> list[nnx.Module]:
+        """The layers between conv_in and norm_out, in the order in which they run."""
+        return [*self.down_blocks, *self.mid_block.layers()]
+
+
+class Decoder(nnx.Module):
+    """Latents after `post_quant_conv` -> patched video in about [-1, 1]."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: DType):
+        base = config.decoder_base_dim or config.base_dim
+        widths = [base * m for m in reversed(config.dim_mult)]
+        temporal = [*reversed(config.temperal_downsample), None]
+        kernel = (3, 3, 3)
+        self.conv_in = CausalConv3d(config.z_dim, widths[0], kernel, rngs=rngs, dtype=dtype)
+        self.mid_block = MidBlock(widths[0], rngs=rngs, dtype=dtype)
+        # Upsampling halves the channels, whatever the next level's width is.
+        inputs = [widths[0], *(width // 2 for width in widths[:-1])]
+        count = config.num_res_blocks + 1
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(i, w, count, temporal=t, rngs=rngs, dtype=dtype)
+                for i, w, t in zip(inputs, widths, temporal, strict=True)
+            ]
+        )
+        self.norm_out = RMSNorm(widths[-1], rngs=rngs)
+        self.conv_out = CausalConv3d(
+            widths[-1], config.out_channels, kernel, rngs=rngs, dtype=dtype
+        )
+
+    def layers(self) -> list[nnx.Module]:
+        """The layers between conv_in and norm_out, in the order in which they run."""
+        return [
+            *self.mid_block.layers(),
+            *(layer for block in self.up_blocks for layer in block.layers()),
+        ]
+
+
+class WanVAE(nnx.Module):
+    """The Wan2.1 VAE.
+
+    Args:
+      config: architecture.
+      rngs: key for the weights.
+      dtype: dtype of the convolutions; norms and softmax stay float32, and so do inputs and outputs.
+      remat: recompute each residual block's inside in the backward pass instead of keeping it.
+    """
+
+    def __init__(
+        self, config: Config, rngs: nnx.Rngs, *, dtype: DType = jnp.float32, remat: bool = False
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        pointwise = (1, 1, 1)
+        self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
+        self.quant_conv = CausalConv3d(
+            2 * config.z_dim, 2 * config.z_dim, pointwise, rngs=rngs, dtype=dtype
+        )
+        self.post_quant_conv = CausalConv3d(
+            config.z_dim, config.z_dim, pointwise, rngs=rngs, dtype=dtype
+        )
+        self.decoder = Decoder(config, rngs=rngs, dtype=dtype)
+
+    def encode(
+        self, video: Float[Array, "B F H W 3"], *, chunked: bool = False
+    ) -> Float[Array, "B f h w C"]:
+        """The mode of the posterior, normalised by the config's mean and std: what the denoiser works on.
+
+        Args:
+          video: values in [0, 1]; F = 1 + 4k, H and W multiples of 8 (in general, of the config's compression).
+          chunked: run by chunks of frames, with memory that does not grow with F; the same result.
+
+        Raises:
+          ValueError: F, H or W does not fit the compression.
+        """
+        mean, _ = self.encode_moments(video, chunked=chunked)
+        shift, scale = self._statistics()
+        return (mean - shift) / scale
+
+    def encode_moments(
+        self, video: Float[Array, "B F H W 3"], *, chunked: bool = False
+    ) -> tuple[Float[Array, "B f h w C"], Float[Array, "B f h w C"]]:
+        """Mean and log-variance (clipped to [-30, 20]) of the posterior, not normalised; arguments as `encode`."""
+        self._check_video(video)
+        x = _patchify(2.0 * video.astype(jnp.float32) - 1.0, self.config.patch_size or 1)
+        moments = self._run(self._encode_chunk, x, self.config.temporal_compression, chunked)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(
+        self, latents: Float[Array, "B f h w C"], *, chunked: bool = False
+    ) -> Float[Array, "B F H W 3"]:
+        """Normalised latents -> video clipped to [0, 1]; F = 1 + 4 (f - 1), H = 8h, W = 8w."""
+        return jnp.clip(self.decode_raw(latents, chunked=chunked), 0.0, 1.0)
+
+    def decode_raw(
+        self, latents: Float[Array, "B f h w C"], *, chunked: bool = False
+    ) -> Float[Array, "B F H W 3"]:
+        """`decode` without the clip, which would stop gradients.
+
+        Raises:
+          ValueError: the latents have not the rank or the channels of this VAE.
+        """
+        if latents.ndim != 5 or latents.shape[-1] != self.config.z_dim or latents.shape[1] < 1:
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}, but this VAE takes [B f h w {self.config.z_dim}]"
+            )
+        shift, scale = self._statistics()
+        x = latents.astype(jnp.float32) * scale + shift
+        x = self._run(self._decode_chunk, x, 1, chunked)
+        return 0.5 * _unpatchify(x.astype(jnp.float32), self.config.patch_size or 1) + 0.5
+
+    def _check_video(self, video: Array) -> None:
+        step, size = self.config.temporal_compression, self.config.spatial_compression
+        if video.ndim != 5 or video.shape[-1] != 3:
+            raise ValueError(f"video has shape {list(video.shape)}, but the VAE takes [B F H W 3]")
+        _, frames, height, width, _ = video.shape
+        if frames < 1 or (frames - 1) % step:
+            raise ValueError(f"video has {frames} frames, but the VAE takes 1 + {step}k of them")
+        if height < size or width < size or height % size or width % size:
+            raise ValueError(
+                f"video is {height}x{width} pixels, but the VAE takes multiples of {size}"
+            )
+
+    def _statistics(self) -> tuple[Array, Array]:
+        return jnp.array(self.config.latents_mean, jnp.float32), jnp.array(
+            self.config.latents_std, jnp.float32
+        )
+
+    def _encode_chunk(self, x: Array, stream: Stream) -> Array:
+        return self.quant_conv(self._trunk(self.encoder, x, stream), stream)
+
+    def _decode_chunk(self, x: Array, stream: Stream) -> Array:
+        return self._trunk(self.decoder, self.post_quant_conv(x, stream), stream)
+
+    def _trunk(self, network: Encoder | Decoder, x: Array, stream: Stream) -> Array:
+        x = network.conv_in(x, stream)
+        for layer in network.layers():
+            x = apply(layer, x, stream, remat=self.remat)
+        return network.conv_out(jax.nn.silu(network.norm_out(x)), stream)
+
+    def _run(self, chunk, x: Array, step: int, chunked: bool) -> Array:
+        """Runs `chunk` on all frames, or on the first frame and then by `step` frames under a scan."""
+        if not chunked:
+            return chunk(x, Stream())
+        stream = Stream()
+        first = chunk(x[:, :1], stream)
+        if x.shape[1] == 1:
+            return first
+
+        def body(caches: list[Array], part: Array) -> tuple[list[Array], Array]:
+            stream = Stream(caches)
+            y = chunk(part, stream)
+            return stream.caches, y
+
+        batch, frames, *rest = x[:, 1:].shape
+        parts = jnp.moveaxis(x[:, 1:].reshape(batch, frames // step, step, *rest), 1, 0)
+        _, ys = lax.scan(body, stream.caches, parts)
+        ys = jnp.moveaxis(ys, 0, 1)
+        return jnp.concatenate([first, ys.reshape(batch, -1, *ys.shape[3:])], axis=1)
+
+
+def _patchify(x: Array, size: int) -> Array:
+    """[B F H W C] -> [B F H/p W/p C p p]; the publisher's channel order is (C, column, row)."""
+    if size == 1:
+        return x
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 2, 4, 6, 5, 3).reshape(
+        batch, frames, height // size, width // size, -1
+    )
+
+
+def _unpatchify(x: Array, size: int) -> Array:
+    """The inverse of `_patchify`."""
+    if size == 1:
+        return x
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height, width, channels // size**2, size, size)
+    return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(batch, frames, height * size, width * size, -1)
+
+
+def table(config: Config) -> list[tuple[str, str, str]]:
+    """Rows of (publisher's key, leaf, kind). Modules bear the publisher's names; leaves differ as said here."""
+    shapes = nnx.state(nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0))), nnx.Param)
+    kinds = {5: "conv3d", 4: "conv2d"}
+    rows = []
+    for path, leaf in nnx.to_flat_state(shapes):
+        *modules, name = (str(part) for part in path)
+        if (
+            modules[-1] == "resample"
+        ):  # The publisher's is a Sequential of padding or upsampling, and the convolution.
+            modules.append("1")
+        if name == "kernel":
+            row = (".".join([*modules, "weight"]), kinds[len(leaf.get_raw_value().shape)])
+        else:
+            row = (".".join([*modules, name]), "copy")
+        rows.append((row[0], convert.leaf_path(path), row[1]))
+    return rows
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: DType = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    remat: bool = False,
+) -> WanVAE:
+    """Reads a publisher's folder (config.json + safetensors), strictly; weights and computation in `dtype`.
+
+    Raises:
+      ValueError: the config is of another network, or a key is unknown, missing or of a wrong shape.
+    """
+    config = Config.from_dict(convert.read_config(path))
+    model = nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0), dtype=dtype, remat=remat))
+    return convert.load(model, path, table(config), dtype=dtype, mesh=mesh)
+
+
+def save(model: WanVAE, path: str | Path) -> None:
+    """Writes the folder that `load`, and diffusers' AutoencoderKLWan.from_pretrained, read."""
+    convert.save(model, path, table(model.config), config=model.config.to_dict())
