@@ -1,4 +1,4 @@
-"""Layers that the transformers share: linear (with room for LoRA), norms, embedding, stacked blocks.
+"""Layers the transformers share: linear (with room for LoRA), norms, MLP, embedding, layer scan.
 
 A layer of `stack=(L,)` keeps the weights of L equal layers on the leading axis of every leaf;
 `scan_layers` runs them one after another, so that the program does not grow with depth.
@@ -29,7 +29,7 @@ def normal(std: float) -> Initializer:
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Uniform in +-sqrt(6 / (in + out)), with in and out the last two axes (a stack is not a fan)."""
+    """Uniform in +-sqrt(6 / (in + out)); in and out are the last two axes, not those of a stack."""
     bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
 
@@ -62,8 +62,8 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         bias_value = nnx.Param(jnp.zeros((*stack, features_out), param_dtype)) if bias else None
         self.bias = nnx.data(bias_value)
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "... i"], adapters: bool = True) -> Float[Array, "... o"]:
@@ -71,11 +71,31 @@ class Linear(nnx.Module):
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if adapters and self.lora_a is not None:
+        if adapters and self.lora_a is not None and self.lora_b is not None:
             # A and B rest in float32 so that small updates are not lost; only their use is rounded.
             low = (x @ self.lora_a[...].astype(x.dtype)) * jnp.asarray(self.lora_scale, x.dtype)
             y = y + low @ self.lora_b[...].astype(x.dtype)
         return y
+
+
+class Mlp(nnx.Module):
+    """linear_2(activation(linear_1(x)))."""
+
+    def __init__(
+        self,
+        features: tuple[int, int, int],
+        activation: Callable[[jax.Array], jax.Array],
+        *,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        self.activation = activation
+        self.linear_1 = Linear(features[0], features[1], rngs=rngs, **kwargs)
+        self.linear_2 = Linear(features[1], features[2], rngs=rngs, **kwargs)
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """Runs in x.dtype."""
+        return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class LayerNorm(nnx.Module):

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA): y = x W + (alpha / rank) x A B, on the linear layers of a network.
 
-A and B are float32 `nnx.LoRAParam` leaves beside the kernel they adapt, stacked over layers as it is:
+A and B are float32 `nnx.LoRAParam` leaves beside the kernel they adapt, stacked as it is:
 `nnx.split(model, nnx.LoRAParam, ...)` separates what is trained from what is frozen.
 """
 
@@ -54,8 +54,8 @@ def add(
         *stack, fan_in, fan_out = linear.kernel.shape
         bound = 1 / math.sqrt(fan_in)
         a = jax.random.uniform(rngs.params(), (*stack, fan_in, rank), minval=-bound, maxval=bound)
-        linear.lora_a = nnx.data(nnx.LoRAParam(a))
-        linear.lora_b = nnx.data(nnx.LoRAParam(jnp.zeros((*stack, rank, fan_out))))
+        linear.lora_a = nnx.LoRAParam(a)
+        linear.lora_b = nnx.LoRAParam(jnp.zeros((*stack, rank, fan_out)))
         linear.lora_scale = alpha / rank
     return model
 

@@ -203,8 +203,8 @@ def zero_padding(
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
     """T5's bucket of key position minus query position, [length, length] int32, for an encoder.
 
-    Half of the buckets are for keys after the query. Of each half, the first half holds one distance
-    each; the rest grow logarithmically up to max_distance, where the last one takes all others.
+    Half of the buckets are for keys after the query. Of each half, the first half holds one
+    distance each; the rest grow logarithmically up to max_distance, and the last takes all others.
     """
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = buckets // 2

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from worldr1_jax.models import convert, layers
+from worldr1_jax.models import convert, layers, rotary
 from worldr1_jax.models.attention import Implementation, attention
 
 QK_NORM = "rms_norm_across_heads"
@@ -110,7 +110,7 @@ class Config:
         """
         values = _from_original(values) if "dim" in values else dict(values)
         names = {field.name for field in dataclasses.fields(cls)}
-        known = {}
+        known: dict[str, Any] = {}
         for name, value in values.items():
             if name.startswith("_"):  # diffusers' notes on the file: class and version
                 continue
@@ -172,33 +172,13 @@ class WanAttention(nnx.Module):
         k = self._heads(self.norm_k(self.to_k(context, adapters)))
         v = self._heads(self.to_v(context, adapters))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotary.rotate(q, *rope), rotary.rotate(k, *rope)
         q, k = q.astype(x.dtype), k.astype(x.dtype)
         out = attention(q, k, v, implementation=implementation)
         return self.to_out(out.reshape(x.shape), adapters)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
-
-
-class Mlp(nnx.Module):
-    """linear_2(activation(linear_1(x)))."""
-
-    def __init__(
-        self,
-        features: tuple[int, int, int],
-        activation: Callable[[jax.Array], jax.Array],
-        *,
-        rngs: nnx.Rngs,
-        **kwargs: Any,
-    ):
-        self.activation = activation
-        self.linear_1 = layers.Linear(features[0], features[1], rngs=rngs, **kwargs)
-        self.linear_2 = layers.Linear(features[1], features[2], rngs=rngs, **kwargs)
-
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        """Runs in x.dtype."""
-        return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class WanBlocks(nnx.Module):
@@ -213,7 +193,7 @@ class WanBlocks(nnx.Module):
         self.norm2 = nnx.data(affine if config.cross_attn_norm else None)
         self.attn2 = WanAttention(config, **kwargs)
         self.norm3 = layers.LayerNorm(dim, eps=eps, affine=False)
-        self.ffn = Mlp((dim, config.ffn_dim, dim), jax.nn.gelu, **kwargs)
+        self.ffn = layers.Mlp((dim, config.ffn_dim, dim), jax.nn.gelu, **kwargs)
         table = layers.normal(dim**-0.5)(rngs.params(), (*stack, 1, 6, dim), jnp.float32)
         self.scale_shift_table = nnx.Param(table)
 
@@ -271,9 +251,9 @@ class WanDiT(nnx.Module):
         # head, with which a fresh network answers zero.
         embed: dict[str, Any] = {"rngs": rngs, "init": layers.normal(0.02)}
         self.patch_embedding = PatchEmbedding(config, rngs=rngs)
-        self.time_embedder = Mlp((config.freq_dim, dim, dim), jax.nn.silu, **embed)
+        self.time_embedder = layers.Mlp((config.freq_dim, dim, dim), jax.nn.silu, **embed)
         self.time_proj = layers.Linear(dim, 6 * dim, rngs=rngs)
-        self.text_embedder = Mlp((config.text_dim, dim, dim), jax.nn.gelu, **embed)
+        self.text_embedder = layers.Mlp((config.text_dim, dim, dim), jax.nn.gelu, **embed)
         self.blocks = WanBlocks(
             config, rngs=rngs, stack=(config.num_layers,), param_dtype=param_dtype
         )
@@ -287,7 +267,7 @@ class WanDiT(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "B f h w C"],
-        timestep: Float[Array, B],
+        timestep: Float[Array, " B"],
         text: Float[Array, "B N t"],
         *,
         adapters: bool = True,
@@ -308,7 +288,7 @@ class WanDiT(nnx.Module):
           ValueError: sizes that the patch size does not divide, or that do not fit the config.
         """
         grid = _check_inputs(self.config, latents, timestep, text)
-        rope = rope_tables(grid, self.config.attention_head_dim)
+        rope = rotary.tables(grid, self.config.attention_head_dim)
         temb = self.time_embedder(time_frequencies(timestep, self.config.freq_dim))
         modulation = self.time_proj(jax.nn.silu(temb)).reshape(temb.shape[0], 6, -1)
         text = self.text_embedder(text.astype(self.dtype))
@@ -327,7 +307,7 @@ class WanDiT(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """Convolution whose stride is its kernel: one linear map per patch. Leaf kernel [t h w in out]."""
+    """Convolution whose stride is its kernel: one linear map. Leaf kernel [t h w in out]."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.patch_size = config.patch_size
@@ -364,44 +344,12 @@ def unpatchify(
     return x.reshape(x.shape[0], *size, x.shape[-1])
 
 
-def time_frequencies(timestep: Float[Array, B], features: int) -> Float[Array, "B d"]:
+def time_frequencies(timestep: Float[Array, " B"], features: int) -> Float[Array, "B d"]:
     """cos, then sin, of timestep x 10000^(-i / (features / 2)), in float32."""
     half = features // 2
     frequencies = np.exp(-math.log(10000.0) * np.arange(half) / half).astype(np.float32)
     angles = timestep.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def rope_tables(
-    grid: tuple[int, int, int], head_dim: int
-) -> tuple[Float[Array, "N 1 d"], Float[Array, "N 1 d"]]:
-    """cos and sin of each token's angles, for `rotate`: [N 1 head_dim / 2], float32.
-
-    The head's channels are divided among frame, row and column as d - 4(d // 6), 2(d // 6), 2(d // 6);
-    within each part the angle of pair i is position x 10000^(-2i / part). Angles are computed in
-    float64 while tracing, one small table per axis.
-    """
-    side = 2 * (head_dim // 6)
-    tables = []
-    for axis, (count, part) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
-        angles = np.outer(np.arange(count), 10000.0 ** (-np.arange(0, part, 2) / part))
-        shape = [1, 1, 1, part // 2]
-        shape[axis] = count
-        tables.append(
-            np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32).reshape(2, *shape)
-        )
-    full = [jnp.broadcast_to(t, (2, *grid, t.shape[-1])) for t in tables]
-    cos, sin = jnp.concatenate(full, axis=-1).reshape(2, -1, 1, head_dim // 2)
-    return cos, sin
-
-
-def rotate(
-    x: Float[Array, "B N H D"], cos: Float[Array, "N 1 d"], sin: Float[Array, "N 1 d"]
-) -> Float[Array, "B N H D"]:
-    """Rotary embedding: turns the channel pairs (0, 1), (2, 3), ... by their angles, in float32."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
 
 
 def _check_inputs(

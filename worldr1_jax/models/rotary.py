@@ -1,0 +1,39 @@
+"""Rotary position embedding (RoPE) over frames, rows and columns, as Wan2.1 has it."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def tables(
+    grid: tuple[int, int, int], head_dim: int
+) -> tuple[Float[Array, "N 1 d"], Float[Array, "N 1 d"]]:
+    """cos and sin of each token's angles, for `rotate`: [N 1 d / 2], float32.
+
+    The d channels of a head are divided among frame, row and column as d - 4(d // 6), 2(d // 6) and
+    2(d // 6); within each part the angle of pair i is position x 10000^(-2i / part). Angles are
+    computed in float64 while tracing, one small table per axis.
+    """
+    side = 2 * (head_dim // 6)
+    parts = []
+    for axis, (count, part) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
+        angles = np.outer(np.arange(count), 10000.0 ** (-np.arange(0, part, 2) / part))
+        shape = [1, 1, 1, part // 2]
+        shape[axis] = count
+        parts.append(
+            np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32).reshape(2, *shape)
+        )
+    full = [jnp.broadcast_to(t, (2, *grid, t.shape[-1])) for t in parts]
+    cos, sin = jnp.concatenate(full, axis=-1).reshape(2, -1, 1, head_dim // 2)
+    return cos, sin
+
+
+def rotate(
+    x: Float[Array, "B N H D"], cos: Float[Array, "N 1 d"], sin: Float[Array, "N 1 d"]
+) -> Float[Array, "B N H D"]:
+    """Rotary embedding: turns the channel pairs (0, 1), (2, 3), ... by their angles, in float32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
