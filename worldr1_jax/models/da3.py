@@ -22,7 +22,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from worldr1_jax.models import convert
-from worldr1_jax.models.da3_backbone import VIT_SIZES, AttentionFn, Backbone, BackboneConfig, dense_attention
+from worldr1_jax.models.attention import Implementation
+from worldr1_jax.models.da3_backbone import VIT_SIZES, Backbone, BackboneConfig
 from worldr1_jax.models.da3_gaussians import (
     GaussianConfig,
     decode_cameras,
@@ -78,14 +79,14 @@ class Config:
             model_name="da3-nano",
             net=BackboneConfig(
                 name="nano",
-                out_layers=(1, 3, 5, 7),
-                alt_start=2,
-                qknorm_start=2,
-                rope_start=2,
+                out_layers=(1, 3, 4, 5),
+                alt_start=1,
+                qknorm_start=1,
+                rope_start=1,
                 patch_size=8,
                 img_size=64,
                 embed_dim=128,
-                depth=8,
+                depth=6,
                 num_heads=4,
                 ffn="mlp",
             ),
@@ -164,10 +165,10 @@ class DA3(nnx.Module):
         rngs: nnx.Rngs,
         *,
         dtype: Any = jnp.float32,
-        attention: AttentionFn = dense_attention,
+        attention: Implementation = "xla",
     ):
         """Args: `dtype` is that of the backbone's products (heads, norms, softmax, RoPE and residuals stay float32);
-        `attention` maps q, k, v [B N H D] to [B N H D] and should not materialise scores at real sizes."""
+        `attention` is an implementation of `models.attention`; at real sizes one that does not hold the scores."""
         self.config, self.attention = config, attention
         dim = config.net.feature_dim
         self.backbone = Backbone(config.net, dtype=dtype, rngs=rngs)
@@ -206,7 +207,7 @@ class DA3(nnx.Module):
         if video.ndim != 5 or video.shape[-1] != 3:
             raise ValueError(f"video has the shape {list(video.shape)}; it has to be [B F H W 3]")
         images = (video.astype(jnp.float32) - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
-        taps = self.backbone(images, strategy=self.config.ref_view_strategy, attention=self.attention)
+        taps = self.backbone(images, strategy=self.config.ref_view_strategy, implementation=self.attention)
         translation, quaternion, fov = self.cam_dec(taps[-1][1])
         depth, gaussians = self._dense([tap[0] for tap in taps], images)
         return Raw(
@@ -323,7 +324,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
-    attention: AttentionFn = dense_attention,
+    attention: Implementation = "xla",
 ) -> DA3:
     """The network in a publisher's folder (config.json, model.safetensors); strict, see `convert.load`.
 

@@ -8,7 +8,6 @@ Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3 0.1.1).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-AttentionFn = Callable[[Array, Array, Array], Array]  # q, k, v [B N H D] -> [B N H D]
+from worldr1_jax.models.attention import Implementation, attention
 
 BLOCK_EPS = 1e-6
 NORM_EPS = 1e-5  # the final norm and those of queries and keys
@@ -73,11 +72,6 @@ class BackboneConfig:
         return (int(hidden * 2 / 3) + 7) // 8 * 8 if self.ffn == "swiglu" else hidden
 
 
-def dense_attention(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(D)) v for [B N H D], softmax in float32. For short sequences only."""
-    return jax.nn.dot_product_attention(q, k, v)
-
-
 class Attention(nnx.Module):
     """Multi-head self-attention with optional query/key normalisation and rotation."""
 
@@ -91,7 +85,7 @@ class Attention(nnx.Module):
             self.q_norm = nnx.LayerNorm(head_dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs)
             self.k_norm = nnx.LayerNorm(head_dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Array, rotation: tuple[Array, Array] | None, attention: AttentionFn) -> Array:
+    def __call__(self, x: Array, rotation: tuple[Array, Array] | None, implementation: Implementation) -> Array:
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -99,7 +93,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        out = attention(q.astype(v.dtype), k.astype(v.dtype), v)
+        out = attention(q.astype(v.dtype), k.astype(v.dtype), v, implementation=implementation)
         return self.proj(out.reshape(batch, tokens, dim))
 
 
@@ -135,8 +129,8 @@ class Block(nnx.Module):
         self.mlp = FeedForward(config, dtype, rngs)
         self.ls2 = nnx.Param(jnp.ones((dim,)))
 
-    def __call__(self, x: Array, rotation: tuple[Array, Array] | None, attention: AttentionFn) -> Array:
-        x = x + self.attn(self.norm1(x), rotation, attention) * self.ls1[...]
+    def __call__(self, x: Array, rotation: tuple[Array, Array] | None, implementation: Implementation) -> Array:
+        x = x + self.attn(self.norm1(x), rotation, implementation) * self.ls1[...]
         return x + self.mlp(self.norm2(x)) * self.ls2[...]
 
 
@@ -164,14 +158,14 @@ class Backbone(nnx.Module):
         images: Float[Array, "B F H W 3"],
         *,
         strategy: str = "saddle_balanced",
-        attention: AttentionFn = dense_attention,
+        implementation: Implementation = "xla",
     ) -> list[tuple[Float[Array, "B F N D"], Float[Array, "B F D"]]]:
         """Four taps (patch tokens, camera token), frames in the order given.
 
         Args:
           images: ImageNet-normalised; H and W multiples of the patch size.
           strategy: how the reference frame is chosen when there are 3 or more: "first", "middle", "saddle_balanced".
-          attention: q, k, v [B N H D] -> [B N H D]; within frames it sees B*F sequences, across them B long ones.
+          implementation: of `models.attention`; within frames it sees B*F sequences, across them B long ones.
 
         Raises:
           ValueError: a size that is no multiple of the patch size, or an unknown strategy.
@@ -193,10 +187,10 @@ class Backbone(nnx.Module):
             rotated = 0 <= config.rope_start <= i
             if alternating and i % 2 == 1:
                 flat = x.reshape(batch, -1, x.shape[-1])
-                x = block(flat, global_rotation if rotated else None, attention).reshape(x.shape)
+                x = block(flat, global_rotation if rotated else None, implementation).reshape(x.shape)
             else:
                 flat = x.reshape(batch * frames, -1, x.shape[-1])
-                x = block(flat, local_rotation if rotated else None, attention).reshape(x.shape)
+                x = block(flat, local_rotation if rotated else None, implementation).reshape(x.shape)
                 local = x
             if i in config.out_layers:
                 taps.append(self._tap(local, x, order))
