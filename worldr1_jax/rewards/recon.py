@@ -1,0 +1,162 @@
+"""S_recon: do the 3D Gaussians found in a video, seen from its recovered cameras, look like it?
+
+What the score cannot see, and what sees it instead:
+  - A still video is easy to explain. S_traj charges for the missing movement.
+  - A blank video is explained perfectly by a blank scene (SSIM 1, LPIPS 0). `texture` gates it: the
+    score is multiplied by min(1, texture / TEXTURE_MIN).
+  - Moving objects lower it; it is off in the dynamic phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from worldr1_jax.rewards import reconstruct, splat
+from worldr1_jax.types import Reconstruction
+
+WINDOW, SIGMA = 7, 1.5  # px; SSIM's Gaussian window, 7 instead of 11 because nano frames are small
+C1, C2 = 0.01**2, 0.03**2  # SSIM's stabilisers for a range of 1
+TEXTURE_MIN = 0.02  # mean local standard deviation of brightness; about 5 of 255 levels
+MSE_MIN = 1e-10  # PSNR is at most 100 dB
+
+Perceptual = Callable[[Float[Array, "N H W 3"], Float[Array, "N H W 3"]], Float[Array, " N"]]
+
+
+def s_recon(
+    video: Float[Array, "B F H W 3"],
+    reconstruction: Reconstruction,
+    *,
+    views: int | None = None,
+    perceptual: Perceptual | None = None,
+    texture_min: float = TEXTURE_MIN,
+) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
+    """Renders the Gaussians at the recovered cameras and compares with the same frames.
+
+        S_recon = clip(likeness, 0, 1) min(1, texture / texture_min)
+
+    likeness is the mean over frames of SSIM, or of 1 - perceptual(render, frame) when a perceptual
+    distance such as LPIPS is given (the paper's choice). Render k shows the instant and the camera
+    of frame k, with the intrinsics of the image that the network was given, to which the video is
+    resized: the released code compares other instants and squeezes its renders.
+
+    Args:
+        video: in [0, 1], exactly the frames that were reconstructed.
+        reconstruction: of the same videos and frames.
+        views: compare only so many frames, evenly spaced, ends included; None takes all.
+        perceptual: distance of two batches of images in [0, 1], one number an image, 0 = same.
+        texture_min: see above; 0 leaves the gate out.
+
+    Returns:
+        The scores [B] in [0, 1], NaN where the video or its reconstruction is not finite; and
+        psnr (dB, at most 100), ssim (-1 to 1), coverage (mean alpha) and texture beside them.
+
+    Raises:
+        ValueError: shapes that do not belong together, or fewer than 1 or more than F views.
+    """
+    if video.ndim != 5 or video.shape[:2] != reconstruction.camtoworld.shape[:2]:
+        raise ValueError(
+            f"video has shape {video.shape}, and the reconstruction is of "
+            f"{reconstruction.camtoworld.shape[:2]} videos and frames: want (B, F, H, W, 3)"
+        )
+    size = reconstruction.depth.shape[2:]
+    chosen = frame_indices(video.shape[1], views)
+    frames = reconstruct.resize_frames(video[:, chosen], (size[0], size[1]))
+    image, _, alpha = splat.render(
+        reconstruction.gaussians,
+        reconstruction.camtoworld[:, chosen],
+        reconstruction.intrinsics[:, chosen],
+        (size[0], size[1]),
+    )
+    image = jnp.clip(image, 0.0, 1.0)
+    similarity = jnp.mean(ssim(image, frames), axis=1)
+    likeness = similarity
+    if perceptual is not None:
+        flat = (image.reshape(-1, *image.shape[2:]), frames.reshape(-1, *image.shape[2:]))
+        likeness = 1.0 - jnp.mean(perceptual(*flat).reshape(image.shape[:2]), axis=1)
+    detail = texture(frames)
+    gate = jnp.minimum(1.0, detail / texture_min) if texture_min > 0 else 1.0
+    score = jnp.clip(likeness, 0.0, 1.0) * gate
+    parts = {
+        "psnr": jnp.mean(psnr(image, frames), axis=1),
+        "ssim": similarity,
+        "coverage": jnp.mean(alpha, axis=(1, 2, 3)),
+        "texture": detail,
+    }
+    # The renderer leaves out a Gaussian that is not finite, which would hide the failure.
+    sound = _finite((video, reconstruction))
+    return jnp.where(sound, score, jnp.nan), {
+        name: jnp.where(sound, part, jnp.nan) for name, part in parts.items()
+    }
+
+
+def frame_indices(frames: int, views: int | None) -> np.ndarray:
+    """`views` frame numbers out of `frames`, evenly spaced, ends included; all when None."""
+    if views is None:
+        return np.arange(frames)
+    if not 1 <= views <= frames:
+        raise ValueError(f"views is {views}; a video of {frames} frames has 1 to {frames}")
+    return np.round(np.linspace(0, frames - 1, views)).astype(int)
+
+
+def psnr(
+    a: Float[Array, "*batch H W 3"], b: Float[Array, "*batch H W 3"]
+) -> Float[Array, "*batch"]:
+    """Peak signal-to-noise ratio of images in [0, 1]; dB, at most 100."""
+    error = jnp.mean((a - b) ** 2, axis=(-3, -2, -1))
+    return -10.0 * jnp.log10(jnp.maximum(error, MSE_MIN))
+
+
+def ssim(
+    a: Float[Array, "*batch H W 3"], b: Float[Array, "*batch H W 3"]
+) -> Float[Array, "*batch"]:
+    """Structural similarity of images in [0, 1] (Wang et al. 2004), -1 to 1.
+
+    Gaussian window, population variances, mean over channels and over the pixels whose window lies
+    inside the image.
+
+    Raises:
+        ValueError: images smaller than the window.
+    """
+    if min(a.shape[-3:-1]) < WINDOW:
+        raise ValueError(f"images are {a.shape[-3:-1]} px; SSIM needs at least {WINDOW} a side")
+    mean_a, mean_b = _blur(a), _blur(b)
+    variance_a = _blur(a * a) - mean_a**2
+    variance_b = _blur(b * b) - mean_b**2
+    covariance = _blur(a * b) - mean_a * mean_b
+    brightness = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    structure = (2 * covariance + C2) / (variance_a + variance_b + C2)
+    return jnp.mean(brightness * structure, axis=(-3, -2, -1))
+
+
+def texture(video: Float[Array, "B F H W 3"]) -> Float[Array, " B"]:
+    """Mean local standard deviation of brightness (SSIM's window); 0 for a blank video."""
+    gray = jnp.mean(video, axis=-1, keepdims=True)
+    gray = gray - jnp.mean(gray, axis=(1, 2, 3), keepdims=True)  # or rounding looks like texture
+    variance = _blur(gray * gray) - _blur(gray) ** 2
+    return jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0)), axis=(1, 2, 3, 4))
+
+
+def _blur(image: Float[Array, "*batch H W C"]) -> Float[Array, "*batch h w C"]:
+    """Gaussian mean of each whole window."""
+    taps = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
+    taps = taps / taps.sum()
+    for axis in (-3, -2):
+        axis = image.ndim + axis
+        length = image.shape[axis] - WINDOW + 1
+        image = sum(
+            float(tap) * jax.lax.slice_in_dim(image, k, k + length, axis=axis)
+            for k, tap in enumerate(taps)
+        )
+    return image
+
+
+def _finite(tree: object) -> Array:
+    """Per sample, whether every number of every leaf [B ...] is finite."""
+    leaves = jax.tree.leaves(tree)
+    checks = [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+    return jnp.all(jnp.stack(checks), axis=0)
