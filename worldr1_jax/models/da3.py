@@ -28,7 +28,9 @@ from worldr1_jax.models.da3_gaussians import (
     GaussianConfig,
     decode_cameras,
     gaussians_from,
+    move,
     relative_to_first,
+    rigid_inverse,
 )
 from worldr1_jax.models.da3_heads import DPT, CameraDecoder, HeadConfig
 from worldr1_jax.types import Gaussians, Reconstruction
@@ -55,15 +57,21 @@ class Config:
     gs_adapter: GaussianConfig = GaussianConfig()
     ref_view_strategy: str = "saddle_balanced"
     process_res: int = 504  # longest side of the image that the network is given, pixels
-    frame_chunk: int = 8  # frames that go through a head at once, per video; bounds memory, not results
+    frame_chunk: int = (
+        8  # frames that go through a head at once, per video; bounds memory, not results
+    )
 
     def __post_init__(self) -> None:
         want = self.gs_adapter.raw_dim + 1
         if self.gs_head.output_dim != want:
-            raise ValueError(f"gs_head.output_dim is {self.gs_head.output_dim}; gs_adapter needs {want}")
+            raise ValueError(
+                f"gs_head.output_dim is {self.gs_head.output_dim}; gs_adapter needs {want}"
+            )
         for name, head in (("head", self.head), ("gs_head", self.gs_head)):
             if self.net.patch_size % head.down_ratio:
-                raise ValueError(f"{name}.down_ratio {head.down_ratio} does not divide patch_size {self.net.patch_size}")
+                raise ValueError(
+                    f"{name}.down_ratio {head.down_ratio} does not divide patch_size {self.net.patch_size}"
+                )
 
     @classmethod
     def giant(cls) -> Config:
@@ -73,7 +81,7 @@ class Config:
     @classmethod
     def nano(cls) -> Config:
         """For 64x64 videos of about 9 frames on a CPU; trained in this project, not published."""
-        gaussian = GaussianConfig(sh_degree=0, unit_rays=False)
+        gaussian = GaussianConfig(sh_degree=0, unit_rays=False, slipped_quaternions=False)
         channels = (32, 32, 48, 64)
         return cls(
             model_name="da3-nano",
@@ -110,15 +118,29 @@ class Config:
         parts = values.get("config", values)
         for part in ("net", "head", "gs_head", "gs_adapter"):
             if part not in parts:
-                raise ValueError(f"config.json lacks '{part}': a DA3 model with Gaussians (da3-giant) is needed")
+                raise ValueError(
+                    f"config.json lacks '{part}': a DA3 model with Gaussians (da3-giant) is needed"
+                )
         net = _fields(parts["net"], "net", BackboneConfig)
         if net.get("name", "vitg") in VIT_SIZES:
-            size = dict(zip(("embed_dim", "depth", "num_heads", "ffn"), VIT_SIZES[net.get("name", "vitg")], strict=True))
+            size = dict(
+                zip(
+                    ("embed_dim", "depth", "num_heads", "ffn"),
+                    VIT_SIZES[net.get("name", "vitg")],
+                    strict=True,
+                )
+            )
             net = {**size, **net}
         adapter = dict(parts["gs_adapter"])
         if adapter.pop("pred_color", False):
-            raise ValueError("gs_adapter.pred_color is true; only spherical harmonics (false) are built")
-        extra = {k: values[k] for k in ("model_name", "ref_view_strategy", "process_res", "frame_chunk") if k in values}
+            raise ValueError(
+                "gs_adapter.pred_color is true; only spherical harmonics (false) are built"
+            )
+        extra = {
+            k: values[k]
+            for k in ("model_name", "ref_view_strategy", "process_res", "frame_chunk")
+            if k in values
+        }
         return cls(
             net=BackboneConfig(**net),
             head=HeadConfig(**_fields(parts["head"], "head", HeadConfig, ("dim_in",))),
@@ -129,17 +151,31 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
-        parts = {name: dataclasses.asdict(getattr(self, name)) for name in ("net", "head", "gs_head", "gs_adapter")}
-        extra = {k: getattr(self, k) for k in ("model_name", "ref_view_strategy", "process_res", "frame_chunk")}
+        parts = {
+            name: dataclasses.asdict(getattr(self, name))
+            for name in ("net", "head", "gs_head", "gs_adapter")
+        }
+        extra = {
+            k: getattr(self, k)
+            for k in ("model_name", "ref_view_strategy", "process_res", "frame_chunk")
+        }
         return {"config": parts, **extra}
 
 
-def _fields(values: Mapping[str, Any], part: str, cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+def _fields(
+    values: Mapping[str, Any], part: str, cls: type, skip: tuple[str, ...] = ()
+) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(cls)}
-    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k not in ("__object__", *skip)}
+    kept = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in values.items()
+        if k not in ("__object__", *skip)
+    }
     for name in kept:
         if name not in known:
-            raise ValueError(f"config.json has the field '{part}.{name}', which this network does not know")
+            raise ValueError(
+                f"config.json has the field '{part}.{name}', which this network does not know"
+            )
     return kept
 
 
@@ -147,9 +183,13 @@ def _fields(values: Mapping[str, Any], part: str, cls: type, skip: tuple[str, ..
 class Raw:
     """Everything the heads give, before any geometry. h w: the head's output size, (H, W) / down_ratio."""
 
-    depth: Float[Array, "B F h w"]  # > 0, along the optical axis; the scale is the network's own, one per video
+    depth: Float[
+        Array, "B F h w"
+    ]  # > 0, along the optical axis; the scale is the network's own, one per video
     confidence: Float[Array, "B F h w"]  # >= 1
-    translation: Float[Array, "B F 3"]  # camera position, same units as depth, axes of the reference view
+    translation: Float[
+        Array, "B F 3"
+    ]  # camera position, same units as depth, axes of the reference view
     quaternion: Float[Array, "B F 4"]  # xyzw, camera to world, not normalised
     fov: Float[Array, "B F 2"]  # vertical, horizontal, radians, >= 0
     gaussians: Float[Array, "B F h w P"]  # see da3_gaussians.gaussians_from
@@ -175,7 +215,9 @@ class DA3(nnx.Module):
         self.cam_dec = CameraDecoder(dim, rngs=rngs)
         self.head = DPT(config.head, dim, norm=True, image_merger=False, rngs=rngs)
         bias = config.gs_adapter.initial_bias()
-        self.gs_head = DPT(config.gs_head, dim, norm=False, image_merger=True, output_bias=bias, rngs=rngs)
+        self.gs_head = DPT(
+            config.gs_head, dim, norm=False, image_merger=True, output_bias=bias, rngs=rngs
+        )
 
     def __call__(self, video: Float[Array, "B F H W 3"]) -> Reconstruction:
         """Reconstruction of videos in [0, 1] whose sides are multiples of the patch size.
@@ -185,7 +227,9 @@ class DA3(nnx.Module):
         """
         size = (video.shape[2], video.shape[3])
         raw = self.forward(video)
-        camtoworld, intrinsics = self.cameras(raw, size)
+        own, intrinsics = decode_cameras(raw.translation, raw.quaternion, raw.fov, size)
+        # Placed in the network's own axes and then moved: with slipped_quaternions the two do not commute.
+        gaussians = move(self.gaussians_from(raw, own, intrinsics), rigid_inverse(own[:, 0]))
         depth, confidence = (
             jax.image.resize(x, (*x.shape[:2], *size), "linear", antialias=False)
             for x in (raw.depth, raw.confidence)
@@ -193,9 +237,9 @@ class DA3(nnx.Module):
         return Reconstruction(
             depth=depth,
             confidence=confidence,
-            camtoworld=camtoworld,
+            camtoworld=relative_to_first(own),
             intrinsics=intrinsics,
-            gaussians=self.gaussians_from(raw, camtoworld, intrinsics),
+            gaussians=gaussians,
         )
 
     def forward(self, video: Float[Array, "B F H W 3"]) -> Raw:
@@ -207,7 +251,9 @@ class DA3(nnx.Module):
         if video.ndim != 5 or video.shape[-1] != 3:
             raise ValueError(f"video has the shape {list(video.shape)}; it has to be [B F H W 3]")
         images = (video.astype(jnp.float32) - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
-        taps = self.backbone(images, strategy=self.config.ref_view_strategy, implementation=self.attention)
+        taps = self.backbone(
+            images, strategy=self.config.ref_view_strategy, implementation=self.attention
+        )
         translation, quaternion, fov = self.cam_dec(taps[-1][1])
         depth, gaussians = self._dense([tap[0] for tap in taps], images)
         return Raw(
@@ -280,11 +326,26 @@ def table(config: Config) -> list[tuple[str, str, str]]:
             rows += _layer(key + layer, leaf + layer, "linear")
         rows += [(key + f"{name}.gamma", leaf + name, "copy") for name in ("ls1", "ls2")]
         if 0 <= config.net.qknorm_start <= i:
-            rows += [row for n in ("q_norm", "k_norm") for row in _norm(f"{key}attn.{n}", f"{leaf}attn.{n}")]
-    camera = {"backbone.0": "fc1", "backbone.2": "fc2", "fc_t": "translation", "fc_qvec": "quaternion", "fc_fov.0": "fov"}
+            rows += [
+                row
+                for n in ("q_norm", "k_norm")
+                for row in _norm(f"{key}attn.{n}", f"{leaf}attn.{n}")
+            ]
+    camera = {
+        "backbone.0": "fc1",
+        "backbone.2": "fc2",
+        "fc_t": "translation",
+        "fc_qvec": "quaternion",
+        "fc_fov.0": "fov",
+    }
     for name, leaf in camera.items():
         rows += _layer(f"model.cam_dec.{name}", f"cam_dec.{leaf}", "linear")
-    return rows + _norm("model.head.norm", "head.norm") + _dpt_rows("head", False) + _dpt_rows("gs_head", True)
+    return (
+        rows
+        + _norm("model.head.norm", "head.norm")
+        + _dpt_rows("head", False)
+        + _dpt_rows("gs_head", True)
+    )
 
 
 def _layer(key: str, leaf: str, kind: str) -> list[tuple[str, str, str]]:
@@ -305,7 +366,9 @@ def _dpt_rows(name: str, merger: bool) -> list[tuple[str, str, str]]:
         for unit, ours in (("resConfUnit1", "unit1"), ("resConfUnit2", "unit2")):
             if i < 3 or ours == "unit2":
                 for conv in ("conv1", "conv2"):
-                    rows += _layer(f"{fusion[0]}{unit}.{conv}", f"{fusion[1]}{ours}.{conv}", "conv2d")
+                    rows += _layer(
+                        f"{fusion[0]}{unit}.{conv}", f"{fusion[1]}{ours}.{conv}", "conv2d"
+                    )
         rows += _layer(f"{fusion[0]}out_conv", f"{fusion[1]}out_conv", "conv2d")
     rows += _layer(f"{key}resize_layers.0", f"{leaf}up4", "conv_transpose2d")
     rows += _layer(f"{key}resize_layers.1", f"{leaf}up2", "conv_transpose2d")

@@ -58,7 +58,9 @@ class BackboneConfig:
         if self.ffn not in ("swiglu", "mlp"):
             raise ValueError(f"ffn is '{self.ffn}'; it has to be 'swiglu' or 'mlp'")
         if len(self.out_layers) != 4 or max(self.out_layers) >= self.depth:
-            raise ValueError(f"out_layers {self.out_layers} have to be 4 layers below depth {self.depth}")
+            raise ValueError(
+                f"out_layers {self.out_layers} have to be 4 layers below depth {self.depth}"
+            )
 
     @property
     def feature_dim(self) -> int:
@@ -85,7 +87,9 @@ class Attention(nnx.Module):
             self.q_norm = nnx.LayerNorm(head_dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs)
             self.k_norm = nnx.LayerNorm(head_dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Array, rotation: tuple[Array, Array] | None, implementation: Implementation) -> Array:
+    def __call__(
+        self, x: Array, rotation: tuple[Array, Array] | None, implementation: Implementation
+    ) -> Array:
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -129,7 +133,9 @@ class Block(nnx.Module):
         self.mlp = FeedForward(config, dtype, rngs)
         self.ls2 = nnx.Param(jnp.ones((dim,)))
 
-    def __call__(self, x: Array, rotation: tuple[Array, Array] | None, implementation: Implementation) -> Array:
+    def __call__(
+        self, x: Array, rotation: tuple[Array, Array] | None, implementation: Implementation
+    ) -> Array:
         x = x + self.attn(self.norm1(x), rotation, implementation) * self.ls1[...]
         return x + self.mlp(self.norm2(x)) * self.ls2[...]
 
@@ -172,14 +178,20 @@ class Backbone(nnx.Module):
         """
         config = self.config
         if strategy not in STRATEGIES:
-            raise ValueError(f"reference strategy '{strategy}' is unknown; use one of {', '.join(STRATEGIES)}")
+            raise ValueError(
+                f"reference strategy '{strategy}' is unknown; use one of {', '.join(STRATEGIES)}"
+            )
         batch, frames = images.shape[:2]
         x, grid = self._embed(images)
         local_rotation, global_rotation = self._rotations(grid, frames, jnp.float32)
         local, order, taps = x, None, []
         for i, block in enumerate(self.blocks):
             alternating = 0 <= config.alt_start <= i
-            if i == config.alt_start - 1 and frames >= MIN_FRAMES_FOR_REFERENCE and strategy != "first":
+            if (
+                i == config.alt_start - 1
+                and frames >= MIN_FRAMES_FOR_REFERENCE
+                and strategy != "first"
+            ):
                 order = reference_order(x[:, :, 0], strategy)
                 x, local = reorder(x, order), reorder(local, order)
             if i == config.alt_start:
@@ -187,10 +199,14 @@ class Backbone(nnx.Module):
             rotated = 0 <= config.rope_start <= i
             if alternating and i % 2 == 1:
                 flat = x.reshape(batch, -1, x.shape[-1])
-                x = block(flat, global_rotation if rotated else None, implementation).reshape(x.shape)
+                x = block(flat, global_rotation if rotated else None, implementation).reshape(
+                    x.shape
+                )
             else:
                 flat = x.reshape(batch * frames, -1, x.shape[-1])
-                x = block(flat, local_rotation if rotated else None, implementation).reshape(x.shape)
+                x = block(flat, local_rotation if rotated else None, implementation).reshape(
+                    x.shape
+                )
                 local = x
             if i in config.out_layers:
                 taps.append(self._tap(local, x, order))
@@ -199,7 +215,9 @@ class Backbone(nnx.Module):
     def _embed(self, images: Array) -> tuple[Array, tuple[int, int]]:
         config, (batch, frames, height, width, _) = self.config, images.shape
         if height % config.patch_size or width % config.patch_size:
-            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {config.patch_size}")
+            raise ValueError(
+                f"image size {height}x{width} is not a multiple of the patch size {config.patch_size}"
+            )
         grid = (height // config.patch_size, width // config.patch_size)
         x = self.patch_embed(images.reshape(-1, height, width, 3)).astype(jnp.float32)
         x = x.reshape(batch * frames, -1, config.embed_dim)
@@ -236,7 +254,11 @@ class Backbone(nnx.Module):
         return x.at[:, :, 0].set(tokens)
 
     def _tap(self, local: Array, x: Array, order: Array | None) -> tuple[Array, Array]:
-        camera = jnp.concatenate([local[:, :, 0], x[:, :, 0]], axis=-1) if self.config.cat_token else x[:, :, 0]
+        camera = (
+            jnp.concatenate([local[:, :, 0], x[:, :, 0]], axis=-1)
+            if self.config.cat_token
+            else x[:, :, 0]
+        )
         patches = self.norm(x[:, :, 1:])  # only the half of the latest layer is normalised
         if self.config.cat_token:
             patches = jnp.concatenate([local[:, :, 1:], patches], axis=-1)

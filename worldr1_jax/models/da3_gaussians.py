@@ -17,7 +17,13 @@ from worldr1_jax.types import Gaussians
 
 SH_C0 = 0.28209479177387814
 SH_C1 = 0.4886025119029199
-SH_C2 = (1.0925484305920792, -1.0925484305920792, 0.31539156525252005, -1.0925484305920792, 0.5462742152960396)
+SH_C2 = (
+    1.0925484305920792,
+    -1.0925484305920792,
+    0.31539156525252005,
+    -1.0925484305920792,
+    0.5462742152960396,
+)
 SCALE_MULTIPLIER = 0.1  # scales are fractions of a tenth of a pixel's footprint at that depth
 
 
@@ -33,6 +39,9 @@ class GaussianConfig:
     # Published: Gaussians lie at `depth` along UNIT rays although the depth head gives depth along the optical axis; the
     # depth offset has learnt the difference. False (ours, for networks trained here) puts them at that depth exactly.
     unit_rays: bool = True
+    # Published: a quaternion's parts are one place off while the camera's rotation is applied, which is right for an
+    # unrotated camera only. The pretrained head has learnt with it. False (ours) applies the rotation properly.
+    slipped_quaternions: bool = True
 
     def __post_init__(self) -> None:
         if self.sh_degree not in (0, 1, 2):
@@ -52,7 +61,19 @@ class GaussianConfig:
         """Bias of a fresh head: pixel-sized, unrotated, grey, opaque enough to be seen."""
         xy = (0.0,) * (2 * self.pred_offset_xy)
         offset = (0.0,) * int(self.pred_offset_depth)
-        return (*xy, -3.0, -3.0, -3.0, 0.0, 0.0, 0.0, 1.0, *(0.0,) * (3 * self.sh_count), *offset, 0.0)
+        return (
+            *xy,
+            -3.0,
+            -3.0,
+            -3.0,
+            0.0,
+            0.0,
+            0.0,
+            1.0,
+            *(0.0,) * (3 * self.sh_count),
+            *offset,
+            0.0,
+        )
 
 
 def quaternion_to_matrix(quaternion: Float[Array, "*b 4"]) -> Float[Array, "*b 3 3"]:
@@ -119,22 +140,32 @@ def decode_cameras(
     last = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], upper.dtype), (*upper.shape[:-2], 1, 4))
     focal = jnp.array([height / 2, width / 2]) / jnp.maximum(jnp.tan(fov / 2), 1e-6)
     zero, one = jnp.zeros_like(focal[..., 0]), jnp.ones_like(focal[..., 0])
-    rows = [[focal[..., 1], zero, one * (width / 2)], [zero, focal[..., 0], one * (height / 2)], [zero, zero, one]]
+    rows = [
+        [focal[..., 1], zero, one * (width / 2)],
+        [zero, focal[..., 0], one * (height / 2)],
+        [zero, zero, one],
+    ]
     intrinsics = jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
     return jnp.concatenate([upper, last], axis=-2), intrinsics
 
 
+def rigid_inverse(camtoworld: Float[Array, "*b 4 4"]) -> Float[Array, "*b 4 4"]:
+    """Inverse of rotation and translation; worldtocam of camtoworld."""
+    inverse = jnp.swapaxes(camtoworld[..., :3, :3], -1, -2)
+    position = jnp.einsum("...ij,...j->...i", inverse, camtoworld[..., :3, 3], precision="highest")
+    upper = jnp.concatenate([inverse, -position[..., None]], axis=-1)
+    last = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], upper.dtype), (*upper.shape[:-2], 1, 4))
+    return jnp.concatenate([upper, last], axis=-2)
+
+
 def relative_to_first(camtoworld: Float[Array, "*b F 4 4"]) -> Float[Array, "*b F 4 4"]:
     """The same path with the first camera at the identity."""
-    rotation, position = camtoworld[..., :1, :3, :3], camtoworld[..., :1, :3, 3:]
-    inverse = jnp.swapaxes(rotation, -1, -2)
-    upper = jnp.concatenate([inverse, -inverse @ position], axis=-1)
-    last = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], upper.dtype), (*upper.shape[:-2], 1, 4))
-    with jax.default_matmul_precision("highest"):
-        return jnp.concatenate([upper, last], axis=-2) @ camtoworld
+    return jnp.matmul(rigid_inverse(camtoworld[..., :1, :, :]), camtoworld, precision="highest")
 
 
-def resample_depth(depth: Float[Array, "B F H W"], size: tuple[int, int]) -> Float[Array, "B F h w"]:
+def resample_depth(
+    depth: Float[Array, "B F H W"], size: tuple[int, int]
+) -> Float[Array, "B F h w"]:
     """Depth at another size: the nearest surface of each cell going down, linear interpolation going up.
 
     The minimum keeps a cell that straddles an edge on a surface; a mean would float between the two.
@@ -182,7 +213,9 @@ def gaussians_from(
     if config.pred_offset_xy:
         xy, raw = xy + raw[..., :2] * cell, raw[..., 2:]
     rays = (xy - centre[:, :, None, None]) / focal[:, :, None, None]
-    rays = jnp.concatenate([jnp.broadcast_to(rays, (batch, frames, h, w, 2)), jnp.ones((batch, frames, h, w, 1))], -1)
+    rays = jnp.concatenate(
+        [jnp.broadcast_to(rays, (batch, frames, h, w, 2)), jnp.ones((batch, frames, h, w, 1))], -1
+    )
     if config.unit_rays:
         rays = rays / jnp.linalg.norm(rays, axis=-1, keepdims=True)
     rotation, position = camtoworld[..., :3, :3], camtoworld[..., :3, 3]
@@ -192,7 +225,7 @@ def gaussians_from(
     low, high = config.gaussian_scale_min, config.gaussian_scale_max
     footprint = SCALE_MULTIPLIER * jnp.sum(cell / focal, axis=-1)[:, :, None, None] * depth
     scales = (low + (high - low) * jax.nn.sigmoid(raw[..., :3])) * footprint[..., None]
-    quaternions = _world_quaternions(raw[..., 3:7], rotation)
+    quaternions = _world_quaternions(raw[..., 3:7], rotation, config.slipped_quaternions)
     sh = raw[..., 7:].reshape(batch, frames, h * w, 3, config.sh_count) * sh_mask(config.sh_degree)
     sh = rotate_sh(jnp.swapaxes(sh, -1, -2), rotation[:, :, None])
     return Gaussians(
@@ -204,13 +237,32 @@ def gaussians_from(
     )
 
 
-def _world_quaternions(xyzw: Float[Array, "B F h w 4"], rotation: Float[Array, "B F 3 3"]) -> Array:
-    """Unit quaternions wxyz, Gaussian axes to world axes, w >= 0."""
-    length = jnp.sqrt(jnp.sum(xyzw * xyzw, axis=-1, keepdims=True) + 1e-16)  # finite gradient at zero
-    local = jnp.roll(xyzw / length, 1, axis=-1)
+def _world_quaternions(
+    xyzw: Float[Array, "B F h w 4"], rotation: Float[Array, "B F 3 3"], slipped: bool
+) -> Float[Array, "B F h w 4"]:
+    """Unit quaternions wxyz, Gaussian axes to world axes; `slipped` as in GaussianConfig."""
+    length = jnp.sqrt(
+        jnp.sum(xyzw * xyzw, axis=-1, keepdims=True) + 1e-16
+    )  # finite gradient at zero
     camera = jnp.roll(matrix_to_quaternion(rotation), 1, axis=-1)[:, :, None, None]
+    local = jnp.roll(xyzw / length, 2 if slipped else 1, axis=-1)
     world = multiply(jnp.broadcast_to(camera, local.shape), local)
-    return jnp.where(world[..., :1] < 0, -world, world)
+    world = jnp.where(world[..., :1] < 0, -world, world)
+    return jnp.roll(world, -1, axis=-1) if slipped else world
+
+
+def move(gaussians: Gaussians, rigid: Float[Array, "*b 4 4"]) -> Gaussians:
+    """The same Gaussians in other axes: `rigid` maps old world coordinates to new ones."""
+    rotation, position = rigid[..., None, :3, :3], rigid[..., None, :3, 3]
+    turn = jnp.roll(matrix_to_quaternion(rotation), 1, axis=-1)
+    means = jnp.einsum("...ij,...j->...i", rotation, gaussians.means, precision="highest")
+    return gaussians.replace(  # type: ignore[attr-defined]
+        means=means + position,
+        quaternions=multiply(
+            jnp.broadcast_to(turn, gaussians.quaternions.shape), gaussians.quaternions
+        ),
+        sh=rotate_sh(gaussians.sh, rotation),
+    )
 
 
 def sh_mask(degree: int) -> np.ndarray:
@@ -219,7 +271,9 @@ def sh_mask(degree: int) -> np.ndarray:
     return np.where(bands == 0, 1.0, 0.1 * 0.25**bands).astype(np.float32)
 
 
-def rotate_sh(sh: Float[Array, "*b K C"], rotation: Float[Array, "*b 3 3"]) -> Float[Array, "*b K C"]:
+def rotate_sh(
+    sh: Float[Array, "*b K C"], rotation: Float[Array, "*b 3 3"]
+) -> Float[Array, "*b K C"]:
     """Coefficients of the same colour function in axes turned by `rotation` (old axes to new axes)."""
     degree = int(round(sh.shape[-2] ** 0.5)) - 1
     parts = [sh[..., :1, :]]

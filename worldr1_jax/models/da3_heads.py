@@ -33,7 +33,11 @@ class HeadConfig:
     down_ratio: int = 1  # output is (H / down_ratio, W / down_ratio)
 
     def __post_init__(self) -> None:
-        if self.features % 8 or len(self.out_channels) != 4 or any(c % 4 for c in self.out_channels):
+        if (
+            self.features % 8
+            or len(self.out_channels) != 4
+            or any(c % 4 for c in self.out_channels)
+        ):
             raise ValueError(
                 f"features {self.features} has to be a multiple of 8, out_channels {self.out_channels} four multiples of 4"
             )
@@ -49,7 +53,9 @@ class CameraDecoder(nnx.Module):
         # A fresh network starts at the identity with a field of view of 1 rad: the ReLU on the field of view has no
         # gradient below zero, and a zero quaternion no rotation.
         self.translation = nnx.Linear(dim, 3, kernel_init=small, rngs=rngs)
-        self.quaternion = nnx.Linear(dim, 4, kernel_init=small, bias_init=_constant(0, 0, 0, 1), rngs=rngs)
+        self.quaternion = nnx.Linear(
+            dim, 4, kernel_init=small, bias_init=_constant(0, 0, 0, 1), rngs=rngs
+        )
         self.fov = nnx.Linear(dim, 2, kernel_init=small, bias_init=_constant(1, 1), rngs=rngs)
 
     def __call__(self, token: Float[Array, "B F D"]) -> tuple[Array, Array, Array]:
@@ -66,7 +72,9 @@ class UpConv(nnx.Module):
     """Transposed convolution whose stride equals its kernel: every pixel becomes a k x k patch."""
 
     def __init__(self, channels: int, k: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (k, k, channels, channels)))
+        self.kernel = nnx.Param(
+            nnx.initializers.lecun_normal()(rngs.params(), (k, k, channels, channels))
+        )
         self.bias = nnx.Param(jnp.zeros((channels,)))
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
@@ -117,7 +125,9 @@ class DPT(nnx.Module):
     ):
         self.config = config
         features, outs = config.features, config.out_channels
-        self.norm = nnx.LayerNorm(dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs) if norm else None
+        self.norm = (
+            nnx.LayerNorm(dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs) if norm else None
+        )
         self.projects = nnx.List([nnx.Conv(dim, c, (1, 1), rngs=rngs) for c in outs])
         self.up4 = UpConv(outs[0], 4, rngs=rngs)
         self.up2 = UpConv(outs[1], 2, rngs=rngs)
@@ -142,7 +152,11 @@ class DPT(nnx.Module):
         )
 
     def __call__(
-        self, taps: list[Float[Array, "N P D"]], size: tuple[int, int], patch: int, images: Array | None = None
+        self,
+        taps: list[Float[Array, "N P D"]],
+        size: tuple[int, int],
+        patch: int,
+        images: Array | None = None,
     ) -> Float[Array, "N h w C"]:
         """Raw output (no activation).
 
@@ -185,15 +199,21 @@ class DPT(nnx.Module):
     def _merge(self, images: Array, ratio: int) -> Array:
         # The published merger exists at full size only; with down_ratio it reads the block means of the image.
         batch, height, width, channels = images.shape
-        x = images.reshape(batch, height // ratio, ratio, width // ratio, ratio, channels).mean((2, 4))
+        x = images.reshape(batch, height // ratio, ratio, width // ratio, ratio, channels).mean(
+            (2, 4)
+        )
         for layer in self.merger or ():
             x = jax.nn.gelu(layer(x), approximate=False)
         return x
 
 
-def conv3(inputs: int, outputs: int, *, stride: int = 1, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Conv:
+def conv3(
+    inputs: int, outputs: int, *, stride: int = 1, use_bias: bool = True, rngs: nnx.Rngs
+) -> nnx.Conv:
     """3x3 convolution with one pixel of zeros around."""
-    return nnx.Conv(inputs, outputs, (3, 3), strides=(stride, stride), padding=1, use_bias=use_bias, rngs=rngs)
+    return nnx.Conv(
+        inputs, outputs, (3, 3), strides=(stride, stride), padding=1, use_bias=use_bias, rngs=rngs
+    )
 
 
 def resize(x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B H W C"]:

@@ -1,0 +1,150 @@
+"""Depth Anything 3 against depth_anything_3 0.1.1, on tiny random weights in float32, loaded from a published layout."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from tests.goldens import make_da3
+from worldr1_jax.models import da3
+from worldr1_jax.models.da3_gaussians import decode_cameras, gaussians_from, rotate_sh
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+pytest.importorskip("depth_anything_3")
+
+# Both sides are float32 and sum in different orders: 1e-3 of the spread of the values is the contract; 1e-5 is usual.
+TOLERANCE = 1e-3
+CASES = {
+    "one_frame": ({}, 1, (56, 56), "saddle_balanced"),
+    "two_frames_mlp": ({"ffn": "mlp"}, 2, (28, 42), "saddle_balanced"),
+    "three_frames": ({}, 3, (42, 28), "saddle_balanced"),
+    "seven_frames": ({}, 7, (28, 42), "saddle_balanced"),
+    "middle": ({"sh_degree": 1}, 5, (28, 28), "middle"),
+    "first": ({"sh_degree": 0}, 4, (28, 28), "first"),
+    "single_tokens": ({"cat_token": False}, 3, (28, 28), "saddle_balanced"),
+    "even_start": (
+        {"alt_start": 4, "qknorm_start": 2, "rope_start": 3},
+        3,
+        (28, 28),
+        "saddle_balanced",
+    ),
+}
+
+
+def close(ours, theirs, name):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, f"{name}: {ours.shape} against {theirs.shape}"
+    error = np.abs(ours - theirs).max() / theirs.std()
+    assert error <= TOLERANCE, f"{name}: relative error {error:.2e}"
+    return error
+
+
+def load_ours(config, reference, folder, strategy):
+    (folder / "config.json").write_text(
+        json.dumps(config.to_dict() | {"ref_view_strategy": strategy})
+    )
+    tensors = {k: np.ascontiguousarray(v) for k, v in make_da3.publisher_tensors(reference).items()}
+    save_file(tensors, folder / "model.safetensors")
+    return da3.load(folder)
+
+
+@nnx.jit
+def outputs(model, video):
+    """Everything that is compared, under the names of `run_reference`, and the taps."""
+    size, config = video.shape[2:4], model.config
+    images = (video - jnp.array(da3.IMAGENET_MEAN)) / jnp.array(da3.IMAGENET_STD)
+    taps = model.backbone(images, strategy=config.ref_view_strategy)
+    raw = model.forward(video)
+    camtoworld, intrinsics = decode_cameras(raw.translation, raw.quaternion, raw.fov, size)
+    gaussians = gaussians_from(
+        config.gs_adapter, raw.gaussians, raw.opacity, raw.depth, camtoworld, intrinsics, size
+    )
+    return {
+        "pose": jnp.concatenate([raw.translation, raw.quaternion, raw.fov], axis=-1),
+        "depth": raw.depth,
+        "confidence": raw.confidence,
+        "camtoworld": camtoworld,
+        "intrinsics": intrinsics,
+        "means": gaussians.means,
+        "scales": gaussians.scales,
+        "opacities": gaussians.opacities,
+        "harmonics": jnp.swapaxes(gaussians.sh, -1, -2),
+        "rotations": gaussians.quaternions,
+    }, taps
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_output(case, tmp_path):
+    overrides, frames, (height, width), strategy = CASES[case]
+    config = make_da3.tiny_config(**overrides)
+    reference = make_da3.make_reference(config, seed=frames)
+    model = load_ours(config, reference, tmp_path, strategy)
+    video = np.random.default_rng(frames).random((2, frames, height, width, 3), np.float32)
+    want = make_da3.run_reference(reference, video, strategy)
+
+    got, taps = outputs(model, jnp.asarray(video))
+    errors = {
+        name: close(value, want[name], name) for name, value in got.items() if name != "rotations"
+    }
+    for i, (tokens, camera) in enumerate(taps):
+        errors[f"tap{i}"] = close(tokens, want[f"tap{i}"], f"tap{i}")
+        errors[f"camera{i}"] = close(camera, want[f"camera{i}"], f"camera{i}")
+    # q and -q are one rotation, and both signs occur where w is about 0.
+    rotations = np.asarray(got["rotations"])
+    assert np.std(want["depth"]) > 0.05 * np.mean(want["depth"]), (
+        "a depth this flat would hide a wrong head"
+    )
+    signs = np.sign(np.sum(rotations * want["rotations"], axis=-1, keepdims=True))
+    errors["rotations"] = close(rotations * signs, want["rotations"], "rotations")
+    print(case, {k: f"{v:.1e}" for k, v in errors.items()})
+
+
+def test_reconstruction_is_the_published_one_seen_from_the_first_camera(tmp_path):
+    config = make_da3.tiny_config()
+    reference = make_da3.make_reference(config, seed=5)
+    model = load_ours(config, reference, tmp_path, "saddle_balanced")
+    video = np.random.default_rng(5).random((1, 3, 28, 28, 3), np.float32)
+    want = make_da3.run_reference(reference, video)
+    got = nnx.jit(lambda model, x: model(x))(model, jnp.asarray(video))
+    inverse = np.linalg.inv(want["camtoworld"][:, :1])
+    close(got.camtoworld, inverse @ want["camtoworld"], "camtoworld")
+    means = want["means"] @ np.swapaxes(inverse[:, 0, :3, :3], -1, -2) + inverse[:, 0, None, :3, 3]
+    close(got.gaussians.means, means, "means")
+
+
+def test_save_gives_the_publishers_keys(tmp_path):
+    config = make_da3.tiny_config()
+    reference = make_da3.make_reference(config)
+    model = load_ours(config, reference, tmp_path, "saddle_balanced")
+    da3.save(model, tmp_path / "again")
+    theirs, ours = (
+        load_file(tmp_path / "model.safetensors"),
+        load_file(tmp_path / "again" / "model.safetensors"),
+    )
+    assert all(np.array_equal(theirs[k], v) for k, v in ours.items())
+    assert all("_aux" in key for key in theirs.keys() - ours.keys())
+
+
+def test_sh_rotation_is_e3nns():
+    pytest.importorskip("e3nn")
+    make_da3.make_reference(
+        make_da3.golden_config()
+    )  # stubs what the package imports and does not use
+    from depth_anything_3.utils.sh_helpers import rotate_sh as published
+
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.normal(size=(20, 3, 3)))[0]
+    rotation = (rotation * np.linalg.det(rotation)[:, None, None]).astype(np.float32)
+    rotation[0] = np.eye(3)
+    sh = rng.normal(size=(20, 3, 9)).astype(np.float32)
+    want = published(torch.from_numpy(sh), torch.from_numpy(rotation)[:, None]).numpy()
+    got = np.swapaxes(
+        rotate_sh(jnp.swapaxes(jnp.asarray(sh), -1, -2), jnp.asarray(rotation)), -1, -2
+    )
+    close(got, want, "sh")

@@ -1,0 +1,288 @@
+"""Depth Anything 3 without torch: goldens of the publisher's code, geometry, gradients, loading, reconstruct()."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from tests.goldens.make_da3 import golden_config
+from worldr1_jax.models import da3
+from worldr1_jax.models.da3_backbone import bicubic_matrix, reference_order, reorder
+from worldr1_jax.models.da3_gaussians import (
+    GaussianConfig,
+    decode_cameras,
+    gaussians_from,
+    matrix_to_quaternion,
+    move,
+    quaternion_to_matrix,
+    relative_to_first,
+    resample_depth,
+    rigid_inverse,
+    rotate_sh,
+    sh_band,
+)
+from worldr1_jax.models.da3_heads import corner_matrix
+from worldr1_jax.rewards.reconstruct import processed_size, reconstruct
+
+GOLDEN = Path(__file__).parent / "goldens" / "da3.npz"
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """The golden file, and the network loaded from its weights under the publisher's names."""
+    folder = tmp_path_factory.mktemp("da3")
+    with np.load(GOLDEN) as file:
+        values = dict(file)
+    weights = {k[2:]: v for k, v in values.items() if k.startswith("w/")}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(golden_config().to_dict()))
+    return values, da3.load(folder), folder
+
+
+@pytest.fixture(scope="module")
+def outputs(golden):
+    """Raw outputs, and Gaussians in the network's own axes."""
+    values, model, _ = golden
+
+    @nnx.jit
+    def run(model, video):
+        raw = model.forward(video)
+        own, intrinsics = decode_cameras(raw.translation, raw.quaternion, raw.fov, video.shape[2:4])
+        return raw, own, intrinsics, model.gaussians_from(raw, own, intrinsics)
+
+    return run(model, jnp.asarray(values["video"]))
+
+
+def close(ours, theirs):
+    """Float32 sums in another order: 1e-4 of the spread is far above rounding and far below any mistake."""
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.std(theirs), rtol=1e-4)
+
+
+def test_golden_outputs(golden, outputs):
+    values, (raw, own, intrinsics, gaussians) = golden[0], outputs
+    close(jnp.concatenate([raw.translation, raw.quaternion, raw.fov], -1), values["out/pose"])
+    close(raw.depth, values["out/depth"])
+    close(raw.confidence, values["out/confidence"])
+    close(own, values["out/camtoworld"])
+    close(intrinsics, values["out/intrinsics"])
+    close(gaussians.means[:, ::7], values["out/means"])
+    close(gaussians.scales[:, ::7], values["out/scales"])
+    close(gaussians.opacities[:, ::7], values["out/opacities"])
+    close(jnp.swapaxes(gaussians.sh, -1, -2)[:, ::7], values["out/harmonics"])
+    quaternions = np.asarray(gaussians.quaternions[:, ::7])
+    dots = np.sum(quaternions * values["out/rotations"], axis=-1)
+    np.testing.assert_allclose(np.abs(dots), 1.0, atol=1e-5)
+
+
+def test_reconstruct_starts_at_the_identity_and_moves_everything(golden, outputs):
+    values, model, _ = golden
+    raw, own, intrinsics, gaussians = outputs
+    got = reconstruct(model, jnp.asarray(values["video"]), process_size=(28, 42))
+    np.testing.assert_allclose(got.camtoworld[:, 0], np.eye(4)[None], atol=1e-5)
+    first = np.asarray(own[:, 0])
+    back = (
+        np.asarray(got.gaussians.means) @ np.swapaxes(first[:, :3, :3], 1, 2)
+        + first[:, None, :3, 3]
+    )
+    close(back, np.asarray(gaussians.means))
+    close(got.depth, raw.depth)
+    close(got.intrinsics, intrinsics)
+
+
+def test_frame_chunks_do_not_change_results(golden, outputs):
+    values, model, _ = golden
+    graphdef, state = nnx.split(model)
+    other = nnx.merge(graphdef, state)
+    other.config = dataclasses.replace(model.config, frame_chunk=2)
+    raw = nnx.jit(lambda m, v: m.forward(v))(other, jnp.asarray(values["video"]))
+    close(raw.depth, outputs[0].depth)
+    close(raw.gaussians, outputs[0].gaussians)
+
+
+def test_save_load_round_trip_is_exact(golden, tmp_path):
+    _, model, _ = golden
+    da3.save(model, tmp_path)
+    again = da3.load(tmp_path)
+    assert again.config == model.config
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.state(again, nnx.Param), nnx.state(model, nnx.Param)
+    )
+
+
+def test_load_names_what_does_not_fit(golden, tmp_path):
+    values = golden[0]
+    weights = {k[2:]: v for k, v in values.items() if k.startswith("w/")}
+    (tmp_path / "config.json").write_text(json.dumps(golden_config().to_dict()))
+    save_file(
+        weights | {"model.head.extra": np.zeros(1, np.float32)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="model.head.extra"):
+        da3.load(tmp_path)
+    weights.pop("model.cam_dec.fc_t.bias")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.cam_dec.fc_t.bias"):
+        da3.load(tmp_path)
+
+
+def test_configs():
+    for config in (da3.Config.giant(), da3.Config.nano(), golden_config()):
+        assert da3.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    published = {
+        "__object__": {"name": "DepthAnything3Net"},
+        "net": {"name": "vitg", "out_layers": [19, 27, 33, 39], "alt_start": 13, "qknorm_start": 13}
+        | {"rope_start": 13, "cat_token": True},
+        "head": {
+            "dim_in": 3072,
+            "output_dim": 2,
+            "features": 256,
+            "out_channels": [256, 512, 1024, 1024],
+        },
+        "gs_head": {
+            "dim_in": 3072,
+            "output_dim": 38,
+            "features": 256,
+            "out_channels": [256, 512, 1024, 1024],
+        },
+        "gs_adapter": {"sh_degree": 2, "pred_color": False, "pred_offset_depth": True}
+        | {"pred_offset_xy": True, "gaussian_scale_min": 1e-5, "gaussian_scale_max": 30.0},
+        "cam_dec": {"dim_in": 3072},
+    }
+    assert (
+        da3.Config.from_dict({"model_name": "da3-giant", "config": published}) == da3.Config.giant()
+    )
+    with pytest.raises(ValueError, match="gs_head"):
+        da3.Config.from_dict({"config": {k: v for k, v in published.items() if k != "gs_head"}})
+    with pytest.raises(ValueError, match="net.bogus"):
+        da3.Config.from_dict({"config": published | {"net": {"bogus": 1}}})
+
+
+def test_giant_has_the_published_number_of_parameters():
+    config = da3.Config.giant()
+    model = nnx.eval_shape(lambda: da3.DA3(config, nnx.Rngs(0)))
+    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    count = sum(int(np.prod(leaf.shape)) for _, leaf in leaves)
+    # 1.356 billion published, less the camera encoder and the ray branch, which are not built.
+    assert 1.19e9 < count < 1.356e9
+    assert len(da3.table(config)) == len(leaves)
+
+
+def test_nano_shapes_and_gradients():
+    config = da3.Config.nano()
+    config = dataclasses.replace(config, net=dataclasses.replace(config.net, embed_dim=16))
+    model = da3.DA3(config, nnx.Rngs(0))
+    video = jax.random.uniform(jax.random.key(0), (1, 3, 64, 64, 3))
+
+    def loss(model, video):
+        out = model(video)
+        return jnp.mean(out.depth) + jnp.mean(out.camtoworld**2) + jnp.mean(
+            out.gaussians.means**2
+        ), out
+
+    (_, out), grads = nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True))(model, video)
+    assert out.depth.shape == out.confidence.shape == (1, 3, 64, 64)
+    assert out.gaussians.means.shape == (1, 3 * 32 * 32, 3)
+    assert out.gaussians.sh.shape == (1, 3 * 32 * 32, 1, 3)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    assert float(jnp.abs(grads[1]).max()) > 0
+
+
+def test_gaussians_lie_on_the_given_surface():
+    """Zero raw channels and proper rays: the centres are the depth map's points, whatever the camera."""
+    config = GaussianConfig(sh_degree=0, unit_rays=False, slipped_quaternions=False)
+    quaternion = jnp.array([[0.1, -0.3, 0.2, 0.9]])
+    pose, intrinsics = decode_cameras(
+        jnp.array([[[0.5, -0.2, 0.1]]]), quaternion[None], jnp.array([[[0.8, 1.1]]]), (8, 12)
+    )
+    raw = jnp.zeros((1, 1, 8, 12, config.raw_dim)).at[..., 8].set(1.0)
+    depth = 2.0 + jax.random.uniform(jax.random.key(0), (1, 1, 8, 12))
+    out = gaussians_from(config, raw, jnp.ones((1, 1, 8, 12)), depth, pose, intrinsics, (8, 12))
+    camera = (np.asarray(out.means) - pose[0, 0, :3, 3]) @ pose[0, 0, :3, :3]
+    np.testing.assert_allclose(camera[0, :, 2], depth.reshape(-1), rtol=1e-5)
+    pixels = camera[0] @ intrinsics[0, 0].T
+    pixels = (pixels[:, :2] / pixels[:, 2:]).reshape(8, 12, 2)
+    want = np.stack(np.meshgrid(np.arange(12) + 0.5, np.arange(8) + 0.5), axis=-1)
+    np.testing.assert_allclose(pixels, want, atol=1e-4)
+    turned = quaternion_to_matrix(jnp.roll(out.quaternions, -1, axis=-1))
+    np.testing.assert_allclose(
+        turned[0], np.broadcast_to(pose[0, 0, :3, :3], turned[0].shape), atol=1e-5
+    )
+
+
+def test_quaternions_and_poses_round_trip():
+    quaternion = jax.random.normal(jax.random.key(1), (200, 4))
+    quaternion = (
+        quaternion.at[0]
+        .set(jnp.array([0.0, 0.0, 0.0, 1.0]))
+        .at[1]
+        .set(jnp.array([1.0, 0.0, 0.0, 0.0]))
+    )
+    unit = quaternion / jnp.linalg.norm(quaternion, axis=-1, keepdims=True)
+    back = matrix_to_quaternion(quaternion_to_matrix(quaternion))
+    np.testing.assert_allclose(np.abs(np.sum(back * unit, axis=-1)), 1.0, atol=1e-5)
+    path, _ = decode_cameras(unit[:6, :3], unit[:6], jnp.ones((6, 2)), (8, 8))
+    relative = relative_to_first(path)
+    np.testing.assert_allclose(relative[0], np.eye(4), atol=1e-6)
+    np.testing.assert_allclose(path[0] @ relative, path, atol=1e-5)
+
+
+def test_rotated_harmonics_are_the_same_function():
+    key_r, key_d, key_c = jax.random.split(jax.random.key(2), 3)
+    rotation = quaternion_to_matrix(jax.random.normal(key_r, (4,)))
+    directions = jax.random.normal(key_d, (50, 3))
+    directions = directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
+    sh = jax.random.normal(key_c, (9, 3))
+
+    def colour(coefficients, d):
+        return jnp.concatenate([sh_band(b, d) for b in range(3)], axis=-1) @ coefficients
+
+    got = colour(rotate_sh(sh, rotation), directions @ rotation.T)
+    np.testing.assert_allclose(got, colour(sh, directions), atol=1e-5)
+
+
+def test_move_and_back_is_nothing(outputs):
+    gaussians = outputs[3]
+    rigid = outputs[1][:, 1]
+    there_and_back = move(move(gaussians, rigid), rigid_inverse(rigid))
+    for ours, want in zip(jax.tree.leaves(there_and_back), jax.tree.leaves(gaussians), strict=True):
+        np.testing.assert_allclose(ours, want, atol=2e-5 * float(jnp.abs(want).max()) + 1e-6)
+
+
+def test_reference_order():
+    tokens = jax.random.normal(jax.random.key(3), (2, 5, 8))
+    assert reference_order(tokens, "first").tolist() == [[0, 1, 2, 3, 4]] * 2
+    order = reference_order(tokens, "middle")
+    assert order.tolist() == [[2, 0, 1, 3, 4]] * 2
+    back = reorder(reorder(tokens, order), jnp.argsort(order, axis=1))
+    np.testing.assert_array_equal(back, tokens)
+
+
+def test_resampling():
+    np.testing.assert_allclose(bicubic_matrix(37, 21).sum(1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(corner_matrix(4, 7)[[0, 2, 6]], np.eye(4)[[0, 1, 3]], atol=1e-6)
+    depth = jnp.arange(16.0).reshape(1, 1, 4, 4)
+    assert resample_depth(depth, (2, 2))[0, 0].tolist() == [[0, 2], [8, 10]]
+    assert resample_depth(depth, (8, 8)).shape == (1, 1, 8, 8)
+
+
+def test_reconstruct_sizes_and_bad_input(golden):
+    model = golden[1]
+    assert processed_size(480, 832, 504, 14) == (294, 504)
+    assert processed_size(64, 64, 64, 8) == (64, 64)
+    video = jnp.zeros((1, 2, 28, 28, 3))
+    for arguments, words in (
+        (dict(video=video[0]), "B F H W 3"),
+        (dict(video=video, frame_stride=0), "frame_stride"),
+        (dict(video=video, process_size=(30, 28)), "multiples"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            reconstruct(model, **arguments)
+    with pytest.raises(ValueError, match="patch size 14"):
+        model.forward(jnp.zeros((1, 2, 30, 28, 3)))
