@@ -57,7 +57,7 @@ def load(
     *,
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
-    shardings: Callable[[str], jax.sharding.Sharding] | None = None,
+    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
     ignore: Sequence[str] = (),
     skip_leaves: type[nnx.Variable] | None = nnx.LoRAParam,
 ) -> nnx.Module:
@@ -70,7 +70,7 @@ def load(
       repeats: how many values each placeholder takes, e.g. {"i": 30}.
       dtype: dtype of the filled leaves; None keeps each leaf's own.
       mesh: with `shardings` None, leaves are replicated over it; None leaves them on the default device.
-      shardings: leaf path -> sharding, for weights that are sharded as they stream in.
+      shardings: (leaf path, shape) -> sharding, for weights that are sharded as they stream in.
       ignore: regular expressions of publisher's keys that are deliberately not loaded.
 
     Raises:
@@ -93,7 +93,7 @@ def load(
             raise ValueError(f"no key of {path} fills the leaf '{name}'")
         value = _read_leaf(name, variable, groups[name], keys, Path(path))
         target = dtype or variable.get_raw_value().dtype
-        sharding = shardings(name) if shardings else None
+        sharding = shardings(name, value.shape) if shardings else None
         if sharding is None and mesh is not None:
             sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         host = value.astype(target)

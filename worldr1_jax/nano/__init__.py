@@ -1,0 +1,20 @@
+"""The nano world: its scenes, captions and shipped weights, small enough for two CPU cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def resolve(folder: str | Path, part: str = "") -> Path:
+    """The folder itself, or the shipped one when it is called "nano".
+
+    Raises:
+      ValueError: no folder is given, or it does not exist.
+    """
+    path = WEIGHTS / part if str(folder) == "nano" else Path(folder)
+    if not str(folder) or not path.is_dir():
+        name = part or "policy"
+        raise ValueError(f"weights of {name} are looked for in '{path if str(folder) else ''}', which is no folder")
+    return path

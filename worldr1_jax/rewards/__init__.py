@@ -1,0 +1,129 @@
+"""Rewards of videos, usable without the trainer:
+
+    reward = rewards.build({"recon": 1.0, "trajectory": 1.0, "general": 1.0}, da3="nano", mesh=mesh)
+    scores = reward(videos, prompts, camtoworld)     # Scores(parts={name: [B]}, total [B], valid [B])
+
+R = R_3D + R_gen. A part that fails (is not finite) masks its video out; it is never replaced by a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from worldr1_jax import nano, sharding
+from worldr1_jax.metrics import StageTimer
+from worldr1_jax.models import da3 as depth_anything
+from worldr1_jax.rewards import combine, general, recon, reconstruct, trajectory
+from worldr1_jax.types import Reconstruction, Scores
+
+NEEDS_3D = ("recon", "trajectory")
+NAMES = (*NEEDS_3D, "general")
+
+
+def build(
+    weights: Mapping[str, float],
+    *,
+    da3: str | Path = "nano",
+    mesh: jax.sharding.Mesh | None = None,
+    frame_stride: int = 1,
+    views: int | None = None,
+    depth_scale: float = 1.0,
+) -> Reward:
+    """Loads what the named rewards need onto the mesh.
+
+    Args:
+      weights: reward -> weight in the sum; a weight of 0 keeps the part as a measurement only.
+      da3: folder of a Depth Anything 3 with Gaussian head, or "nano" for the one that ships with the package.
+      mesh: videos are split over its data and fsdp axes; None uses one device.
+      frame_stride: the 3D network sees every so many frames.
+      views: frames that S_recon renders again, evenly spaced; None takes all that were reconstructed.
+      depth_scale: typical depth in the 3D network's units (see `trajectory.s_traj`).
+
+    Raises:
+      ValueError: an unknown reward, or weights that cannot be read.
+    """
+    unknown = [name for name in weights if name not in NAMES]
+    if unknown:
+        raise ValueError(f"rewards.weights names '{unknown[0]}': it knows {', '.join(NAMES)}")
+    if mesh is None:
+        mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    return Reward(dict(weights), nano.resolve(da3, "da3"), mesh, frame_stride, views, depth_scale)
+
+
+class Reward:
+    """Scores videos. Stages are compiled apart, so that their times and their memory can be told apart."""
+
+    def __init__(
+        self, weights: dict[str, float], folder: Path, mesh, frame_stride: int, views: int | None,
+        depth_scale: float,
+    ):
+        self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
+        network = sharding.place(depth_anything.load(folder), "da3", mesh)
+        self._graph, self._state = nnx.split(network)
+        self._reconstruct = jax.jit(self._reconstruct_videos)
+        self._recon = jax.jit(lambda video, found: recon.s_recon(video[:, ::frame_stride], found, views=views))
+        self._trajectory = jax.jit(
+            lambda asked, found: trajectory.s_traj(asked[:, ::frame_stride], found, depth_scale=depth_scale)
+        )
+        self._palette = jax.jit(general.palette)
+
+    def __call__(
+        self,
+        videos: Float[Array, "B F H W 3"],
+        prompts: Sequence[str],
+        camtoworld: Float[np.ndarray, "B F 4 4"],
+        *,
+        off: Sequence[str] = (),
+        timer: StageTimer | None = None,
+    ) -> Scores:
+        """Parts, weighted sum and validity of a batch whose size the mesh divides.
+
+        Rewards in `off` do not count, and when both 3D rewards are off, no reconstruction is made. A `timer` is told of
+        the stages reconstruct, render and general.
+        """
+        stage = timer or StageTimer()
+        parts: dict[str, Array] = {}
+        if not set(NEEDS_3D) <= set(off):
+            with stage("reconstruct") as wait_for:
+                found = wait_for(self.reconstruct(videos))
+            with stage("render") as wait_for:
+                parts |= wait_for(self.geometry(videos, found, camtoworld))
+        with stage("general") as wait_for:
+            parts["general"] = wait_for(self.general(videos, prompts))
+        return self.combine(parts, off)
+
+    def reconstruct(self, videos: Float[Array, "B F H W 3"]) -> Reconstruction:
+        """The 3D network's view of each video."""
+        with jax.set_mesh(self.mesh):
+            return self._reconstruct(self._state, videos)
+
+    def geometry(self, videos, found: Reconstruction, camtoworld) -> dict[str, Array]:
+        """S_recon (with PSNR and SSIM beside it) and S_traj."""
+        asked = sharding.to_global(np.asarray(camtoworld, np.float32), sharding.batched(self.mesh))
+        with jax.set_mesh(self.mesh):
+            score, extra = self._recon(videos, found)
+            return {"recon": score, "trajectory": self._trajectory(asked, found.camtoworld), **extra}
+
+    def general(self, videos, prompts: Sequence[str]) -> Array:
+        """R_gen: see `general.palette`."""
+        place = sharding.batched(self.mesh)
+        colors, used = (sharding.to_global(a, place) for a in general.targets(prompts))
+        with jax.set_mesh(self.mesh):
+            return self._palette(videos, colors, used)
+
+    def combine(self, parts: dict[str, Array], off: Sequence[str] = ()) -> Scores:
+        """The weighted sum of the parts that count."""
+        weights = {name: 0.0 if name in off else weight for name, weight in self.weights.items()}
+        with jax.set_mesh(self.mesh):
+            return combine.combine(parts, weights)
+
+    def _reconstruct_videos(self, state: Any, videos: Array) -> Reconstruction:
+        network = nnx.merge(self._graph, state)
+        return reconstruct.reconstruct(network, videos, frame_stride=self.frame_stride)

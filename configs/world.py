@@ -1,0 +1,125 @@
+"""World-R1's configuration: nano (default, any machine), small (Wan2.1-1.3B) and large (Wan2.1-14B).
+
+    --config=configs/world.py          --config=configs/world.py:small          --config.sample.steps=20
+
+Values marked [paper] are World-R1's (arXiv 2604.24764); the others say where they come from. All variants have the same
+fields, and the same code reads them.
+"""
+
+import ml_collections
+
+VARIANTS = ("nano", "small", "large")
+
+
+def get_config(variant: str = "nano") -> ml_collections.ConfigDict:
+    """The configuration of a variant; raises ValueError for a name that is none."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant '{variant}': use one of {', '.join(VARIANTS)}")
+    config = _paper()
+    config.variant = variant
+    if variant == "nano":
+        _nano(config)
+    else:
+        _wan(config, variant)
+    config.lock()
+    return config
+
+
+def _paper() -> ml_collections.ConfigDict:
+    """World-R1 at full size, as far as the paper says."""
+    c = ml_collections.ConfigDict()
+    c.variant = ""
+    c.seed = 0  # every random choice of a run follows from it
+    c.num_updates = 600  # rollouts, each followed by one update; ours: the paper does not say
+    c.checkpoint_every = 10  # updates
+    c.checkpoint_keep = 3  # newest checkpoints that stay on disk
+    c.videos_every = 10  # updates between sample videos in workdir/videos
+    c.groups = 48  # prompts per update [paper]
+    c.group_size = 8  # K, videos per prompt [paper]
+    c.frames, c.height, c.width = 81, 480, 832  # of the videos; frames = 1 + 4 k [paper]
+    c.fps = 16  # of the mp4 files; Wan's own rate
+    c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})  # -1: what is left
+    c.prompts = ""  # folder with train.txt, dynamic.txt, test.txt, or one .txt or .jsonl; "nano": made from the seed
+
+    c.policy = ml_collections.ConfigDict()
+    c.policy.weights = ""  # folder in diffusers' layout: transformer, vae, text_encoder, tokenizer
+    c.policy.lora_rank, c.policy.lora_alpha = 32, 64.0  # [paper]
+    c.policy.dtype = "bfloat16"  # of matmuls and resting weights; adapters, norms and softmax stay float32
+    c.policy.remat = "full"  # what the backward pass recomputes: none, dots, full
+    c.policy.text_tokens = 512  # padded length of prompts; Wan's own
+
+    c.sample = ml_collections.ConfigDict()
+    c.sample.steps = 50  # T [paper]
+    c.sample.shift = 3.0  # of the schedule; Wan at 480p (5 at 720p)
+    c.sample.guidance = 5.0  # classifier-free guidance [paper]; 1 is off
+    c.sample.negative_prompt = ""
+    c.sample.sde = "flow"  # noise of the window: flow (flow-SDE) or cps (coefficients-preserving)
+    c.sample.eta = 0.7  # its amount; Flow-GRPO
+    c.sample.level = "sd3"  # sigma -> noise level of the flow-SDE: sd3, linear, constant
+    c.sample.window = 3  # W, stochastic steps, the only ones that are trained (Flow-GRPO-Fast)
+    c.sample.window_range = (0, 25)  # steps that the window may cover
+    c.sample.window_place = "random"  # or "progressive": from noise to data, as MixGRPO
+    c.sample.window_interval = 25  # updates at one place, progressive only
+    c.sample.camera = "initial"  # how camera motion enters: initial (warped starting noise) [paper], step, none
+    c.sample.camera_strength = 0.35  # 0: plain noise, 1: warped noise alone; released: 0.35 Small, 0.40 Large
+    c.sample.camera_degradation = 0.35  # fresh noise blended into the warped noise; released
+    c.sample.flow_scale = 16  # resolution of the warp over that of the latents; released
+    c.sample.magnitudes = "released"  # how far a command goes: released (1000 units deep) or nano
+
+    c.rewards = ml_collections.ConfigDict()
+    c.rewards.weights = ml_collections.ConfigDict({"recon": 1.0, "trajectory": 1.0, "general": 1.0})  # 0 drops a reward
+    c.rewards.da3 = ""  # folder of Depth Anything 3 with Gaussian head
+    c.rewards.frame_stride = 1  # the 3D network sees every so many frames
+    c.rewards.views = 0  # frames that S_recon renders again, evenly spaced; 0: all that were reconstructed
+    c.rewards.depth_scale = 1.0  # typical depth in the 3D network's units; scales the tolerance on still cameras
+    c.rewards.general = "palette"  # R_gen; palette: colours that the prompt names (stands in for HPS)
+
+    c.train = ml_collections.ConfigDict()
+    c.train.learning_rate = 1e-4  # AdamW [paper]
+    c.train.warmup = 0  # optimizer steps
+    c.train.weight_decay = 1e-4  # Flow-GRPO
+    c.train.clip_norm = 1.0  # global norm of the gradient; Flow-GRPO
+    c.train.clip = 1e-3  # half-width of the ratio's interval [paper]
+    c.train.kl_weight = 0.004  # beta [paper]
+    c.train.epochs = 1  # passes over one rollout
+    c.train.minibatches = 2  # optimizer steps per pass; more than one, or the clip never acts
+    c.train.microbatches = 1  # parts of a minibatch that are evaluated one after the other, to save memory
+    c.train.ema_decay, c.train.ema_every = 0.9, 8  # average of the adapters [paper]
+    c.train.advantage_std = "group"  # or "global"
+    c.train.advantage_clip = 5.0  # [paper]
+    c.train.equalise = "none"  # weight of window steps: none, flash, grpo_guard
+
+    c.dynamic = ml_collections.ConfigDict()
+    c.dynamic.main_updates, c.dynamic.dynamic_updates = 100, 50  # periodic decoupled training [paper]
+    c.dynamic.off = ("recon", "trajectory")  # rewards that the dynamic phase turns off [paper: R_3D]
+
+    c.evaluate = ml_collections.ConfigDict()
+    c.evaluate.prompts = 64  # held-out prompts of the before/after report; 0: no report
+    c.evaluate.samples = 2  # videos per prompt, for the diversity
+    c.evaluate.batch = 16  # prompts at a time
+    return c
+
+
+def _nano(c: ml_collections.ConfigDict) -> None:
+    """Two CPU cores, ten minutes. What differs from the paper differs because of size, and is measured in the README."""
+    c.num_updates, c.checkpoint_every, c.videos_every = 30, 5, 10
+    c.groups = 4
+    c.frames, c.height, c.width, c.fps = 17, 64, 64, 8
+    c.prompts = "nano"
+    c.policy.weights = "nano"
+    c.policy.lora_rank, c.policy.lora_alpha = 16, 32.0
+    c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "none", 48
+    c.sample.steps, c.sample.guidance = 10, 1.0
+    c.sample.window, c.sample.window_range = 2, (0, 6)
+    c.sample.flow_scale, c.sample.magnitudes = 8, "nano"
+    c.rewards.da3, c.rewards.frame_stride, c.rewards.views = "nano", 2, 5
+    c.rewards.depth_scale = 4.0
+    c.train.learning_rate, c.train.clip = 1e-3, 1e-2
+    c.train.ema_every = 1
+    c.dynamic.main_updates, c.dynamic.dynamic_updates = 10, 2
+
+
+def _wan(c: ml_collections.ConfigDict, variant: str) -> None:
+    if variant == "large":
+        c.sample.camera_strength = 0.40
+        c.mesh.fsdp = 8

@@ -1,0 +1,60 @@
+"""Makes the nano weights from nothing, one stage at a time; the whole takes about two hours on two cores.
+
+    python launch/pretrain_nano.py --config=configs/world.py --workdir=runs/nano                # all stages
+    python launch/pretrain_nano.py --config=configs/world.py --stage=check                      # measure what ships
+"""
+
+import json
+from pathlib import Path
+
+import cli
+from absl import flags
+
+STAGES = ("vae", "decoder", "da3", "policy", "check")
+STAGE = flags.DEFINE_enum("stage", "all", ("all", *STAGES), "what to train, or check")
+VIDEOS = flags.DEFINE_integer("videos", 4000, "training videos")
+SEED = flags.DEFINE_integer("seed", 0, "every random choice follows from it")
+SCALE = flags.DEFINE_float("scale", 1.0, "multiplies the number of steps of every stage")
+
+
+def main() -> None:
+    """Runs the stages in order; each reads what the ones before it wrote to workdir/weights."""
+    from worldr1_jax.nano import pretrain
+    from worldr1_jax.nano.videos import cached
+
+    workdir = Path(cli.WORKDIR.value)
+    stages = STAGES if STAGE.value == "all" else (STAGE.value,)
+    if "check" in stages:
+        stages = stages[:-1]
+    weights = workdir / "weights"
+    if stages:
+        truth = cached(workdir / "videos", SEED.value, VIDEOS.value, dynamic_share=0.15)
+        for stage in stages:
+            print(f"stage {stage}", flush=True)
+            pretrain.run_stage(stage, truth, weights, seed=SEED.value, scale=SCALE.value)
+    if STAGE.value in ("all", "check"):
+        check(weights if STAGE.value == "all" else None)
+
+
+def check(weights: Path | None) -> None:
+    """Prints the figures of the given or shipped weights on held-out scenes, as JSON."""
+    from worldr1_jax import nano, rewards
+    from worldr1_jax.nano import check as checks
+    from worldr1_jax.nano.videos import sample
+
+    folder = weights or nano.WEIGHTS
+    truth = sample(12345, 96, held_out=True)
+    config = cli.CONFIG.value.rewards
+    reward = rewards.build(
+        dict(config.weights), da3=folder / "da3", frame_stride=config.frame_stride, depth_scale=config.depth_scale
+    )
+    figures = {
+        "vae_psnr": checks.vae_psnr(folder / "vae", truth),
+        "ground_truth": checks.reconstruction(reward, truth),
+        "noise": checks.noise_scores(reward, truth),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,108 @@
+"""The before/after report: held-out prompts, deterministic sampling, the same noise for both policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from worldr1_jax.metrics import paired_bootstrap_ci95
+from worldr1_jax.pipeline import Pipeline
+from worldr1_jax.rewards import NEEDS_3D, Reward
+from worldr1_jax.rollout.sample import Sampler, sample_keys
+
+Measures = dict[str, Float[np.ndarray, " N"]]
+
+
+def measure(
+    pipeline: Pipeline,
+    reward: Reward,
+    adapters: Any,
+    prompts: Sequence[str],
+    *,
+    key: jax.Array,
+    samples: int,
+    batch: int,
+    guidance: float,
+    text_null: Array | None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> tuple[Measures, Float[np.ndarray, "n F H W 3"]]:
+    """Scores of every prompt, each the mean over `samples` videos; and the first batch's first videos.
+
+    Args:
+      key: the noise of video s of prompt p depends on (key, p, s) alone, so that two calls with one key are paired.
+      samples: videos per prompt; with two or more, their mean RMS difference is the "diversity" in [0, 1].
+      batch: prompts at a time; the last batch is filled up with repeats, which are not counted.
+      guidance: of the classifier-free guidance.
+
+    Returns:
+      {"total_3d", every part of the reward, "diversity"} -> [N]; NaN where a video could not be scored.
+    """
+    sampler = Sampler(kind="none", guidance=guidance)
+    collected: dict[str, list[np.ndarray]] = {}
+    shown = None
+    for first in range(0, len(prompts), batch):
+        chosen = list(prompts[first : first + batch])
+        filled = chosen + [chosen[-1]] * (batch - len(chosen))
+        repeated = [p for p in filled for _ in range(samples)]
+        keys = sample_keys(key, len(repeated), first=first * samples)
+        paths = pipeline.paths(repeated)
+        trajectory = pipeline.rollout(
+            adapters, pipeline.encode(repeated), paths, keys, sampler=sampler, text_null=text_null
+        )
+        videos = pipeline.decode(trajectory.latents)
+        scores = reward(videos, repeated, paths)
+        parts = {name: _gather(values) for name, values in scores.parts.items()}
+        parts["total_3d"] = sum(parts[name] for name in NEEDS_3D)
+        grouped = _gather(videos).reshape(batch, samples, *videos.shape[1:])
+        shown = grouped[: len(chosen), 0] if shown is None else shown
+        rows = {name: v.reshape(batch, samples).mean(1) for name, v in parts.items()}
+        if samples > 1:
+            rows["diversity"] = _diversity(grouped)
+        for name, values in rows.items():
+            collected.setdefault(name, []).append(values[: len(chosen)])
+        progress(first + len(chosen))
+    return {name: np.concatenate(values) for name, values in collected.items()}, shown
+
+
+def report(before: Measures, after: Measures, seed: int) -> dict[str, dict[str, Any]]:
+    """`{metric: {before, after, paired_ci95, pairs}}`: means over the pairs that both could be scored."""
+    rows = {}
+    for name in before:
+        both = np.isfinite(before[name]) & np.isfinite(after[name])
+        first, second = before[name][both], after[name][both]
+        rows[name] = {
+            "before": float(first.mean()),
+            "after": float(second.mean()),
+            "paired_ci95": list(paired_bootstrap_ci95(first, second, seed)),
+            "pairs": int(both.sum()),
+        }
+    return rows
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The report as lines of text."""
+    lines = [f"{'held-out metric':<16}{'before':>9}{'after':>9}   95% interval of the change"]
+    for name, row in rows.items():
+        low, high = row["paired_ci95"]
+        lines.append(f"{name:<16}{row['before']:>9.4f}{row['after']:>9.4f}   [{low:+.4f}, {high:+.4f}]")
+    return "\n".join(lines)
+
+
+def _diversity(videos: Float[np.ndarray, "N S F H W 3"]) -> Float[np.ndarray, " N"]:
+    samples = videos.shape[1]
+    pairs = [(i, j) for i in range(samples) for j in range(i)]
+    axes = tuple(range(1, videos.ndim - 1))
+    return np.mean([np.sqrt(((videos[:, i] - videos[:, j]) ** 2).mean(axes)) for i, j in pairs], 0)
+
+
+def _gather(array: Array) -> np.ndarray:
+    """The whole array on every host."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

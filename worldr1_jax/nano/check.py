@@ -1,0 +1,73 @@
+"""What the nano networks can do on held-out scenes, in the figures that their makers promise.
+
+    python launch/pretrain_nano.py --stage=check --config=configs/world.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from worldr1_jax.models import wan_vae
+from worldr1_jax.nano import videos
+from worldr1_jax.rewards import Reward
+from worldr1_jax.rewards.trajectory import rotation_angle
+
+TURNS = ("pan_left", "pan_right", "orbit_left", "orbit_right")
+MOVES = ("push_in", "pull_out", "move_left", "move_right")
+
+
+def vae_psnr(folder: Path, truth: videos.Videos, batch: int = 16) -> float:
+    """Mean PSNR of decode(encode(video)) over videos, dB."""
+    vae = wan_vae.load(folder)
+    again = jax.jit(lambda video: vae.decode(vae.encode(video)))
+    values = []
+    for i in range(0, len(truth) - batch + 1, batch):
+        video = jnp.asarray(truth.video[i : i + batch], jnp.float32) / 255.0
+        error = jnp.mean((again(video) - video) ** 2, (1, 2, 3, 4))
+        values.append(-10 * jnp.log10(error))
+    return float(jnp.concatenate(values).mean())
+
+
+def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dict[str, Any]:
+    """Cameras and re-rendering of ground-truth videos, and the rewards that they get.
+
+    Returns:
+      rotation_error_degrees: median over videos with one turning command, at the last frame;
+      direction_cosine: median over videos with one moving command, at the last frame;
+      psnr, recon, trajectory: means over all videos.
+    """
+    rotation, cosine, scores = [], [], {}
+    for i in range(0, len(truth) - batch + 1, batch):
+        video = jnp.asarray(truth.video[i : i + batch], jnp.float32) / 255.0
+        asked = truth.camtoworld[i : i + batch]
+        found = reward.reconstruct(video)
+        for name, value in reward.geometry(video, found, asked).items():
+            scores.setdefault(name, []).append(np.asarray(value))
+        poses = np.asarray(found.camtoworld)[:, -1]
+        wanted = asked[:, :: reward.frame_stride][:, -1]
+        angle = np.degrees(np.asarray(rotation_angle(np.swapaxes(wanted[:, :3, :3], 1, 2) @ poses[:, :3, :3])))
+        for k, caption in enumerate(truth.captions[i : i + batch]):
+            clause = caption.lower().split(".")[0].replace(" ", "_")
+            if any(clause == f"camera_{name}" for name in TURNS):
+                rotation.append(angle[k])
+            if any(clause == f"camera_{name}" for name in MOVES):
+                a, b = wanted[k, :3, 3], poses[k, :3, 3]
+                cosine.append(float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-9)))
+    return {
+        "rotation_error_degrees": float(np.median(rotation)),
+        "direction_cosine": float(np.median(cosine)),
+        **{name: float(np.nanmean(np.concatenate(values))) for name, values in scores.items()},
+    }
+
+
+def noise_scores(reward: Reward, truth: videos.Videos, batch: int = 16) -> dict[str, float]:
+    """The rewards that videos of white noise get against the same asked paths."""
+    shape = (batch, *truth.video.shape[1:])
+    noise = jnp.asarray(np.random.default_rng(0).uniform(size=shape), jnp.float32)
+    scores = reward.geometry(noise, reward.reconstruct(noise), truth.camtoworld[:batch])
+    return {name: float(np.nanmean(np.asarray(value))) for name, value in scores.items()}

@@ -1,0 +1,309 @@
+"""Trains every nano network from nothing: VAE, then policy with its text encoder, and the 3D network.
+
+Each stage reads ground truth from `nano.videos`, trains with AdamW and a cosine schedule, keeps an
+average of the weights, and writes the publisher's files. A stage is a function of its seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from worldr1_jax.models import da3, da3_gaussians, umt5, wan_dit, wan_vae
+from worldr1_jax.nano import tokenizer, world
+from worldr1_jax.nano.videos import Videos
+from worldr1_jax.rewards import splat
+
+TOKENS = 48  # caption length in tokens, padded
+CAPTION_DROPOUT = 0.1
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long and how fast one stage learns."""
+
+    steps: int
+    learning_rate: float
+    batch: int
+    average: float = 0.99  # decay of the averaged weights that are saved
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+
+
+def fit(
+    loss: Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    params: Any,
+    batches: Iterator[Batch],
+    schedule: Schedule,
+    *,
+    seed: int,
+    log: Callable[[str], None] = print,
+    snapshot: Callable[[Any], None] = lambda params: None,
+    every: int = 200,
+) -> Any:
+    """Minimises `loss(params, batch, key) -> (value, metrics)`; returns the averaged parameters."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, schedule.learning_rate, min(100, schedule.steps // 10), schedule.steps
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(schedule.clip_norm),
+        optax.adamw(rate, b2=0.98, weight_decay=schedule.weight_decay),
+    )
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, average, opt_state, batch, key, count):
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        decay = jnp.minimum(schedule.average, (1.0 + count) / (10.0 + count))
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+        return params, average, opt_state, metrics
+
+    average = jax.tree.map(jnp.copy, params)
+    opt_state = optimizer.init(params)
+    base, start, window = jax.random.key(seed), time.time(), []
+    for count in range(schedule.steps):
+        key = jax.random.fold_in(base, count)
+        params, average, opt_state, metrics = step(
+            params, average, opt_state, next(batches), key, count
+        )
+        window.append(metrics)
+        if (count + 1) % 50 == 0 or count + 1 == schedule.steps:
+            means = {k: float(np.mean([m[k] for m in window])) for k in window[0]}
+            text = " ".join(f"{k} {v:.4f}" for k, v in means.items())
+            log(f"step {count + 1}/{schedule.steps} {time.time() - start:.0f} s {text}")
+            window = []
+        if (count + 1) % every == 0 or count + 1 == schedule.steps:
+            snapshot(average)
+    return average
+
+
+def train_vae(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, log=print) -> None:
+    """Autoencoder on clips; then measures latent mean and std, as the published config states them."""
+    config = wan_vae.Config.nano()
+    model = wan_vae.WanVAE(config, rngs=nnx.Rngs(seed))
+    graph, params = nnx.split(model)
+
+    def loss(params, batch, key):
+        vae = nnx.merge(graph, params)
+        video = batch["video"].astype(jnp.float32) / 255.0
+        mean, log_var = vae.encode_moments(video)
+        noise = jax.random.normal(key, mean.shape)
+        decoded = vae.decode_raw(normalise(vae, mean + noise * jnp.exp(0.5 * log_var)))
+        error = jnp.mean((decoded - video) ** 2)
+        absolute = jnp.mean(jnp.abs(decoded - video))
+        kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_var) - 1 - log_var)
+        value = error + 0.1 * absolute + 1e-5 * kl
+        return value, {"loss": value, "psnr": -10 * jnp.log10(error), "kl": kl}
+
+    def snapshot(average):
+        wan_vae.save(nnx.merge(graph, average), folder)
+
+    rng = np.random.default_rng(seed)
+    clips = clip_batches(videos, schedule.batch, rng)
+    average = fit(loss, params, clips, schedule, seed=seed, log=log, snapshot=snapshot)
+    mean, std = latent_statistics(nnx.merge(graph, average), videos)
+    scaled = wan_vae.WanVAE(
+        dataclasses.replace(config, latents_mean=tuple(mean), latents_std=tuple(std)),
+        rngs=nnx.Rngs(seed),
+    )
+    nnx.update(scaled, average)
+    wan_vae.save(scaled, folder)
+
+
+def normalise(vae: wan_vae.WanVAE, latents: jax.Array) -> jax.Array:
+    """Latents in the publisher's normalised units."""
+    mean, std = jnp.array(vae.config.latents_mean), jnp.array(vae.config.latents_std)
+    return (latents - mean) / std
+
+
+def latent_statistics(vae: wan_vae.WanVAE, videos: Videos, count: int = 128) -> tuple[list, list]:
+    """Mean and std `[C]` of raw latents over the first videos."""
+    encode = nnx.jit(lambda vae, video: vae.encode_moments(video)[0])
+    latents = np.concatenate([
+        np.asarray(encode(vae, jnp.asarray(videos.video[i : i + 16], jnp.float32) / 255.0))
+        for i in range(0, min(count, len(videos)), 16)
+    ])  # fmt: skip
+    flat = latents.reshape(-1, latents.shape[-1])
+    return [float(v) for v in flat.mean(0)], [float(v) for v in flat.std(0)]
+
+
+def clip_batches(videos: Videos, batch: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """Random clips: mostly short ones, for a causal convolution learns from five frames what it needs.
+
+    A shape is drawn per batch, so that only as many programs are compiled as there are shapes.
+    """
+    frames = videos.video.shape[1]
+    while True:
+        length = int(rng.choice([5, 9], p=[0.8, 0.2]))
+        rows = rng.integers(0, len(videos), batch)
+        starts = rng.integers(0, frames - length + 1, batch)
+        clips = np.stack([videos.video[r, s : s + length] for r, s in zip(rows, starts, strict=True)])
+        flips = rng.random(batch) < 0.5
+        clips[flips] = clips[flips][:, :, :, ::-1]
+        yield {"video": clips}
+
+
+def mirror_caption(caption: str) -> str:
+    """The caption of the mirrored video: left and right change places."""
+    swap = {"left": "right", "right": "left"}
+    words = caption.replace(",", " ,").replace(".", " .").split()
+    return " ".join(swap.get(w, w) for w in words).replace(" ,", ",").replace(" .", ".")
+
+
+def encode_all(vae: wan_vae.WanVAE, videos: Videos, batch: int = 32) -> tuple[np.ndarray, list[str]]:
+    """Normalised latents of every video and of its mirror image, with their captions."""
+    encode = nnx.jit(lambda vae, video: vae.encode(video.astype(jnp.float32) / 255.0))
+    latents = []
+    for mirrored in (False, True):
+        for i in range(0, len(videos), batch):
+            part = videos.video[i : i + batch]
+            padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)])
+            padded = padded[:, :, :, ::-1] if mirrored else padded
+            latents.append(np.asarray(encode(vae, padded))[: len(part)])
+    return np.concatenate(latents), videos.captions + [mirror_caption(c) for c in videos.captions]
+
+
+def train_policy(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, log=print) -> None:
+    """Flow matching of the DiT, and the text encoder with it; captions are dropped for guidance."""
+    tokens = tokenizer.build()
+    tokenizer.save(folder / "tokenizer")
+    vae = wan_vae.load(folder / "vae", dtype=jnp.float32)
+    latents, texts = encode_all(vae, videos)
+    encoded = tokens(texts, padding="max_length", max_length=TOKENS, return_tensors="np")
+    empty = tokens([""], padding="max_length", max_length=TOKENS, return_tensors="np")
+    log(f"{len(latents)} latents {latents.shape[1:]}, mean {latents.mean():.3f}, std {latents.std():.3f}")
+    rngs = nnx.Rngs(seed)
+    dit = wan_dit.WanDiT(wan_dit.Config.nano(), rngs=rngs)
+    text = umt5.UMT5Encoder(umt5.Config.nano(), rngs=rngs)
+    (dit_graph, dit_params), (text_graph, text_params) = nnx.split(dit), nnx.split(text)
+
+    def loss(params, batch, key):
+        noise_key, sigma_key = jax.random.split(key)
+        size = batch["latents"].shape[0]
+        embedded = encode_text(nnx.merge(text_graph, params["text"]), batch["ids"], batch["mask"])
+        # Stratified over the batch: less noise in the gradient at no cost. Shift 3, as in sampling.
+        uniform = (jnp.arange(size) + jax.random.uniform(sigma_key, (size,))) / size
+        sigma = 3 * uniform / (1 + 2 * uniform)
+        noise = jax.random.normal(noise_key, batch["latents"].shape)
+        weight = sigma[:, None, None, None, None]
+        noisy = (1 - weight) * batch["latents"] + weight * noise
+        velocity = nnx.merge(dit_graph, params["dit"])(noisy, sigma * 1000.0, embedded)
+        error = jnp.mean((velocity - (noise - batch["latents"])) ** 2)
+        return error, {"loss": error}
+
+    def snapshot(average):
+        wan_dit.save(nnx.merge(dit_graph, average["dit"]), folder / "transformer")
+        umt5.save(nnx.merge(text_graph, average["text"]), folder / "text_encoder")
+
+    def batches():
+        rng = np.random.default_rng(seed)
+        while True:
+            rows = rng.integers(0, len(latents), schedule.batch)
+            ids, mask = encoded["input_ids"][rows], encoded["attention_mask"][rows]
+            dropped = rng.random(schedule.batch) < CAPTION_DROPOUT
+            ids[dropped], mask[dropped] = empty["input_ids"], empty["attention_mask"]
+            yield {"latents": latents[rows], "ids": ids, "mask": mask}
+
+    params = {"dit": dit_params, "text": text_params}
+    fit(loss, params, batches(), schedule, seed=seed, log=log, snapshot=snapshot)
+
+
+def encode_text(encoder: umt5.UMT5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Embeddings with padded places at zero, as Wan's pipeline gives them to the DiT."""
+    return encoder(ids, mask) * mask[..., None]
+
+
+STRIDE = 2  # the 3D network sees every second frame, in training as in the reward
+
+
+def train_da3(
+    videos: Videos, folder: Path, schedule: Schedule, *, views: int, seed: int, log=print, start=None, fresh_camera=False
+) -> None:
+    """Depth, cameras and Gaussians from exact depth, exact cameras and re-rendering of other frames.
+
+    Args:
+      views: how many frames of each video are re-rendered for the loss; 0 trains geometry alone.
+      start: folder of weights to go on from; None starts fresh.
+    """
+    fresh = da3.DA3(da3.Config.nano(), rngs=nnx.Rngs(seed))
+    network = da3.load(start, dtype=jnp.float32) if start else fresh
+    network.cam_dec = fresh.cam_dec if fresh_camera else network.cam_dec
+    graph, params = nnx.split(network)
+    size = videos.video.shape[2:4]
+    matrix = jnp.asarray(world.intrinsics(*size))
+
+    def loss(params, batch, key):
+        network = nnx.merge(graph, params)
+        video = batch["video"].astype(jnp.float32) / 255.0
+        raw = network.forward(video)
+        camtoworld, terms = batch["camtoworld"], {}
+        depth = da3_gaussians.resample_depth(batch["depth"].astype(jnp.float32), raw.depth.shape[2:])
+        error = jnp.abs(jnp.log(raw.depth) - jnp.log(depth))
+        terms["depth"] = jnp.mean(error)
+        terms["confidence"] = jnp.mean(raw.confidence * error - 0.05 * jnp.log(raw.confidence))
+        terms |= camera_terms(raw, camtoworld)
+        weights = {"depth": 1.0, "confidence": 0.1, "rotation": 1.0, "translation": 1.0, "fov": 0.5}
+        if views:
+            intrinsics = jnp.broadcast_to(matrix, (*camtoworld.shape[:2], 3, 3))
+            gaussians = network.gaussians_from(raw, camtoworld, intrinsics)
+            chosen = jax.random.choice(key, camtoworld.shape[1], (views,), replace=False)
+            image = splat.render_tiled(
+                gaussians, camtoworld[:, chosen], intrinsics[:, chosen], size, capacity=768
+            )
+            difference = image.rgb - video[:, chosen]
+            terms["render"] = jnp.mean(difference**2) * 5 + 0.5 * jnp.mean(jnp.abs(difference))
+            weights["render"] = 1.0
+        total = sum(weights[name] * terms[name] for name in weights)
+        if views:
+            terms["psnr"] = -10 * jnp.log10(jnp.mean(difference**2))
+        return total, {"loss": total, **terms}
+
+    def batches():
+        rng = np.random.default_rng(seed)
+        while True:
+            rows = rng.integers(0, len(videos), schedule.batch)
+            yield mirror_batch(videos, rows, rng.random() < 0.5)
+
+    def snapshot(average):
+        da3.save(nnx.merge(graph, average), folder)
+
+    fit(loss, params, batches(), schedule, seed=seed, log=log, snapshot=snapshot)
+
+
+def camera_terms(raw: da3.Raw, camtoworld: jax.Array) -> dict[str, jax.Array]:
+    """Losses of the camera decoder against exact cameras whose first one is the identity.
+
+    Squared errors, because most poses of a still or barely moving camera are near zero: under an absolute error the
+    network first learns their median, which is to say nothing. The quaternion is compared before normalisation, or
+    its length would grow and its gradient vanish.
+    """
+    quaternion = da3_gaussians.matrix_to_quaternion(camtoworld[..., :3, :3])
+    turn, move = raw.quaternion - quaternion, raw.translation - camtoworld[..., :3, 3]
+    fov = 2 * np.arctan(0.5 / world.FOCAL)
+    return {
+        "rotation": jnp.mean(60 * turn**2 + jnp.abs(turn)),
+        "translation": jnp.mean(3 * move**2 + 0.2 * jnp.abs(move)),
+        "fov": jnp.mean(jnp.abs(raw.fov - fov)),
+    }
+
+
+def mirror_batch(videos: Videos, rows: np.ndarray, mirrored: bool) -> Batch:
+    """Videos, depth and cameras of some rows, seen in a mirror (x to -x) when asked."""
+    video, depth = videos.video[rows, ::STRIDE], videos.depth[rows, ::STRIDE]
+    camtoworld = videos.camtoworld[rows, ::STRIDE]
+    if mirrored:
+        flip = np.diag([-1.0, 1.0, 1.0, 1.0]).astype(np.float32)
+        video, depth, camtoworld = video[..., ::-1, :], depth[..., ::-1], flip @ camtoworld @ flip
+    return {"video": video, "depth": depth, "camtoworld": camtoworld}

@@ -1,0 +1,78 @@
+"""Batches of nano videos with captions, exact depth and exact cameras."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from worldr1_jax.camera import trajectory
+from worldr1_jax.nano import captions, world
+
+FRAMES, SIZE = 17, 64  # every nano video: frames, height and width in pixels
+MAGNITUDES = trajectory.Magnitudes.nano()
+
+
+@dataclasses.dataclass(frozen=True)
+class Videos:
+    """Ground truth of a batch."""
+
+    video: np.ndarray  # [B F H W 3] uint8
+    depth: np.ndarray  # [B F H W] float16, along the optical axis, world units
+    camtoworld: np.ndarray  # [B F 4 4] float32
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def render_specs(specs: list[captions.Spec], rng: np.random.Generator) -> Videos:
+    """Renders each spec once; what a spec leaves open comes from `rng`."""
+    videos, depths, poses = [], [], []
+    for spec in specs:
+        pose = np.asarray(trajectory.path(spec.commands, FRAMES, magnitudes=MAGNITUDES))
+        video, depth = world.render(world.build(spec, rng), pose, height=SIZE, width=SIZE)
+        videos.append(np.round(np.asarray(video) * 255).astype(np.uint8))
+        depths.append(np.asarray(depth, np.float16))
+        poses.append(pose)
+    return Videos(np.stack(videos), np.stack(depths), np.stack(poses), [s.text() for s in specs])
+
+
+def sample(seed: int, count: int, *, held_out: bool = False, dynamic_share: float = 0.0) -> Videos:
+    """Draws specs and renders them; the result is a function of the arguments."""
+    rng = np.random.default_rng(seed)
+    specs = [
+        captions.sample_held_out(rng, held_out, dynamic=bool(rng.random() < dynamic_share))
+        for _ in range(count)
+    ]
+    return render_specs(specs, rng)
+
+
+def cached(folder: str | Path, seed: int, count: int, *, chunk: int = 250, **choices) -> Videos:
+    """`sample` in chunks that are kept as files in `folder`, so that a second stage reads them again."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for index in range(0, count, chunk):
+        path = folder / f"videos_{seed}_{index:06d}.npz"
+        if not path.is_file():
+            part = sample(hash_seed(seed, index), min(chunk, count - index), **choices)
+            unfinished = path.with_name(f"unfinished_{path.name}")
+            np.savez(unfinished, **{**dataclasses.asdict(part), "captions": np.array(part.captions)})
+            unfinished.rename(path)
+        with np.load(path) as data:
+            parts.append({name: data[name] for name in data.files})
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Videos(joined["video"], joined["depth"], joined["camtoworld"], [str(c) for c in joined["captions"]])
+
+
+def hash_seed(seed: int, index: int) -> int:
+    """One seed per chunk, so that chunks can be made in any order."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+def preload(videos: Videos) -> jax.Array:
+    """The videos as float32 in [0, 1]; meant for small batches."""
+    return jax.numpy.asarray(videos.video, jax.numpy.float32) / 255.0

@@ -1,0 +1,188 @@
+"""Prompts to videos on a mesh: encode, camera, starting noise, rollout, decode.
+
+Trainer, evaluation and generation share these stages, so that what is trained is what is sampled. Every stage is compiled
+once per batch size; batches lie over the mesh's data and fsdp axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from worldr1_jax import sharding
+from worldr1_jax.camera import commands, noise_warp, trajectory
+from worldr1_jax.models import umt5, wan_dit, wan_vae
+from worldr1_jax.models.wan import Wan
+from worldr1_jax.rollout import sample as sampling
+from worldr1_jax.types import Trajectory
+
+MAGNITUDES = {"released": trajectory.Magnitudes(), "nano": trajectory.Magnitudes.nano()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """How the asked camera path enters the noise; see `camera.noise_warp`.
+
+    Attributes:
+      mode: "initial" mixes warped noise into the starting latents, "step" adds a low-passed delta after the first steps,
+        "none" leaves the path to the prompt alone.
+      strength: in [0, 1].
+      degradation: in [0, 1], fresh noise blended into the warped noise.
+      flow_scale: resolution of the warp over that of the latents.
+      magnitudes: how far a command goes.
+    """
+
+    mode: str = "initial"
+    strength: float = 0.35
+    degradation: float = 0.35
+    flow_scale: int = 16
+    magnitudes: trajectory.Magnitudes = dataclasses.field(default_factory=trajectory.Magnitudes)
+
+    def __post_init__(self):
+        if self.mode not in ("initial", "step", "none"):
+            raise ValueError(f"sample.camera is '{self.mode}': it is initial, step or none")
+
+
+class Pipeline:
+    """The compiled stages of one model at one video size."""
+
+    def __init__(
+        self,
+        wan: Wan,
+        mesh: jax.sharding.Mesh,
+        *,
+        size: tuple[int, int, int],
+        sigmas: Float[Array, " T+1"],
+        camera: Camera,
+    ):
+        """Args: `size` is (frames, height, width) of the videos in pixels, `sigmas` the schedule."""
+        self.wan, self.mesh, self.size, self.camera = wan, mesh, size, camera
+        self.latent_shape = latent_shape(wan.vae.config, wan.dit.config, size)
+        self._graph, adapters, self.base = nnx.split(wan.dit, nnx.LoRAParam, ...)
+        self._treedef = jax.tree.structure(adapters)
+        self.adapters = nnx.to_pure_dict(adapters)
+        self.sigmas = jax.device_put(sigmas, sharding.replicated(mesh))
+        self._text_graph, self._text_state = nnx.split(wan.text_encoder)
+        self._vae_graph, self._vae_state = nnx.split(wan.vae)
+        self._encode = jax.jit(self._encode_tokens)
+        self._decode = jax.jit(self._decode_latents)
+        self._rollout = jax.jit(self._rollout_batch, static_argnames=("sampler", "width"))
+
+    def velocity(self, adapters, base, latents, timestep, text, adapters_on: bool = True) -> Array:
+        """The one forward that rollout and update share."""
+        state = jax.tree.unflatten(self._treedef, jax.tree.leaves(adapters))
+        dit = nnx.merge(self._graph, state, base)
+        return dit(latents, timestep, text, adapters=adapters_on)
+
+    def encode(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
+        """Text embeddings with padded places at zero, over the mesh."""
+        arrays = (self._batched(a) for a in self.wan.tokenize(prompts))
+        with jax.set_mesh(self.mesh):
+            return self._encode(self._text_state, *arrays)
+
+    def encode_one(self, prompt: str) -> Float[Array, "N D"]:
+        """One embedding that every device holds, for the negative prompt."""
+        parts = sharding.batch_parts(self.mesh)
+        row = self.encode([prompt] * parts)[0]
+        return jax.device_put(row, sharding.replicated(self.mesh))
+
+    def paths(self, prompts: Sequence[str]) -> Float[np.ndarray, "B F 4 4"]:
+        """The camera path that each prompt asks for."""
+        known: dict[tuple[str, ...], np.ndarray] = {}
+        for names in {commands.parse(p) for p in prompts}:
+            known[names] = np.asarray(
+                trajectory.path(names, self.size[0], magnitudes=self.camera.magnitudes), np.float32
+            )
+        return np.stack([known[commands.parse(p)] for p in prompts])
+
+    def rollout(
+        self,
+        adapters: Any,
+        text: Float[Array, "B N D"],
+        paths: Float[np.ndarray, "B F 4 4"],
+        keys: PRNGKeyArray,
+        *,
+        sampler: sampling.Sampler,
+        text_null: Float[Array, "N D"] | None = None,
+        start: int | Array = 0,
+        width: int = 0,
+    ) -> Trajectory:
+        """Samples latents: one key a video; the window of `width` steps from `start` is stochastic and kept."""
+        keys = jax.device_put(keys, sharding.batched(self.mesh))
+        with jax.set_mesh(self.mesh):
+            return self._rollout(
+                adapters, self.base, text, text_null, self._batched(paths), keys,
+                jnp.asarray(start, jnp.int32), sampler=sampler, width=width,
+            )  # fmt: skip
+
+    def decode(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
+        """Latents to videos in [0, 1]."""
+        with jax.set_mesh(self.mesh):
+            return self._decode(self._vae_state, latents)
+
+    def _batched(self, array: np.ndarray) -> Array:
+        return sharding.to_global(np.asarray(array), sharding.batched(self.mesh))
+
+    def _encode_tokens(self, state, ids, mask):
+        return umt5.zero_padding(nnx.merge(self._text_graph, state)(ids, mask), mask)
+
+    def _decode_latents(self, state, latents):
+        return nnx.merge(self._vae_graph, state).decode(latents)
+
+    def _rollout_batch(self, adapters, base, text, text_null, paths, keys, start, *, sampler, width):
+        noise_keys, warp_keys, step_keys = (jax.vmap(partial(jax.random.fold_in, data=i))(keys) for i in range(3))
+        plain = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(noise_keys)
+        noise, on_step = plain, None
+        if self.camera.mode != "none":
+            warped = self._warp(warp_keys, paths)
+        if self.camera.mode == "initial":
+            noise = noise_warp.inject(plain, warped, self.camera.strength)
+        elif self.camera.mode == "step":
+            on_step = partial(self._add_delta, warped=warped, plain=plain)
+        return sampling.sample(
+            partial(self.velocity, adapters, base), step_keys, noise, self.sigmas, text, text_null,
+            sampler=sampler, window=(start, width), on_step=on_step,
+        )  # fmt: skip
+
+    def _add_delta(self, latents, step, *, warped, plain):
+        return noise_warp.step_delta(latents, warped, step, noise=plain, strength=self.camera.strength)
+
+    def _warp(self, keys, paths):
+        """Each device warps its own videos, one after the other: the warp needs no other device's data."""
+        warp = partial(
+            noise_warp.warp_batch, latent_shape=self.latent_shape, flow_scale=self.camera.flow_scale,
+            degradation=self.camera.degradation, depth=self.camera.magnitudes.scene_depth,
+        )  # fmt: skip
+        spec = sharding.BATCH
+        return jax.shard_map(
+            warp, in_specs=(spec, spec), out_specs=PartitionSpec(*spec), check_vma=False
+        )(keys, paths)
+
+
+def latent_shape(
+    vae: wan_vae.Config, dit: wan_dit.Config, size: tuple[int, int, int]
+) -> tuple[int, int, int, int]:
+    """(f, h, w, C) of the latents of a video of (frames, height, width) pixels.
+
+    Raises:
+      ValueError: a size that the VAE's compression and the DiT's patch do not divide.
+    """
+    frames, height, width = size
+    space, time = vae.spatial_compression, vae.temporal_compression
+    if frames < 1 or (frames - 1) % time:
+        raise ValueError(f"frames is {frames}: it has to be 1 + {time} k, such as {1 + 4 * time}")
+    sides = (("height", height, dit.patch_size[1]), ("width", width, dit.patch_size[2]))
+    for name, value, patch in sides:
+        unit = space * patch
+        if value < unit or value % unit:
+            raise ValueError(f"{name} is {value}: it has to be a multiple of {unit} (VAE times patch)")
+    return 1 + (frames - 1) // time, height // space, width // space, vae.z_dim
