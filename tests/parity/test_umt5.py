@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.goldens.make_umt5 import make_inputs, make_reference, run_reference
 from worldr1_jax.models import umt5
 
 pytestmark = pytest.mark.parity
@@ -25,31 +26,14 @@ CASES = {
 }
 
 
-def make_reference(overrides, seed):
-    """transformers' network with every parameter random (norm scales and biases included)."""
-    torch.manual_seed(seed)
-    config = transformers.UMT5Config(**{**BASE, **overrides})
-    model = transformers.UMT5EncoderModel(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layer_norm" in name:
-                parameter.normal_(1.0, 0.2)
-            if "relative_attention_bias" in name:
-                parameter.normal_(0.0, 1.0)
-    return model
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_matches_transformers(case, tmp_path):
     overrides, seed, length = CASES[case]
-    reference = make_reference(overrides, seed)
+    fields = {**BASE, **overrides}
+    reference = make_reference(fields, seed)
     reference.save_pretrained(tmp_path)
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, BASE["vocab_size"], (3, length))
-    mask = np.arange(length)[None] < np.array([[length], [max(1, length // 2)], [1]])
-    with torch.no_grad():
-        expected = reference(torch.tensor(ids), torch.tensor(mask.astype(int)))
-    expected = expected.last_hidden_state.numpy()
+    ids, mask = make_inputs(fields, length, seed)
+    expected = run_reference(reference, ids, mask)
     got = umt5.load(tmp_path)(jnp.asarray(ids), jnp.asarray(mask))
     # float32 sums in another order; 1e-4 of the spread leaves a factor of ten or more
     assert np.abs(np.asarray(got) - expected).max() <= 1e-4 * expected.std()
@@ -71,7 +55,7 @@ def test_every_bucket_matches_transformers(buckets, max_distance):
 
 
 def test_saved_folder_is_read_by_transformers(tmp_path):
-    reference = make_reference({}, 5)
+    reference = make_reference(BASE, 5)
     reference.save_pretrained(tmp_path / "theirs")
     umt5.save(umt5.load(tmp_path / "theirs"), tmp_path / "ours")
     read = transformers.UMT5EncoderModel.from_pretrained(tmp_path / "ours").state_dict()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.goldens.make_wan_dit import make_inputs, make_reference, run_reference
 from worldr1_jax.models import wan_dit
 
 pytestmark = pytest.mark.parity
@@ -38,41 +39,14 @@ CASES = {  # overrides, latent size (frames, height, width), text length
 }
 
 
-def make_reference(overrides, seed):
-    """diffusers' network with every parameter random (norm scales and biases included)."""
-    torch.manual_seed(seed)
-    model = diffusers.WanTransformer3DModel(**{**BASE, **overrides}).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
-    return model
-
-
-def make_inputs(overrides, size, length, seed, batch=2):
-    """latents [B f h w C], timestep [B] and text [B N D] as numpy float32."""
-    fields = {**BASE, **overrides}
-    rng = np.random.default_rng(seed)
-    latents = rng.standard_normal((batch, *size, fields["in_channels"])).astype(np.float32)
-    timestep = rng.uniform(0, 1000, batch).astype(np.float32)
-    text = rng.standard_normal((batch, length, fields["text_dim"])).astype(np.float32)
-    return latents, timestep, text
-
-
-def run_reference(model, latents, timestep, text):
-    with torch.no_grad():
-        channels_first = torch.from_numpy(latents).permute(0, 4, 1, 2, 3)
-        out = model(channels_first, torch.from_numpy(timestep), torch.from_numpy(text)).sample
-    return out.permute(0, 2, 3, 4, 1).numpy()
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_diffusers(case, seed, tmp_path):
     overrides, size, length = CASES[case]
-    reference = make_reference(overrides, seed)
+    fields = {**BASE, **overrides}
+    reference = make_reference(fields, seed)
     reference.save_pretrained(tmp_path)
-    inputs = make_inputs(overrides, size, length, seed)
+    inputs = make_inputs(fields, size, length, seed)
     expected = run_reference(reference, *inputs)
     got = wan_dit.load(tmp_path)(*map(jnp.asarray, inputs))
     # float32 sums in another order; 1e-4 of the spread leaves a factor of ten or so
@@ -80,7 +54,7 @@ def test_matches_diffusers(case, seed, tmp_path):
 
 
 def test_saved_folder_is_read_by_diffusers(tmp_path):
-    reference = make_reference({}, 3)
+    reference = make_reference(BASE, 3)
     reference.save_pretrained(tmp_path / "theirs")
     wan_dit.save(wan_dit.load(tmp_path / "theirs"), tmp_path / "ours")
     read = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "ours").state_dict()
@@ -91,9 +65,9 @@ def test_saved_folder_is_read_by_diffusers(tmp_path):
 
 def test_bfloat16_stays_near_diffusers(tmp_path):
     """bfloat16 keeps 8 bits; three layers of it stay within a few percent of the spread."""
-    reference = make_reference({}, 4)
+    reference = make_reference(BASE, 4)
     reference.save_pretrained(tmp_path)
-    inputs = make_inputs({}, (5, 6, 10), 9, 4)
+    inputs = make_inputs(BASE, (5, 6, 10), 9, 4)
     expected = run_reference(reference, *inputs)
     got = np.asarray(wan_dit.load(tmp_path, dtype=jnp.bfloat16)(*map(jnp.asarray, inputs)))
     assert got.dtype == np.float32
@@ -104,7 +78,7 @@ def test_reads_the_original_layout(tmp_path):
     """Names of Wan-Video's own release, as diffusers' converter maps them."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    reference = make_reference({}, 6)
+    reference = make_reference(BASE, 6)
     reference.save_pretrained(tmp_path / "theirs")
     theirs = load_file(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors")
     config = wan_dit.Config.from_dict(json.loads((tmp_path / "theirs/config.json").read_text()))
@@ -138,7 +112,7 @@ def test_reads_the_original_layout(tmp_path):
         "text_len": 512,
     }
     (tmp_path / "wan" / "config.json").write_text(json.dumps(wan_config))
-    inputs = make_inputs({}, (5, 6, 10), 9, 6)
+    inputs = make_inputs(BASE, (5, 6, 10), 9, 6)
     got = np.asarray(wan_dit.load(tmp_path / "wan")(*map(jnp.asarray, inputs)))
     expected = run_reference(reference, *inputs)
     assert np.abs(got - expected).max() <= 1e-4 * expected.std()
