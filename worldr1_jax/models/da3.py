@@ -1,17 +1,17 @@
 """Depth Anything 3 in Flax: a video to depth, confidence, cameras and 3D Gaussians.
 
     network = da3.load(folder)
-    reconstruction = network(video)             # [B F H W 3] in [0, 1], H and W multiples of the patch size
+    reconstruction = network(video)    # [B F H W 3] in [0, 1], sides multiples of the patch size
 
-Built: backbone, camera decoder, depth branch of DualDPT, GSDPT and the Gaussian adapter. Not built, because no reward
-reads them: the camera encoder, the ray branch, and the metric and sky heads; their keys are skipped by name.
-Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3 0.1.1).
+Built: backbone, camera decoder, depth branch of DualDPT, GSDPT and the Gaussian adapter. Not built,
+because no reward reads them: the camera encoder, the ray branch, and the metric and sky heads;
+their keys are skipped by name. Facts from ByteDance-Seed/Depth-Anything-3 (0.1.1).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ IGNORE = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The whole network. `to_dict` writes the publisher's layout (net, head, gs_head, gs_adapter)."""
+    """The whole network; fields are grouped as the publisher's (net, head, gs_head, gs_adapter)."""
 
     model_name: str = "da3-giant"
-    net: BackboneConfig = BackboneConfig()
-    head: HeadConfig = HeadConfig()
-    gs_head: HeadConfig = HeadConfig(output_dim=38)
-    gs_adapter: GaussianConfig = GaussianConfig()
+    net: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
+    gs_head: HeadConfig = dataclasses.field(default_factory=lambda: HeadConfig(output_dim=38))
+    gs_adapter: GaussianConfig = dataclasses.field(default_factory=GaussianConfig)
     ref_view_strategy: str = "saddle_balanced"
     process_res: int = 504  # longest side of the image that the network is given, pixels
     frame_chunk: int = (
@@ -70,7 +70,8 @@ class Config:
         for name, head in (("head", self.head), ("gs_head", self.gs_head)):
             if self.net.patch_size % head.down_ratio:
                 raise ValueError(
-                    f"{name}.down_ratio {head.down_ratio} does not divide patch_size {self.net.patch_size}"
+                    f"{name}.down_ratio {head.down_ratio} has to divide "
+                    f"patch_size {self.net.patch_size}"
                 )
 
     @classmethod
@@ -181,7 +182,7 @@ def _fields(
 
 @flax.struct.dataclass
 class Raw:
-    """Everything the heads give, before any geometry. h w: the head's output size, (H, W) / down_ratio."""
+    """Everything the heads give, before any geometry. h w: a head's size, (H, W) / down_ratio."""
 
     depth: Float[
         Array, "B F h w"
@@ -207,8 +208,13 @@ class DA3(nnx.Module):
         dtype: Any = jnp.float32,
         attention: Implementation = "xla",
     ):
-        """Args: `dtype` is that of the backbone's products (heads, norms, softmax, RoPE and residuals stay float32);
-        `attention` is an implementation of `models.attention`; at real sizes one that does not hold the scores."""
+        """Fresh weights.
+
+        Args:
+          dtype: of the backbone's products; heads, norms, softmax, RoPE and residuals stay float32.
+          attention: an implementation of `models.attention`; at real sizes one that does not hold
+            the scores.
+        """
         self.config, self.attention = config, attention
         dim = config.net.feature_dim
         self.backbone = Backbone(config.net, dtype=dtype, rngs=rngs)
@@ -222,13 +228,14 @@ class DA3(nnx.Module):
     def __call__(self, video: Float[Array, "B F H W 3"]) -> Reconstruction:
         """Reconstruction of videos in [0, 1] whose sides are multiples of the patch size.
 
-        The first camera is the identity. Lengths are in the network's own units: comparable within a video, not between
-        two. Intrinsics are in pixels of `video`.
+        The first camera is the identity. Lengths are in the network's own units: comparable within
+        a video, not between two. Intrinsics are in pixels of `video`.
         """
         size = (video.shape[2], video.shape[3])
         raw = self.forward(video)
         own, intrinsics = decode_cameras(raw.translation, raw.quaternion, raw.fov, size)
-        # Placed in the network's own axes and then moved: with slipped_quaternions the two do not commute.
+        # Placed in the network's own axes and then moved: with slipped_quaternions the two do not
+        # commute.
         gaussians = move(self.gaussians_from(raw, own, intrinsics), rigid_inverse(own[:, 0]))
         depth, confidence = (
             jax.image.resize(x, (*x.shape[:2], *size), "linear", antialias=False)
@@ -246,7 +253,8 @@ class DA3(nnx.Module):
         """Outputs of all heads for videos in [0, 1], for training and for parity.
 
         Raises:
-          ValueError: a shape that is not [B F H W 3], or sides that are no multiples of the patch size.
+          ValueError: a shape that is not [B F H W 3], or sides that are no multiples of the patch
+            size.
         """
         if video.ndim != 5 or video.shape[-1] != 3:
             raise ValueError(f"video has the shape {list(video.shape)}; it has to be [B F H W 3]")
@@ -269,7 +277,7 @@ class DA3(nnx.Module):
     def cameras(
         self, raw: Raw, size: tuple[int, int]
     ) -> tuple[Float[Array, "B F 4 4"], Float[Array, "B F 3 3"]]:
-        """camtoworld with the first camera at the identity, and intrinsics in pixels of an image of (H, W)."""
+        """camtoworld, first camera at the identity, and intrinsics in pixels of an (H, W) image."""
         camtoworld, intrinsics = decode_cameras(raw.translation, raw.quaternion, raw.fov, size)
         return relative_to_first(camtoworld), intrinsics
 
@@ -280,7 +288,7 @@ class DA3(nnx.Module):
         intrinsics: Float[Array, "B F 3 3"],
         depth: Float[Array, "B F H W"] | None = None,
     ) -> Gaussians:
-        """Gaussians placed with the given cameras and depth (the network's own when None), for teacher forcing too."""
+        """Gaussians placed with the given cameras and depth; None is the network's own depth."""
         ratio = self.config.gs_head.down_ratio
         size = (raw.gaussians.shape[2] * ratio, raw.gaussians.shape[3] * ratio)
         depth = raw.depth if depth is None else depth
@@ -387,16 +395,20 @@ def load(
     *,
     dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
+    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
     attention: Implementation = "xla",
 ) -> DA3:
-    """The network in a publisher's folder (config.json, model.safetensors); strict, see `convert.load`.
+    """The network in a publisher's folder (config.json, model.safetensors), read strictly.
+
+    `shardings` maps a leaf's path and shape to where it lives, as in `convert.load`.
 
     Raises:
       ValueError: files, fields, keys or shapes that do not fit, named.
     """
     config = Config.from_dict(convert.read_config(path))
     model = nnx.eval_shape(lambda: DA3(config, nnx.Rngs(0), dtype=dtype, attention=attention))
-    return convert.load(model, path, table(config), mesh=mesh, ignore=IGNORE)  # type: ignore[return-value]
+    convert.load(model, path, table(config), mesh=mesh, shardings=shardings, ignore=IGNORE)
+    return model
 
 
 def save(model: DA3, path: str | Path) -> None:

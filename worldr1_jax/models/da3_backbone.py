@@ -1,8 +1,9 @@
-"""Depth Anything 3 backbone: a DINOv2 vision transformer whose later layers also look across frames.
+"""Depth Anything 3 backbone: a DINOv2 transformer whose later layers also look across frames.
 
-Before `alt_start` every layer attends within a frame. From there on, odd layers attend over all frames and even ones
-within a frame; queries and keys are normalised and rotated (2D RoPE), and the class token becomes a camera token.
-Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3 0.1.1).
+Before `alt_start` every layer attends within a frame. From there on, odd layers attend over all
+frames and even ones within a frame; queries and keys are normalised and rotated (2D RoPE), and the
+class token becomes a camera token. Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3
+0.1.1).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ VIT_SIZES: dict[str, tuple[int, int, int, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """Shape of the transformer. `name` is a published size; the sizes below it may be given for others."""
+    """Shape of the transformer. `name` is a published size, or any other with its own fields."""
 
     name: str = "vitg"
     out_layers: tuple[int, ...] = (19, 27, 33, 39)  # layers whose outputs the heads read
@@ -53,7 +54,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) % 4:
             raise ValueError(
-                f"embed_dim {self.embed_dim} over num_heads {self.num_heads} has to be a whole multiple of 4"
+                f"embed_dim {self.embed_dim} over num_heads {self.num_heads} "
+                "has to be a multiple of 4"
             )
         if self.ffn not in ("swiglu", "mlp"):
             raise ValueError(f"ffn is '{self.ffn}'; it has to be 'swiglu' or 'mlp'")
@@ -69,7 +71,7 @@ class BackboneConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Width inside the feed-forward; SwiGLU takes two thirds of it, rounded up to a multiple of 8."""
+        """Feed-forward width; SwiGLU takes two thirds of it, rounded up to a multiple of 8."""
         hidden = int(self.embed_dim * self.mlp_ratio)
         return (int(hidden * 2 / 3) + 7) // 8 * 8 if self.ffn == "swiglu" else hidden
 
@@ -170,8 +172,10 @@ class Backbone(nnx.Module):
 
         Args:
           images: ImageNet-normalised; H and W multiples of the patch size.
-          strategy: how the reference frame is chosen when there are 3 or more: "first", "middle", "saddle_balanced".
-          implementation: of `models.attention`; within frames it sees B*F sequences, across them B long ones.
+          strategy: how the reference frame is chosen when there are 3 or more: "first", "middle",
+            "saddle_balanced".
+          implementation: of `models.attention`; within frames it sees B*F sequences, across them B
+            long ones.
 
         Raises:
           ValueError: a size that is no multiple of the patch size, or an unknown strategy.
@@ -216,7 +220,8 @@ class Backbone(nnx.Module):
         config, (batch, frames, height, width, _) = self.config, images.shape
         if height % config.patch_size or width % config.patch_size:
             raise ValueError(
-                f"image size {height}x{width} is not a multiple of the patch size {config.patch_size}"
+                f"image size {height}x{width} is not made of multiples "
+                f"of the patch size {config.patch_size}"
             )
         grid = (height // config.patch_size, width // config.patch_size)
         x = self.patch_embed(images.reshape(-1, height, width, 3)).astype(jnp.float32)
@@ -237,7 +242,7 @@ class Backbone(nnx.Module):
         return jnp.concatenate([table[:, :1], patches.reshape(1, -1, table.shape[-1])], axis=1)
 
     def _rotations(self, grid: tuple[int, int], frames: int, dtype: Any) -> tuple[Any, Any]:
-        """RoPE tables within a frame, and across frames, where every patch has the position (1, 1)."""
+        """RoPE tables within a frame, and across frames, where every patch is at (1, 1)."""
         ys, xs = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
         patches = np.stack([ys, xs], axis=-1).reshape(-1, 2) + 1
         camera = np.zeros((1, 2), patches.dtype)
@@ -271,8 +276,8 @@ class Backbone(nnx.Module):
 def reference_order(tokens: Float[Array, "B F D"], strategy: str) -> Int[Array, "B F"]:
     """Frame order with the reference frame first and the others as they were.
 
-    "saddle_balanced" takes the frame whose similarity to the others, norm and variance of its class token, each scaled
-    to [0, 1] over the frames, are together closest to the middle.
+    "saddle_balanced" takes the frame whose similarity to the others, norm and variance of its class
+    token, each scaled to [0, 1] over the frames, are together closest to the middle.
     """
     batch, frames, _ = tokens.shape
     if strategy == "first":
@@ -299,7 +304,7 @@ def reorder(x: Float[Array, "B F ..."], order: Int[Array, "B F"]) -> Float[Array
 
 
 def rope_tables(positions: np.ndarray, head_dim: int, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin [N 1 head_dim] of 2D RoPE: the first half of the channels turns with y, the second with x."""
+    """cos and sin [N 1 head_dim]: half of the channels turns with y, the other half with x."""
     half = head_dim // 2
     frequency = ROPE_BASE ** -(np.arange(0, half, 2, dtype=np.float32) / half)
     angles = positions[:, :, None].astype(np.float32) * frequency  # [N 2 half/2]
@@ -316,7 +321,8 @@ def rotate(x: Float[Array, "B N H D"], cos: Array, sin: Array) -> Float[Array, "
 def bicubic_matrix(source: int, target: int, offset: float = 0.1) -> np.ndarray:
     """[target source] weights of DINOv2's bicubic resampling (a = -0.75, edges repeated).
 
-    The scale is (target + 0.1) / source, as published: the pretrained tables are used with that shift.
+    The scale is (target + 0.1) / source, as published: the pretrained tables are used with that
+    shift.
     """
     scale = (target + offset) / source
     centre = (np.arange(target) + 0.5) / scale - 0.5

@@ -1,6 +1,7 @@
-"""Depth Anything 3 geometry: pose encodings to cameras, and raw head channels to Gaussians in world axes.
+"""Depth Anything 3 geometry: pose encodings to cameras, raw channels to Gaussians in world axes.
 
-Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3 0.1.1). Cameras are OpenCV camtoworld; pixel centres at +0.5.
+Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3 0.1.1). Cameras are OpenCV camtoworld;
+pixel centres at +0.5.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class GaussianConfig:
     pred_offset_xy: bool = True
     gaussian_scale_min: float = 1e-5
     gaussian_scale_max: float = 30.0
-    # Published: Gaussians lie at `depth` along UNIT rays although the depth head gives depth along the optical axis; the
-    # depth offset has learnt the difference. False (ours, for networks trained here) puts them at that depth exactly.
+    # Published: Gaussians lie at `depth` along UNIT rays although the depth head gives depth along
+    # the optical axis; the depth offset has learnt the difference. False (ours, for networks
+    # trained here) puts them at that depth exactly.
     unit_rays: bool = True
-    # Published: a quaternion's parts are one place off while the camera's rotation is applied, which is right for an
-    # unrotated camera only. The pretrained head has learnt with it. False (ours) applies the rotation properly.
+    # Published: a quaternion's parts are one place off while the camera's rotation is applied,
+    # which is right for an unrotated camera only. The pretrained head has learnt with it. False
+    # (ours) applies the rotation properly.
     slipped_quaternions: bool = True
 
     def __post_init__(self) -> None:
@@ -92,7 +95,8 @@ def matrix_to_quaternion(matrix: Float[Array, "*b 3 3"]) -> Float[Array, "*b 4"]
     """Unit quaternion xyzw with w >= 0 of a rotation matrix; stable for every angle."""
     m = [[matrix[..., i, j] for j in range(3)] for i in range(3)]
     trace = m[0][0] + m[1][1] + m[2][2]
-    # Row c holds 4 q_c q: the row with the largest own component is far from zero and is divided by its length.
+    # Row c holds 4 q_c q: the row with the largest own component is far from zero and is divided by
+    # its length.
     rows = [
         [1 + 2 * m[0][0] - trace, m[1][0] + m[0][1], m[0][2] + m[2][0], m[2][1] - m[1][2]],
         [m[1][0] + m[0][1], 1 + 2 * m[1][1] - trace, m[2][1] + m[1][2], m[0][2] - m[2][0]],
@@ -166,9 +170,10 @@ def relative_to_first(camtoworld: Float[Array, "*b F 4 4"]) -> Float[Array, "*b 
 def resample_depth(
     depth: Float[Array, "B F H W"], size: tuple[int, int]
 ) -> Float[Array, "B F h w"]:
-    """Depth at another size: the nearest surface of each cell going down, linear interpolation going up.
+    """Depth at another size: the nearest surface of each cell going down, linear going up.
 
-    The minimum keeps a cell that straddles an edge on a surface; a mean would float between the two.
+    The minimum keeps a cell that straddles an edge on a surface; a mean would float between the
+    two.
     """
     batch, frames, height, width = depth.shape
     if (height, width) == tuple(size):
@@ -191,7 +196,8 @@ def gaussians_from(
     """Raw head channels to Gaussians, one per cell of the raw map.
 
     Args:
-      raw: offsets in x, y (cells), scales 3, quaternion xyzw 4, spherical harmonics 3 x K, depth offset; all unbounded.
+      raw: offsets in x, y (cells), scales 3, quaternion xyzw 4, spherical harmonics 3 x K, depth
+        offset; all unbounded.
       opacity: in [0, 1].
       depth: along the optical axis; resampled to (h, w) when it differs.
       camtoworld, intrinsics: of the frames, intrinsics in pixels of an image of `size` (H, W).
@@ -266,7 +272,7 @@ def move(gaussians: Gaussians, rigid: Float[Array, "*b 4 4"]) -> Gaussians:
 
 
 def sh_mask(degree: int) -> np.ndarray:
-    """[K] weights that keep a fresh network's colours nearly independent of the view, as published."""
+    """[K] published weights that keep a fresh network's colours nearly view-independent."""
     bands = np.concatenate([np.full(2 * band + 1, band) for band in range(degree + 1)])
     return np.where(bands == 0, 1.0, 0.1 * 0.25**bands).astype(np.float32)
 
@@ -274,8 +280,8 @@ def sh_mask(degree: int) -> np.ndarray:
 def rotate_sh(
     sh: Float[Array, "*b K C"], rotation: Float[Array, "*b 3 3"]
 ) -> Float[Array, "*b K C"]:
-    """Coefficients of the same colour function in axes turned by `rotation` (old axes to new axes)."""
-    degree = int(round(sh.shape[-2] ** 0.5)) - 1
+    """Coefficients of the same colour function in axes turned by `rotation` (old to new)."""
+    degree = round(sh.shape[-2] ** 0.5) - 1
     parts = [sh[..., :1, :]]
     for band in range(1, degree + 1):
         matrix = sh_rotation(band, rotation)
@@ -285,7 +291,7 @@ def rotate_sh(
 
 
 def sh_rotation(band: int, rotation: Float[Array, "*b 3 3"]) -> Float[Array, "*b M M"]:
-    """The matrix D with Y(R d) = D Y(d) for one band, M = 2 band + 1, from enough fixed directions."""
+    """The matrix D with Y(R d) = D Y(d) for one band, M = 2 band + 1, from fixed directions."""
     directions, inverse = _sh_directions(band)
     turned = jnp.einsum("...ij,nj->...ni", rotation, directions, precision="highest")
     return jnp.einsum("...nm,nk->...mk", sh_band(band, turned), inverse, precision="highest")

@@ -1,13 +1,14 @@
 """Depth Anything 3 heads: the camera decoder, and the DPT that gives depth and Gaussian parameters.
 
-Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3 0.1.1). The ray branch of DualDPT is not built: neither
-depth nor the camera depends on it.
+Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3 0.1.1). The ray branch of DualDPT is
+not built: neither depth nor the camera depends on it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -39,7 +40,8 @@ class HeadConfig:
             or any(c % 4 for c in self.out_channels)
         ):
             raise ValueError(
-                f"features {self.features} has to be a multiple of 8, out_channels {self.out_channels} four multiples of 4"
+                f"features {self.features} has to be a multiple of 8, "
+                f"out_channels {self.out_channels} four multiples of 4"
             )
 
 
@@ -50,8 +52,8 @@ class CameraDecoder(nnx.Module):
         self.fc1 = nnx.Linear(dim, dim, rngs=rngs)
         self.fc2 = nnx.Linear(dim, dim, rngs=rngs)
         small = nnx.initializers.normal(0.1 / dim**0.5)
-        # A fresh network starts at the identity with a field of view of 1 rad: the ReLU on the field of view has no
-        # gradient below zero, and a zero quaternion no rotation.
+        # A fresh network starts at the identity with a field of view of 1 rad: the ReLU on the
+        # field of view has no gradient below zero, and a zero quaternion no rotation.
         self.translation = nnx.Linear(dim, 3, kernel_init=small, rngs=rngs)
         self.quaternion = nnx.Linear(
             dim, 4, kernel_init=small, bias_init=_constant(0, 0, 0, 1), rngs=rngs
@@ -59,7 +61,10 @@ class CameraDecoder(nnx.Module):
         self.fov = nnx.Linear(dim, 2, kernel_init=small, bias_init=_constant(1, 1), rngs=rngs)
 
     def __call__(self, token: Float[Array, "B F D"]) -> tuple[Array, Array, Array]:
-        """Translation [B F 3], quaternion [B F 4] xyzw (not normalised), field of view [B F 2] (vertical, horizontal)."""
+        """Translation [B F 3], quaternion [B F 4] xyzw of any length, field of view [B F 2].
+
+        The fields of view are vertical, horizontal, in radians.
+        """
         x = jax.nn.relu(self.fc2(jax.nn.relu(self.fc1(token))))
         return self.translation(x), self.quaternion(x), jax.nn.relu(self.fov(x))
 
@@ -105,13 +110,13 @@ class Fusion(nnx.Module):
     def __call__(self, x: Array, level: Array | None, size: tuple[int, int]) -> Array:
         if self.unit1 is not None and level is not None:
             x = x + self.unit1(level)
-        # The published order is upsampling, then the 1x1 convolution. Both are linear and the upsampling weights sum
-        # to one, so this order gives the same at a quarter of the products.
+        # The published order is upsampling, then the 1x1 convolution. Both are linear and the
+        # upsampling weights sum to one, so this order gives the same at a quarter of the products.
         return resize(self.out_conv(self.unit2(x)), size)
 
 
 class DPT(nnx.Module):
-    """Four taps -> a dense map. With `image_channels` the image itself is mixed in before the last layers (GSDPT)."""
+    """Four taps -> a dense map; with `image_merger` the image is mixed in late (GSDPT)."""
 
     def __init__(
         self,
@@ -137,7 +142,7 @@ class DPT(nnx.Module):
         self.neck = conv3(features, features // 2, rngs=rngs)
         widths = (3, features // 8, features // 4, features // 2)
         self.merger = (
-            nnx.List([conv3(a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+            nnx.List([conv3(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
             if image_merger
             else None
         )
@@ -170,11 +175,11 @@ class DPT(nnx.Module):
         levels = [self._level(i, tap, grid, width / height) for i, tap in enumerate(taps)]
         ratio = self.config.down_ratio
         out_size = (height // ratio, width // ratio)
-        # A departure for down_ratio > 1: the pyramid is fused straight at the output's size, not finer than it.
+        # A departure for down_ratio > 1: the pyramid is fused straight at the output's size.
         fine = (grid[0] * PYRAMID, grid[1] * PYRAMID) if ratio == 1 else out_size
-        x = self.fusions[3](levels[3], None, levels[2].shape[1:3])
-        x = self.fusions[2](x, levels[2], levels[1].shape[1:3])
-        x = self.fusions[1](x, levels[1], levels[0].shape[1:3])
+        x = self.fusions[3](levels[3], None, _size(levels[2]))
+        x = self.fusions[2](x, levels[2], _size(levels[1]))
+        x = self.fusions[1](x, levels[1], _size(levels[0]))
         x = self.neck(self.fusions[0](x, levels[0], fine))
         x = resize(x, out_size)
         if self.merger is not None:
@@ -197,7 +202,8 @@ class DPT(nnx.Module):
         return self.levels[i](x)
 
     def _merge(self, images: Array, ratio: int) -> Array:
-        # The published merger exists at full size only; with down_ratio it reads the block means of the image.
+        # The published merger exists at full size only; with down_ratio it reads the block means of
+        # the image.
         batch, height, width, channels = images.shape
         x = images.reshape(batch, height // ratio, ratio, width // ratio, ratio, channels).mean(
             (2, 4)
@@ -205,6 +211,10 @@ class DPT(nnx.Module):
         for layer in self.merger or ():
             x = jax.nn.gelu(layer(x), approximate=False)
         return x
+
+
+def _size(x: Array) -> tuple[int, int]:
+    return x.shape[1], x.shape[2]
 
 
 def conv3(
@@ -239,7 +249,8 @@ def corner_matrix(source: int, target: int) -> np.ndarray:
 def uv_embedding(height: int, width: int, channels: int, aspect: float) -> np.ndarray:
     """[height width channels] sines and cosines of image positions, scaled by 0.1.
 
-    Positions span the image with its diagonal normalised to 2; half of the channels encode x, half y.
+    Positions span the image with its diagonal normalised to 2; half of the channels encode x, half
+    y.
     """
     diagonal = (aspect**2 + 1) ** 0.5
     spans = (aspect / diagonal, 1 / diagonal)
