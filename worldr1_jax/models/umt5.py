@@ -247,7 +247,7 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
-    shardings: Callable[[str], jax.sharding.Sharding] | None = None,
+    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
 ) -> UMT5Encoder:
     """Reads a folder with config.json and safetensors of transformers' UMT5EncoderModel.
 

@@ -91,14 +91,14 @@ class Config:
 
     @classmethod
     def nano(cls) -> Config:
-        """About 4.5M parameters, for the shipped nano world (text from umt5.Config.nano())."""
+        """About 2.4M parameters, for the shipped nano world (text from umt5.Config.nano())."""
         return cls(
-            num_attention_heads=6,
+            num_attention_heads=4,
             attention_head_dim=32,
             text_dim=128,
             freq_dim=64,
-            ffn_dim=768,
-            num_layers=6,
+            ffn_dim=512,
+            num_layers=8,
         )
 
     @classmethod
@@ -440,7 +440,7 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
-    shardings: Callable[[str], jax.sharding.Sharding] | None = None,
+    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
     remat: str = "none",
     implementation: Implementation = "xla",
 ) -> WanDiT:
