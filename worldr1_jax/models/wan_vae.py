@@ -1,7 +1,8 @@
-"""The Wan2.1 video VAE: video [B F H W 3] in [0, 1] <-> latents [B f h w C], with f = 1 + (F - 1) / 4.
+"""The Wan2.1 video VAE: video [B F H W 3] in [0, 1] <-> latents [B f h w C], f = 1 + (F - 1) / 4.
 
-Whole videos by default, differentiable; `chunked=True` gives the same result with memory that does not grow with the
-number of frames. The files and the names are those of diffusers' AutoencoderKLWan (config.json + safetensors).
+Whole videos by default, differentiable; `chunked=True` gives the same result with activations that
+do not grow with the number of frames. Files and names are those of diffusers' AutoencoderKLWan
+(config.json + safetensors).
 """
 
 from __future__ import annotations
@@ -49,15 +50,18 @@ class Config:
       base_dim: channels of the first encoder level.
       decoder_base_dim: channels of the last decoder level; None means base_dim.
       z_dim: latent channels.
-      dim_mult: channels of each level, in units of base_dim; each level but the last halves height and width.
+      dim_mult: channels of each level, in units of base_dim; each level but the last halves
+        height and width.
       num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
       attn_scales: scales (1, 0.5, 0.25, ...) at which encoder levels have attention.
-      temperal_downsample: for each level but the last, whether it also halves the frames (publisher's spelling).
+      temperal_downsample: for each level but the last, whether it also halves the frames (the
+        publisher's spelling).
       dropout: kept for the files; the network runs as in inference, where dropout does nothing.
       latents_mean, latents_std: per latent channel, for the normalised latents.
       is_residual: the Wan2.2 variant; only False is supported.
       in_channels, out_channels: 3, or 3 * patch_size^2 with patches.
-      patch_size: pixels of a square patch folded into channels before the encoder; None or 1 for none.
+      patch_size: pixels of a square patch folded into channels before the encoder; None or 1 for
+        none.
     """
 
     base_dim: int = 96
@@ -83,13 +87,14 @@ class Config:
         levels = len(self.dim_mult)
         if len(self.temperal_downsample) != levels - 1:
             raise ValueError(
-                f"temperal_downsample has {len(self.temperal_downsample)} entries, but {levels} levels need {levels - 1}"
+                f"temperal_downsample has {len(self.temperal_downsample)} entries, "
+                f"but {levels} levels need {levels - 1}"
             )
         channels = 3 * (self.patch_size or 1) ** 2
         if (self.in_channels, self.out_channels) != (channels, channels):
             raise ValueError(
-                f"in_channels {self.in_channels} and out_channels {self.out_channels} must both be {channels} "
-                f"with patch_size {self.patch_size}"
+                f"in_channels {self.in_channels} and out_channels {self.out_channels} "
+                f"must both be {channels} with patch_size {self.patch_size}"
             )
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
@@ -114,7 +119,10 @@ class Config:
 
     @classmethod
     def nano(cls) -> Config:
-        """A small VAE of the same compression, 8x8x4, in latents whose statistics are not measured yet (0 and 1)."""
+        """A small VAE of the same compression, 8x8x4: 1.9M parameters.
+
+        Its latents_mean and latents_std are 0 and 1 until training has measured them.
+        """
         return cls(
             base_dim=16,
             dim_mult=(1, 2, 4),
@@ -129,12 +137,12 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """From the publisher's config.json. Raises ValueError for a field that this network does not know."""
+        """From the publisher's config.json. Raises ValueError for an unknown field."""
         known = {field.name for field in dataclasses.fields(cls)}
         # The scale factors only steer the publisher's tiling; ours follow from the levels.
         ignored = {"scale_factor_temporal", "scale_factor_spatial"}
-        fields = {
-            name: value
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
             if not name.startswith("_") and name not in ignored
         }
@@ -143,12 +151,7 @@ class Config:
             raise ValueError(
                 f"config.json has the field '{unknown[0]}', which the Wan2.1 VAE does not know"
             )
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in fields.items()
-            }
-        )
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The publisher's config.json."""
@@ -274,7 +277,7 @@ class WanVAE(nnx.Module):
     Args:
       config: architecture.
       rngs: key for the weights.
-      dtype: dtype of the convolutions; norms and softmax stay float32, and so do inputs and outputs.
+      dtype: dtype of the convolutions; norms, softmax, inputs and outputs stay float32.
       remat: recompute each residual block's inside in the backward pass instead of keeping it.
     """
 
@@ -297,11 +300,12 @@ class WanVAE(nnx.Module):
     def encode(
         self, video: Float[Array, "B F H W 3"], *, chunked: bool = False
     ) -> Float[Array, "B f h w C"]:
-        """The mode of the posterior, normalised by the config's mean and std: what the denoiser works on.
+        """The mode of the posterior, normalised by the config's mean and std; the denoiser's space.
 
         Args:
-          video: values in [0, 1]; F = 1 + 4k, H and W multiples of 8 (in general, of the config's compression).
-          chunked: run by chunks of frames, with memory that does not grow with F; the same result.
+          video: values in [0, 1]; F = 1 + 4k, H and W multiples of 8 (in general, of the config's
+            compression).
+          chunked: run by chunks of frames, with memory that does not grow with F; same result.
 
         Raises:
           ValueError: F, H or W does not fit the compression.
@@ -313,7 +317,7 @@ class WanVAE(nnx.Module):
     def encode_moments(
         self, video: Float[Array, "B F H W 3"], *, chunked: bool = False
     ) -> tuple[Float[Array, "B f h w C"], Float[Array, "B f h w C"]]:
-        """Mean and log-variance (clipped to [-30, 20]) of the posterior, not normalised; arguments as `encode`."""
+        """Mean and log-variance (clipped to [-30, 20]), not normalised; arguments as `encode`."""
         self._check_video(video)
         x = _patchify(2.0 * video.astype(jnp.float32) - 1.0, self.config.patch_size or 1)
         moments = self._run(self._encode_chunk, x, self.config.temporal_compression, chunked)
@@ -336,7 +340,8 @@ class WanVAE(nnx.Module):
         """
         if latents.ndim != 5 or latents.shape[-1] != self.config.z_dim or latents.shape[1] < 1:
             raise ValueError(
-                f"latents have shape {list(latents.shape)}, but this VAE takes [B f h w {self.config.z_dim}]"
+                f"latents have shape {list(latents.shape)}, "
+                f"but this VAE takes [B f h w {self.config.z_dim}]"
             )
         shift, scale = self._statistics()
         x = latents.astype(jnp.float32) * scale + shift
@@ -373,7 +378,7 @@ class WanVAE(nnx.Module):
         return network.conv_out(jax.nn.silu(network.norm_out(x)), stream)
 
     def _run(self, chunk, x: Array, step: int, chunked: bool) -> Array:
-        """Runs `chunk` on all frames, or on the first frame and then by `step` frames under a scan."""
+        """Runs `chunk` on all frames, or on the first one and then by `step` frames in a scan."""
         if not chunked:
             return chunk(x, Stream())
         stream = Stream()
@@ -414,7 +419,11 @@ def _unpatchify(x: Array, size: int) -> Array:
 
 
 def table(config: Config) -> list[tuple[str, str, str]]:
-    """Rows of (publisher's key, leaf, kind). Modules bear the publisher's names; leaves differ as said here."""
+    """Rows of (publisher's key, leaf, kind).
+
+    Modules bear the publisher's names, so that the table follows from the leaves; what differs is
+    said here.
+    """
     shapes = nnx.state(nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0))), nnx.Param)
     kinds = {5: "conv3d", 4: "conv2d"}
     rows = []
@@ -439,14 +448,21 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     remat: bool = False,
 ) -> WanVAE:
-    """Reads a publisher's folder (config.json + safetensors), strictly; weights and computation in `dtype`.
+    """Reads a publisher's folder (config.json + safetensors), strictly.
+
+    Args:
+      path: the folder.
+      dtype: of the weights and of the convolutions.
+      mesh: mesh over which the weights are replicated.
+      remat: as in `WanVAE`.
 
     Raises:
-      ValueError: the config is of another network, or a key is unknown, missing or of a wrong shape.
+      ValueError: the config is another network's, or a key is unknown, missing or of a wrong shape.
     """
     config = Config.from_dict(convert.read_config(path))
     model = nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0), dtype=dtype, remat=remat))
-    return convert.load(model, path, table(config), dtype=dtype, mesh=mesh)
+    convert.load(model, path, table(config), dtype=dtype, mesh=mesh)
+    return model
 
 
 def save(model: WanVAE, path: str | Path) -> None:

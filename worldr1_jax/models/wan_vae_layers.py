@@ -1,14 +1,16 @@
-"""Layers of the Wan2.1 video VAE: causal convolutions, RMS norm, residual, attention and resampling blocks.
+"""Layers of the Wan2.1 video VAE: causal convolution, norm, residual, attention, resampling.
 
-Videos and features are channels last, [B F H W C]. Every layer is causal in time. The same code runs a whole video at
-once and frame chunk by frame chunk: a `Stream` gives each temporal layer the last frames of the previous chunk, which
-are zeros before the first frame, so both ways give one result.
+Features are channels last, [B F H W C]. Every layer is causal in time. The same code runs a whole
+video at once and frame chunk by frame chunk: a `Stream` gives each temporal layer the last frames
+of the previous chunk, which are zeros before the first frame, so both ways give one result.
 
-Source: diffusers AutoencoderKLWan (facts: padding, first-frame rules, names of the weights); Wan2.1, arXiv 2503.20314.
+Source: diffusers AutoencoderKLWan (facts: padding, first-frame rules, names of the weights);
+Wan2.1, arXiv 2503.20314.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +25,10 @@ DType = Any
 
 
 class Stream:
-    """Hands temporal layers the frames that came before this chunk, and collects those that the next one needs.
+    """Hands layers the frames before this chunk, and collects those that the next chunk needs.
 
-    Built anew for each chunk, while it is traced; layers use it in a fixed order, so caches are plain lists.
+    Built anew for each chunk, while it is traced; layers use it in a fixed order, so the caches
+    are a plain list.
 
     Attributes:
       first: whether the chunk starts the video.
@@ -73,32 +76,36 @@ def conv2d(
 def temporal_conv(
     x: Video, kernel: Float[Array, "kt kh kw C O"], stride: int = 1
 ) -> Float[Array, "B G H W O"]:
-    """3D convolution, valid in time (with `stride`), same in space, as a sum of 2D ones over the temporal taps.
+    """3D convolution, valid in time (with `stride`), same in space, as a sum of 2D ones over taps.
 
-    On the CPU, at 4x17x32x32 with 16 -> 16 channels, XLA's conv3d takes 49 ms forward and 185 ms with gradients, this sum
-    9 and 64 ms (and less than one conv2d over joined taps, 99 ms, or a matrix product of unfolded windows, 128 ms).
+    On 2 CPU cores, at 4x17x32x32 with 16 -> 16 channels, XLA's conv3d takes 49 ms forward and
+    185 ms with gradients, this sum 9 and 64 ms. With gradients, one conv2d over joined taps takes
+    99 ms, and a matrix product of unfolded windows 128 ms.
     """
     taps = kernel.shape[0]
     batch, frames, *space = x.shape
     count = (frames - taps) // stride + 1
     if count < 1:  # The first chunk of a stream is one frame, too short for a window.
         return jnp.zeros((batch, 0, *space[:2], kernel.shape[-1]), x.dtype)
-    out = None
+    parts = []
     for tap in range(taps):
         part = lax.slice_in_dim(x, tap, tap + stride * (count - 1) + 1, stride, axis=1)
-        part = conv2d(part.reshape(batch * count, *space), kernel[tap])
-        out = part if out is None else out + part
+        parts.append(conv2d(part.reshape(batch * count, *space), kernel[tap]))
+    out = functools.reduce(jnp.add, parts)
     return out.reshape(batch, count, *out.shape[1:])
 
 
 class CausalConv3d(nnx.Module):
-    """Convolution that sees this frame and the kt - 1 before it; zeros before the video and around each frame.
+    """Convolution that sees a frame and the kt - 1 before it.
+
+    Zeros stand before the video and around each frame.
 
     Args:
       in_channels, out_channels: channels.
       kernel_size: (kt, kh, kw), kh and kw odd.
       rngs: key for the weights.
-      stride: temporal stride; with 2, windows start at the chunk's first frame and nothing is put before the video.
+      stride: temporal stride; with 2, nothing is put before the video, and the windows overlap in
+        one frame.
       dtype: dtype of the computation.
     """
 
@@ -133,7 +140,7 @@ class CausalConv3d(nnx.Module):
 
 
 class FrameConv(nnx.Module):
-    """2D convolution of each frame. `stride` 2 pads one row below and one column to the right only."""
+    """2D convolution of each frame. Stride 2 pads below and to the right only."""
 
     def __init__(
         self,
@@ -165,9 +172,10 @@ class FrameConv(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Scales each pixel's channels to a root mean square of `gamma`, in float32; no epsilon but a floor of 1e-12.
+    """Scales each pixel's channels to a root mean square of `gamma`, in float32.
 
-    `gamma` keeps the publisher's shape [C 1 1 1] (videos) or [C 1 1] (frames), so that files need no reshape.
+    No epsilon, but the norm is at least 1e-12. `gamma` keeps the publisher's shape, [C 1 1 1] for
+    videos and [C 1 1] for frames, so that files need no reshape.
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs, trailing: int = 3):
@@ -184,7 +192,7 @@ class RMSNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1x1 convolution on x where the channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1x1 convolution on x where channels change."""
 
     caches = 2  # Of the two 3x3x3 convolutions.
 
@@ -210,7 +218,7 @@ class ResidualBlock(nnx.Module):
 
 
 def apply(layer: nnx.Module, x: Video, stream: Stream, *, remat: bool) -> Video:
-    """Calls the layer; with `remat`, a residual block's inside is recomputed in the backward pass."""
+    """Calls the layer; with `remat`, the backward pass recomputes a residual block's inside."""
     if not (remat and isinstance(layer, ResidualBlock)):
         return layer(x, stream)
     graph, state = nnx.split(layer)
@@ -244,7 +252,7 @@ class AttentionBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves height and width; with `temporal`, also halves the frames after the first, which stays alone."""
+    """Halves height and width; with `temporal`, also the number of frames after the first."""
 
     def __init__(
         self, channels: int, *, temporal: bool, rngs: nnx.Rngs, dtype: DType = jnp.float32
@@ -257,19 +265,17 @@ class Downsample(nnx.Module):
         self.temporal = temporal
 
     def __call__(self, x: Video, stream: Stream) -> Video:
-        """[B 1+2k H W C] -> [B 1+k H/2 W/2 C] at the start of the video, [B 2k H W C] -> [B k H/2 W/2 C] after it."""
+        """[B F H W C] -> [B G H/2 W/2 C]; temporal: F = 1 + 2k to G = 1 + k, later 2k to k."""
         x = self.resample(x)
         if not self.temporal:
             return x
-        if not stream.first:
-            return self.time_conv(x, stream)
-        # The first frame passes as it is, and is the oldest that the window of frames 0 to 2 sees.
-        rest = self.time_conv(x, stream)
-        return jnp.concatenate([x[:, :1], rest], axis=1)
+        # The first frame passes as it is; it is also the oldest one in the first window.
+        y = self.time_conv(x, stream)
+        return jnp.concatenate([x[:, :1], y], axis=1) if stream.first else y
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width and halves the channels; with `temporal`, doubles the frames after the first."""
+    """Doubles height and width, halves channels; with `temporal`, doubles later frames too."""
 
     def __init__(
         self, channels: int, *, temporal: bool, rngs: nnx.Rngs, dtype: DType = jnp.float32
@@ -280,9 +286,9 @@ class Upsample(nnx.Module):
         self.temporal = temporal
 
     def __call__(self, x: Video, stream: Stream) -> Video:
-        """[B 1+k H W C] -> [B 1+2k 2H 2W C/2] at the start of the video, [B k H W C] -> [B 2k 2H 2W C/2] after it."""
+        """[B F H W C] -> [B G 2H 2W C/2]; temporal: F = 1 + k to G = 1 + 2k, later k to 2k."""
         if self.temporal and stream.first:
-            # The publisher's temporal convolution never sees the first frame: frame 1 is preceded by zeros.
+            # The publisher's temporal convolution never sees frame 0: zeros precede frame 1.
             x = jnp.concatenate([x[:, :1], self._double(x[:, 1:], stream)], axis=1)
         elif self.temporal:
             x = self._double(x, stream)
