@@ -17,6 +17,7 @@ sum(w z) / sum(w), and 0 where alpha is 0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -313,6 +314,7 @@ def _each_view(
     return Rendered(image[..., :3], depth, alpha, overflow.reshape(leading))
 
 
+@partial(jax.jit, static_argnames=("size", "tile", "round_size"))
 def render(
     gaussians: Gaussians,
     camtoworld: Float[Array, "*batch V 4 4"],
@@ -355,10 +357,10 @@ def render(
             lists = _lists(view, size, tile, capacity, after)
             length = jnp.max(jnp.sum(lists.used, axis=-1))
             canvas = _composite(_gather(view, lists, size, tile), length, pixels, canvas)
-            running = jnp.any(canvas.stop == _RUNNING, axis=-1)
-            # A tile that is opaque asks for nothing more.
-            after = (jnp.where(running, lists.last[0], jnp.inf), lists.last[1])
-            return canvas, after, jnp.any(running & (lists.candidates > capacity))
+            # A tile that is opaque or exhausted asks for nothing more, in any later round.
+            asks = jnp.any(canvas.stop == _RUNNING, axis=-1) & (lists.candidates > capacity)
+            after = (jnp.where(asks, lists.last[0], jnp.inf), lists.last[1])
+            return canvas, after, jnp.any(asks)
 
         tiles = _grid(size, tile).shape[0]
         nothing = (jnp.full(tiles, -jnp.inf), jnp.zeros(tiles, jnp.int32))
@@ -370,6 +372,7 @@ def render(
     return rendered.rgb, rendered.depth, rendered.alpha
 
 
+@partial(jax.jit, static_argnames=("size", "capacity", "tile"))
 def render_tiled(
     gaussians: Gaussians,
     camtoworld: Float[Array, "*batch V 4 4"],
@@ -400,6 +403,7 @@ def render_tiled(
     return _each_view(one_view, gaussians, camtoworld, intrinsics, size)
 
 
+@partial(jax.jit, static_argnames=("size",))
 def render_exact(
     gaussians: Gaussians,
     camtoworld: Float[Array, "*batch V 4 4"],
