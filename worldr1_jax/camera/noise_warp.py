@@ -62,11 +62,15 @@ def _scatter_add(values: Array, index: Int[Array, " N"]) -> Array:
     return jnp.zeros_like(values).at[index].add(values, mode="drop")
 
 
-def _flat(position: Float[Array, "H W 2"], size: tuple[int, int]) -> Int[Array, " N"]:
-    """Index of the nearest pixel, H * W when that lies outside the image."""
-    height, width = size
-    nearest = jnp.round(position).astype(jnp.int32)
-    x, y = nearest[..., 0], nearest[..., 1]
+def _neighbour(motion: Float[Array, "H W 2"]) -> Int[Array, " N"]:
+    """Index of the pixel nearest to each pixel moved by `motion`, H * W when outside the image.
+
+    The motion is rounded, not the place: a uniform motion of half a pixel must stay uniform.
+    """
+    height, width, _ = motion.shape
+    nearest = jnp.round(motion).astype(jnp.int32)
+    x = jnp.arange(width) + nearest[..., 0]
+    y = jnp.arange(height)[:, None] + nearest[..., 1]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return jnp.where(inside, y * width + x, height * width).reshape(-1)
 
@@ -86,12 +90,11 @@ def move_grid(
     """
     height, width, _ = flow.shape
     pixels = height * width
-    place = jnp.stack(jnp.meshgrid(jnp.arange(width), jnp.arange(height)), -1).astype(flow.dtype)
     moved = grid.offset.reshape(flow.shape) + flow
-    target = _flat(place + moved, (height, width))
+    target = _neighbour(moved)
     lands = target < pixels
     landed = _scatter_add(lands.astype(jnp.float32), target) > 0
-    back = _flat(place - flow, (height, width))
+    back = _neighbour(-flow)
     source = jnp.where(landed, pixels, back)
     expands = source < pixels
     copies = _scatter_add(expands.astype(jnp.float32), source)

@@ -225,56 +225,50 @@ def encode_text(encoder: umt5.UMT5Encoder, ids: jax.Array, mask: jax.Array) -> j
     return encoder(ids, mask) * mask[..., None]
 
 
-STRIDE = 2  # the 3D network sees every second frame, in training as in the reward
-
-
 def train_da3(
-    videos: Videos, folder: Path, schedule: Schedule, *, views: int, seed: int, log=print, start=None, fresh_camera=False
+    videos: Videos,
+    folder: Path,
+    schedule: Schedule,
+    *,
+    terms: tuple[str, ...],
+    frames: int,
+    seed: int,
+    log: Callable[[str], None] = print,
+    start: Path | None = None,
 ) -> None:
     """Depth, cameras and Gaussians from exact depth, exact cameras and re-rendering of other frames.
 
     Args:
-      views: how many frames of each video are re-rendered for the loss; 0 trains geometry alone.
+      terms: what is learnt: "camera", "depth", "render" (two other frames of each video). Heads that no term needs are
+        not run: the camera alone costs a tenth, and needs by far the most videos.
+      frames: seen of each video, the first one among them; all videos of a batch see the same instants.
       start: folder of weights to go on from; None starts fresh.
     """
-    fresh = da3.DA3(da3.Config.nano(), rngs=nnx.Rngs(seed))
-    network = da3.load(start, dtype=jnp.float32) if start else fresh
-    network.cam_dec = fresh.cam_dec if fresh_camera else network.cam_dec
+    network = da3.load(start) if start else da3.DA3(da3.Config.nano(), rngs=nnx.Rngs(seed))
     graph, params = nnx.split(network)
     size = videos.video.shape[2:4]
-    matrix = jnp.asarray(world.intrinsics(*size))
 
     def loss(params, batch, key):
         network = nnx.merge(graph, params)
         video = batch["video"].astype(jnp.float32) / 255.0
         raw = network.forward(video)
-        camtoworld, terms = batch["camtoworld"], {}
-        depth = da3_gaussians.resample_depth(batch["depth"].astype(jnp.float32), raw.depth.shape[2:])
-        error = jnp.abs(jnp.log(raw.depth) - jnp.log(depth))
-        terms["depth"] = jnp.mean(error)
-        terms["confidence"] = jnp.mean(raw.confidence * error - 0.05 * jnp.log(raw.confidence))
-        terms |= camera_terms(raw, camtoworld)
-        weights = {"depth": 1.0, "confidence": 0.1, "rotation": 1.0, "translation": 1.0, "fov": 0.5}
-        if views:
-            intrinsics = jnp.broadcast_to(matrix, (*camtoworld.shape[:2], 3, 3))
-            gaussians = network.gaussians_from(raw, camtoworld, intrinsics)
-            chosen = jax.random.choice(key, camtoworld.shape[1], (views,), replace=False)
-            image = splat.render_tiled(
-                gaussians, camtoworld[:, chosen], intrinsics[:, chosen], size, capacity=768
-            )
-            difference = image.rgb - video[:, chosen]
-            terms["render"] = jnp.mean(difference**2) * 5 + 0.5 * jnp.mean(jnp.abs(difference))
-            weights["render"] = 1.0
-        total = sum(weights[name] * terms[name] for name in weights)
-        if views:
-            terms["psnr"] = -10 * jnp.log10(jnp.mean(difference**2))
-        return total, {"loss": total, **terms}
+        values: dict[str, jax.Array] = {}
+        if "camera" in terms:
+            values |= camera_terms(raw, batch["camtoworld"])
+        if "depth" in terms:
+            values |= depth_terms(raw, batch["depth"])
+        if "render" in terms:
+            values |= render_terms(network, raw, batch["camtoworld"], video, size, key)
+        psnr = {"psnr": values.pop("psnr")} if "psnr" in values else {}
+        total = sum(values.values())
+        return total, {"loss": total, **values, **psnr}
 
     def batches():
         rng = np.random.default_rng(seed)
         while True:
             rows = rng.integers(0, len(videos), schedule.batch)
-            yield mirror_batch(videos, rows, rng.random() < 0.5)
+            later = 1 + rng.choice(videos.video.shape[1] - 1, frames - 1, replace=False)
+            yield mirror_batch(videos, rows, np.sort(np.append(0, later)), rng.random() < 0.5)
 
     def snapshot(average):
         da3.save(nnx.merge(graph, average), folder)
@@ -299,10 +293,30 @@ def camera_terms(raw: da3.Raw, camtoworld: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def mirror_batch(videos: Videos, rows: np.ndarray, mirrored: bool) -> Batch:
-    """Videos, depth and cameras of some rows, seen in a mirror (x to -x) when asked."""
-    video, depth = videos.video[rows, ::STRIDE], videos.depth[rows, ::STRIDE]
-    camtoworld = videos.camtoworld[rows, ::STRIDE]
+def depth_terms(raw: da3.Raw, depth: jax.Array) -> dict[str, jax.Array]:
+    """Relative depth error, and a confidence that learns where it is small."""
+    depth = da3_gaussians.resample_depth(depth.astype(jnp.float32), raw.depth.shape[2:])
+    error = jnp.abs(jnp.log(raw.depth) - jnp.log(depth))
+    confidence = raw.confidence * jax.lax.stop_gradient(error) - 0.05 * jnp.log(raw.confidence)
+    return {"depth": jnp.mean(error), "confidence": 0.1 * jnp.mean(confidence)}
+
+
+def render_terms(network, raw, camtoworld, video, size, key, views: int = 2) -> dict[str, jax.Array]:
+    """Error of the Gaussians, placed with exact cameras and the network's depth, seen from `views` of the frames."""
+    matrix = jnp.asarray(world.intrinsics(*size))
+    intrinsics = jnp.broadcast_to(matrix, (*camtoworld.shape[:2], 3, 3))
+    gaussians = network.gaussians_from(raw, camtoworld, intrinsics)
+    chosen = jax.random.choice(key, camtoworld.shape[1], (views,), replace=False)
+    image = splat.render_tiled(gaussians, camtoworld[:, chosen], intrinsics[:, chosen], size, capacity=768)
+    difference = image.rgb - video[:, chosen]
+    error = jnp.mean(difference**2)
+    return {"render": 5 * error + 0.5 * jnp.mean(jnp.abs(difference)), "psnr": -10 * jnp.log10(error)}
+
+
+def mirror_batch(videos: Videos, rows: np.ndarray, instants: np.ndarray, mirrored: bool) -> Batch:
+    """Videos, depth and cameras of some rows at some frames, seen in a mirror (x to -x) when asked."""
+    at = np.ix_(rows, instants)
+    video, depth, camtoworld = videos.video[at], videos.depth[at], videos.camtoworld[at]
     if mirrored:
         flip = np.diag([-1.0, 1.0, 1.0, 1.0]).astype(np.float32)
         video, depth, camtoworld = video[..., ::-1, :], depth[..., ::-1], flip @ camtoworld @ flip

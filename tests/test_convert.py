@@ -1,0 +1,95 @@
+"""Strict loading: every way in which files and network can disagree is an error that names the place."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from worldr1_jax.models import convert
+
+TABLE = (
+    ("a.weight", "a.kernel", "linear"),
+    ("a.bias", "a.bias", "copy"),
+    ("b.{i}.weight", "blocks.kernel", "linear"),
+    ("b.{i}.bias", "blocks.bias", "copy"),
+    ("c.{j}.weight", "items.{j}.kernel", "linear"),
+    ("c.{j}.bias", "items.{j}.bias", "copy"),
+)
+REPEATS = {"i": 3, "j": 2}
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.Linear(3, 4, rngs=rngs)
+        self.items = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        stack = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: nnx.Linear(4, 5, rngs=rngs)))
+        self.blocks = stack(rngs)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    convert.save(Net(nnx.Rngs(0)), tmp_path, TABLE, REPEATS, {"size": 3}, filename="model.safetensors")
+    return tmp_path
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_round_trip_fills_an_abstract_network(folder):
+    assert load_file(folder / "model.safetensors")["b.1.weight"].shape == (5, 4)  # torch's order
+    net = convert.load(nnx.eval_shape(lambda: Net(nnx.Rngs(1))), folder, TABLE, REPEATS)
+    want = Net(nnx.Rngs(0))
+    assert np.array_equal(net.blocks.kernel[...], want.blocks.kernel[...])
+    assert np.array_equal(net.items[1].kernel[...], want.items[1].kernel[...])
+    assert convert.read_config(folder) == {"size": 3}
+
+
+def test_sixteen_bit_files_are_cast(folder):
+    change(folder, lambda t: t.update({k: v.astype(np.float16) for k, v in t.items()}))
+    net = convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
+    assert net.a.kernel[...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.update(extra=np.zeros(1, np.float32)), "does not know, such as 'extra'"),
+        (lambda t: t.pop("b.2.bias"), "lacks the key 'b.2.bias'"),
+        (lambda t: t.update({"a.weight": np.zeros((4, 9), np.float32)}), "'a.weight' gives shape"),
+        (lambda t: t.update({"a.bias": np.zeros(4, np.int8)}), "stored as int8"),
+    ],
+)
+def test_wrong_files_are_refused(folder, edit, message):
+    change(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
+
+
+def test_truncated_missing_and_unindexed_files_are_refused(folder):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
+    index = {"weight_map": {"a.weight": "part-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks the shard part-1"):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
+
+
+def test_an_unfilled_leaf_and_a_doubled_key_are_refused(folder):
+    with pytest.raises(ValueError, match=r"does not know, such as 'a\.bias'"):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE[:1] + TABLE[2:], REPEATS)
+    with pytest.raises(ValueError, match=r"no key of .* fills the leaf 'a\.bias'"):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE[:1] + TABLE[2:], REPEATS, ignore=(r"a\.bias",))
+    with pytest.raises(ValueError, match=r"matches the key 'a\.bias' twice"):
+        convert.load(Net(nnx.Rngs(1)), folder, (*TABLE, TABLE[1]), REPEATS)
