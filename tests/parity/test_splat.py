@@ -1,0 +1,71 @@
+"""Covariance, projection and spherical harmonics against gsplat's own torch functions."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+reference = pytest.importorskip("gsplat.cuda._torch_impl")
+
+import jax  # noqa: E402
+
+from tests.test_splat import SIZE, scene  # noqa: E402
+from worldr1_jax.rewards import projection  # noqa: E402
+
+pytestmark = pytest.mark.parity
+TOLERANCE = 1e-5  # float32 on both sides, other orders of summation
+
+
+def tensor(array):
+    return torch.from_numpy(np.array(array))
+
+
+def close(ours, theirs, tolerance=TOLERANCE):
+    theirs = theirs.numpy()
+    assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+def test_covariance():
+    gaussians, _, _ = scene(count=500)
+    theirs, _ = reference._quat_scale_to_covar_preci(
+        tensor(gaussians.quaternions), tensor(gaussians.scales), compute_preci=False
+    )
+    close(projection.covariance(gaussians.quaternions, gaussians.scales), theirs)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_harmonics(degree):
+    gaussians, _, _ = scene(count=500)
+    sh = gaussians.sh[:, : (degree + 1) ** 2]
+    directions = projection._unit(gaussians.means)
+    theirs = reference._spherical_harmonics(degree, tensor(directions), tensor(sh))
+    close(projection.harmonics(sh, directions), theirs)
+
+
+def test_projection():
+    gaussians, poses, matrices = scene(count=2000)
+    covariance = projection.covariance(gaussians.quaternions, gaussians.scales)
+    height, width = SIZE
+    radii, means, depths, conics, _ = reference._fully_fused_projection(
+        tensor(gaussians.means),
+        tensor(covariance),
+        torch.linalg.inv(tensor(poses)),
+        tensor(matrices),
+        width,
+        height,
+        near_plane=0.01,
+    )
+    ours = jax.vmap(lambda pose, k: projection.project(gaussians, pose, k, SIZE))(poses, matrices)
+    visible = np.asarray(ours.visible)
+    assert visible.sum() > 1000
+    # gsplat's torch version ignores opacity and rounds boxes up, so it sees a superset.
+    assert (radii.numpy() > 0).all(-1)[visible].all()
+    rows = np.asarray(ours.rows)[visible]
+    kept = torch.from_numpy(visible)
+    # Means are compared in pixels of the image: far outside it they reach thousands of pixels.
+    close(rows[:, :2], means[kept])
+    close(rows[:, -1], depths[kept])
+    error = np.abs(rows[:, 2:5] - conics[kept].numpy())
+    scale = np.abs(conics[kept].numpy()).max(-1, keepdims=True)
+    # A conic is an inverse: its relative error is the covariance's times its condition number.
+    assert np.quantile(error / scale, 0.99) <= TOLERANCE
+    assert (error / scale).max() <= 1e-3

@@ -1,0 +1,97 @@
+"""S_recon: hand numbers for SSIM, an ideal reconstruction, and videos that must not win."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_splat import scene
+from worldr1_jax.rewards import recon, splat
+from worldr1_jax.types import Reconstruction
+
+SIZE = (24, 28)
+s_recon = jax.jit(recon.s_recon, static_argnames=("views", "perceptual", "texture_min"))
+
+
+def ideal(batch=2):
+    """Videos of two frames that are renders of their own Gaussians."""
+    gaussians, poses, matrices = scene(count=200, opacity=(0.5, 1.0), size=SIZE)
+    video, depth, _ = splat.render(gaussians, poses, matrices, SIZE)
+    found = Reconstruction(depth, jnp.ones_like(depth), poses, matrices, gaussians)
+    stack = lambda leaf: jnp.stack([leaf] * batch)  # noqa: E731
+    video = jnp.clip(video, 0, 1)
+    return stack(video), jax.tree.map(stack, found)
+
+
+def test_ssim_of_constants_by_hand():
+    """Flat images: the structure term is 1 and brightness is (2ab + C1) / (a^2 + b^2 + C1)."""
+    a, b = jnp.full((9, 9, 3), 0.2), jnp.full((9, 9, 3), 0.6)
+    expected = (2 * 0.2 * 0.6 + 1e-4) / (0.04 + 0.36 + 1e-4)
+    assert float(recon.ssim(a, b)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_ssim_of_opposites_by_hand():
+    """One 7 px window of a zero-mean pattern and its negative: -(2v - C2) / (2v + C2)."""
+    taps = np.exp(-0.5 * ((np.arange(7) - 3) / 1.5) ** 2)
+    window = np.outer(taps, taps) / taps.sum() ** 2
+    pattern = np.random.default_rng(0).normal(size=(7, 7)) * 0.1
+    pattern -= (window * pattern).sum()
+    variance = (window * pattern**2).sum()
+    images = jnp.asarray(np.repeat(pattern[..., None], 3, -1), jnp.float32)
+    expected = (-2 * variance + 9e-4) / (2 * variance + 9e-4)
+    assert float(recon.ssim(images, -images)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_psnr_by_hand():
+    assert float(recon.psnr(jnp.zeros((4, 4, 3)), jnp.full((4, 4, 3), 0.1))) == pytest.approx(20)
+    assert float(recon.psnr(jnp.ones((4, 4, 3)), jnp.ones((4, 4, 3)))) == pytest.approx(100)
+
+
+def test_an_ideal_reconstruction_scores_one():
+    video, found = ideal()
+    score, parts = s_recon(video, found)
+    np.testing.assert_allclose(score, 1.0, atol=1e-3)
+    assert (parts["psnr"] > 60).all() and (parts["coverage"] > 0.5).all()
+    assert set(parts) == {"psnr", "ssim", "coverage", "texture"}
+
+
+def test_the_same_instants_are_compared():
+    """Frames in the wrong order score less, also when only some of them are looked at."""
+    video, found = ideal()
+    right, _ = s_recon(video, found, views=1)
+    wrong, _ = s_recon(video[:, ::-1], found, views=1)
+    assert (right > 0.99).all() and (wrong < 0.8).all()
+
+
+def test_blank_videos_do_not_win():
+    """Gray explained by gray walls, and black explained by nothing: SSIM 1, score 0."""
+    video, found = ideal()
+    empty = found.gaussians.replace(opacities=jnp.zeros_like(found.gaussians.opacities))
+    score, parts = s_recon(jnp.zeros_like(video), found.replace(gaussians=empty))
+    np.testing.assert_allclose(parts["ssim"], 1.0, atol=1e-5)
+    np.testing.assert_allclose(score, 0.0, atol=1e-3)
+    video = jnp.zeros_like(video)
+    ungated, _ = s_recon(video, found.replace(gaussians=empty), texture_min=0.0)
+    np.testing.assert_allclose(ungated, 1.0, atol=1e-5)
+    assert float(recon.texture(jnp.full((1, 2, 24, 24, 3), 0.7))[0]) < 1e-4
+
+
+def test_perceptual_distance_replaces_ssim():
+    video, found = ideal()
+    score, _ = s_recon(video, found, perceptual=lambda a, b: jnp.full(a.shape[0], 0.3))
+    np.testing.assert_allclose(score, 0.7, atol=1e-6)
+
+
+def test_failures_stay_nan():
+    video, found = ideal()
+    broken = found.gaussians.replace(means=found.gaussians.means.at[1, 3, 0].set(jnp.nan))
+    score, parts = s_recon(video, found.replace(gaussians=broken))
+    assert np.isfinite(score[0]) and np.isnan(score[1]) and np.isnan(parts["psnr"][1])
+
+
+def test_bad_arguments_are_named():
+    video, found = ideal()
+    with pytest.raises(ValueError, match="video has shape"):
+        recon.s_recon(video[:, :1], found)
+    with pytest.raises(ValueError, match="views is 3"):
+        recon.s_recon(video, found, views=3)

@@ -1,0 +1,210 @@
+"""The renderer against a plain loop written from the formulas, finite differences, and itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from worldr1_jax.rewards import splat
+from worldr1_jax.types import Gaussians
+
+SIZE = (20, 28)  # not a multiple of the tile: the last tiles hang over the edge
+
+
+def scene(count=150, seed=0, opacity=(0.02, 1.0), size=SIZE):
+    """Gaussians in front of, beside and behind two cameras."""
+    rng = np.random.default_rng(seed)
+    means = rng.uniform([-1.5, -1.2, -0.5], [1.5, 1.2, 4.0], (count, 3))
+    gaussians = Gaussians(
+        means=means,
+        quaternions=rng.normal(size=(count, 4)),
+        scales=rng.uniform(0.02, 0.2, (count, 3)),
+        opacities=rng.uniform(*opacity, count),
+        sh=rng.normal(size=(count, 9, 3)) * 0.4,
+    )
+    poses = np.tile(np.eye(4), (2, 1, 1))
+    angle = 0.2
+    poses[1, :3, :3] = [
+        [np.cos(angle), 0, np.sin(angle)],
+        [0, 1, 0],
+        [-np.sin(angle), 0, np.cos(angle)],
+    ]
+    poses[1, :3, 3] = 0.1, -0.05, 0.2
+    height, width = size
+    matrix = [[1.2 * width, 0, width / 2 - 0.7], [0, 1.1 * width, height / 2 + 0.4], [0, 0, 1]]
+    gaussians = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gaussians)
+    return gaussians, jnp.asarray(poses, jnp.float32), jnp.tile(jnp.asarray(matrix), (2, 1, 1))
+
+
+def loop(gaussians, pose, matrix, size):
+    """gsplat's image from its formulas, one Gaussian and one pixel at a time, in float64."""
+    height, width = size
+    means, quaternions, scales, opacities, sh = (
+        np.asarray(getattr(gaussians, name), np.float64)
+        for name in ("means", "quaternions", "scales", "opacities", "sh")
+    )
+    pose, matrix = np.asarray(pose, np.float64), np.asarray(matrix, np.float64)
+    view = np.linalg.inv(pose)
+    fx, fy, cx, cy = matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]
+    camera = means @ view[:3, :3].T + view[:3, 3]
+    image = np.zeros((height, width, 5))
+    through = np.ones((height, width))
+    done = np.zeros((height, width), bool)
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    for n in np.argsort(camera[:, 2]):
+        x, y, z = camera[n]
+        if z < 0.01 or opacities[n] < 1 / 255:
+            continue
+        w, i, j, k = quaternions[n] / np.linalg.norm(quaternions[n])
+        cross = np.array([[0, -k, j], [k, 0, -i], [-j, i, 0]])
+        half = (np.eye(3) + 2 * w * cross + 2 * cross @ cross) @ np.diag(scales[n])
+        tan_x, tan_y = 0.5 * width / fx, 0.5 * height / fy
+        slope_x = np.clip(x / z, -cx / fx - 0.3 * tan_x, (width - cx) / fx + 0.3 * tan_x)
+        slope_y = np.clip(y / z, -cy / fy - 0.3 * tan_y, (height - cy) / fy + 0.3 * tan_y)
+        jacobian = np.array([[fx / z, 0, -fx * slope_x / z], [0, fy / z, -fy * slope_y / z]])
+        flat = jacobian @ view[:3, :3] @ half
+        conic = np.linalg.inv(flat @ flat.T + 0.3 * np.eye(2))
+        offset = np.stack([columns - (fx * x / z + cx), rows - (fy * y / z + cy)], -1)
+        power = 0.5 * np.einsum("hwi,ij,hwj->hw", offset, conic, offset)
+        alpha = np.minimum(0.999, opacities[n] * np.exp(-power))
+        alpha[alpha < 1 / 255] = 0
+        stops = through * (1 - alpha) <= 1e-4
+        done |= stops
+        alpha[done] = 0
+        direction = means[n] - pose[:3, 3]
+        a, b, c = direction / np.linalg.norm(direction)
+        basis = [0.28209479, -0.48860251 * b, 0.48860251 * c, -0.48860251 * a]
+        basis += [1.09254843 * a * b, -1.09254843 * b * c, 0.94617470 * c * c - 0.31539157]
+        basis += [-1.09254843 * a * c, 0.54627422 * (a * a - b * b)]
+        colour = np.maximum(basis @ sh[n] + 0.5, 0)
+        image += (alpha * through)[..., None] * np.array([*colour, z, 1])
+        through *= 1 - alpha
+    image[..., 3] /= np.maximum(image[..., 4], 1e-12)
+    return image[..., :3], image[..., 3], image[..., 4]
+
+
+def psnr(a, b):
+    """dB, for images in [0, 1] or depths of that order."""
+    return -10 * np.log10(np.mean((np.asarray(a) - np.asarray(b)) ** 2) + 1e-20)
+
+
+@pytest.mark.parametrize("opacity", [(0.002, 0.6), (0.9, 1.0)])
+def test_images_match_a_plain_loop(opacity):
+    gaussians, poses, matrices = scene(count=300, opacity=opacity)
+    images = splat.render_exact(gaussians, poses, matrices, SIZE)
+    for view in range(2):
+        expected = loop(gaussians, poses[view], matrices[view], SIZE)
+        for image, wanted in zip(images[:3], expected, strict=True):
+            # float32 against float64: 60 dB would already be invisible in 8 bits
+            assert psnr(image[view], wanted) >= 60
+
+
+@pytest.mark.parametrize("round_size", [16, 512])
+def test_rounds_are_exact(round_size):
+    gaussians, poses, matrices = scene(count=300)
+    exact = splat.render_exact(gaussians, poses, matrices, SIZE)
+    images = splat.render(gaussians, poses, matrices, SIZE, round_size=round_size)
+    for image, wanted in zip(images, exact[:3], strict=True):
+        np.testing.assert_allclose(image, wanted, atol=2e-4)
+        assert psnr(image, wanted) >= 60
+
+
+def test_tiled_counts_what_it_drops():
+    gaussians, poses, matrices = scene(count=300, opacity=(0.02, 0.2))
+    exact = splat.render_exact(gaussians, poses, matrices, SIZE)
+    whole = splat.render_tiled(gaussians, poses, matrices, SIZE, capacity=300)
+    short = splat.render_tiled(gaussians, poses, matrices, SIZE, capacity=8)
+    assert whole.overflow.tolist() == [0, 0]
+    assert psnr(whole.rgb, exact.rgb) >= 60
+    assert (short.overflow > 0).all()
+    assert psnr(short.rgb, exact.rgb) < 40
+
+
+def test_hidden_overflow_is_not_counted():
+    """Behind an opaque wall nothing is missed, so nothing is reported."""
+    count = 300
+    wall = Gaussians(
+        means=jnp.stack([jnp.zeros(count), jnp.zeros(count), jnp.linspace(1, 2, count)], -1),
+        quaternions=jnp.tile(jnp.array([1.0, 0, 0, 0]), (count, 1)),
+        scales=jnp.full((count, 3), 10.0),
+        opacities=jnp.full(count, 0.95),
+        sh=jnp.zeros((count, 1, 3)),
+    )
+    _, poses, matrices = scene()
+    result = splat.render_tiled(wall, poses, matrices, SIZE, capacity=16)
+    assert result.overflow.tolist() == [0, 0]
+    np.testing.assert_allclose(result.alpha, 1.0, atol=2e-4)
+    np.testing.assert_allclose(result.rgb, 0.5, atol=1e-3)
+
+
+@pytest.mark.parametrize("renderer", [splat.render_tiled, splat.render_exact])
+def test_gradients_match_finite_differences(renderer):
+    size = (10, 12)
+    gaussians, poses, matrices = scene(count=25, opacity=(0.3, 0.8), size=size)
+    key = jax.random.key(0)
+    target = jax.random.normal(key, (2, *size, 5))
+
+    @jax.jit
+    def loss(gaussians):
+        image = renderer(gaussians, poses, matrices, size)
+        stacked = jnp.concatenate([image.rgb, image.depth[..., None], image.alpha[..., None]], -1)
+        return jnp.sum(stacked * target * jnp.array([1, 1, 1, 0.1, 1]))
+
+    gradient = jax.jit(jax.grad(loss))(gaussians)
+    for name, step in [("means", 1e-3), ("scales", 5e-4), ("opacities", 3e-3), ("sh", 1e-2),
+                       ("quaternions", 3e-3)]:  # fmt: skip
+        leaf = getattr(gaussians, name)
+        slope = getattr(gradient, name)
+        assert jnp.all(jnp.isfinite(slope))
+        # Directions of a few Gaussians each: the skip below 1/255 is a jump that a step may cross.
+        errors = []
+        for n in range(leaf.shape[0]):
+            direction = jnp.zeros_like(leaf).at[n].set(slope[n])
+            size_of = jnp.linalg.norm(direction)
+            if size_of < 1e-2:
+                continue
+            direction = direction / size_of
+            ahead = loss(gaussians.replace(**{name: leaf + step * direction}))
+            behind = loss(gaussians.replace(**{name: leaf - step * direction}))
+            errors.append(abs((ahead - behind) / (2 * step) - size_of) / size_of)
+        assert len(errors) >= 5
+        # The median, because of those jumps: 1/255 of a colour over a step of 1e-3 is a slope of 4.
+        assert np.median(errors) < 0.03, (name, errors)
+
+
+def test_gradients_of_lists_match_the_oracle():
+    gaussians, poses, matrices = scene(count=120, opacity=(0.3, 1.0))
+    target = jax.random.normal(jax.random.key(1), (2, *SIZE, 3))
+
+    def gradient(renderer):
+        return jax.grad(
+            lambda g: jnp.sum(renderer(g, poses, matrices, SIZE).rgb * target)
+        )(gaussians)
+
+    tiled, exact = gradient(splat.render_tiled), gradient(splat.render_exact)
+    for a, b in zip(jax.tree.leaves(tiled), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3 * float(jnp.abs(b).max()))
+
+
+def test_batches_equal_single_scenes():
+    first, poses, matrices = scene(seed=1)
+    second, _, _ = scene(seed=2)
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    double = jnp.stack([poses, poses[::-1]]), jnp.stack([matrices, matrices])
+    batched = splat.render(both, *double, SIZE)
+    mapped = jax.vmap(lambda g, c, k: splat.render(g, c, k, SIZE))(both, *double)
+    for index, one in enumerate((first, second)):
+        single = splat.render(one, double[0][index], matrices, SIZE)
+        for a, b, c in zip(batched, mapped, single, strict=True):
+            np.testing.assert_allclose(a[index], c, atol=1e-5)
+            np.testing.assert_allclose(b[index], c, atol=1e-5)
+
+
+def test_bad_shapes_are_named():
+    gaussians, poses, matrices = scene(count=5)
+    with pytest.raises(ValueError, match="camtoworld has shape"):
+        splat.render(gaussians, poses[0], matrices[0], SIZE)
+    with pytest.raises(ValueError, match="intrinsics has shape"):
+        splat.render(gaussians, poses, matrices[:1], SIZE)
+    with pytest.raises(ValueError, match="coefficients"):
+        splat.render(gaussians.replace(sh=gaussians.sh[:, :5]), poses, matrices, SIZE)
