@@ -1,4 +1,4 @@
-"""Depth Anything 3 without torch: goldens of the publisher's code, geometry, gradients, loading, reconstruct()."""
+"""Depth Anything 3 without torch: goldens, geometry, gradients, loading, reconstruct()."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def outputs(golden):
 
 
 def close(ours, theirs):
-    """Float32 sums in another order: 1e-4 of the spread is far above rounding and far below any mistake."""
+    """Float32 sums in another order: 1e-4 of the spread is above rounding, below any mistake."""
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.std(theirs), rtol=1e-4)
 
 
@@ -73,11 +73,11 @@ def test_golden_outputs(golden, outputs):
     close(raw.confidence, values["out/confidence"])
     close(own, values["out/camtoworld"])
     close(intrinsics, values["out/intrinsics"])
-    close(gaussians.means[:, ::7], values["out/means"])
-    close(gaussians.scales[:, ::7], values["out/scales"])
-    close(gaussians.opacities[:, ::7], values["out/opacities"])
-    close(jnp.swapaxes(gaussians.sh, -1, -2)[:, ::7], values["out/harmonics"])
-    quaternions = np.asarray(gaussians.quaternions[:, ::7])
+    close(gaussians.means[:, ::11], values["out/means"])
+    close(gaussians.scales[:, ::11], values["out/scales"])
+    close(gaussians.opacities[:, ::11], values["out/opacities"])
+    close(jnp.swapaxes(gaussians.sh, -1, -2)[:, ::11], values["out/harmonics"])
+    quaternions = np.asarray(gaussians.quaternions[:, ::11])
     dots = np.sum(quaternions * values["out/rotations"], axis=-1)
     np.testing.assert_allclose(np.abs(dots), 1.0, atol=1e-5)
 
@@ -85,7 +85,10 @@ def test_golden_outputs(golden, outputs):
 def test_reconstruct_starts_at_the_identity_and_moves_everything(golden, outputs):
     values, model, _ = golden
     raw, own, intrinsics, gaussians = outputs
-    got = reconstruct(model, jnp.asarray(values["video"]), process_size=(28, 42))
+    # Frames in chunks of 2 and 1 here, all at once in `outputs`: the results are the same.
+    model = nnx.clone(model)
+    model.config = dataclasses.replace(model.config, frame_chunk=2)
+    got = reconstruct(model, jnp.asarray(values["video"]), process_size=(14, 21))
     np.testing.assert_allclose(got.camtoworld[:, 0], np.eye(4)[None], atol=1e-5)
     first = np.asarray(own[:, 0])
     back = (
@@ -95,16 +98,6 @@ def test_reconstruct_starts_at_the_identity_and_moves_everything(golden, outputs
     close(back, np.asarray(gaussians.means))
     close(got.depth, raw.depth)
     close(got.intrinsics, intrinsics)
-
-
-def test_frame_chunks_do_not_change_results(golden, outputs):
-    values, model, _ = golden
-    graphdef, state = nnx.split(model)
-    other = nnx.merge(graphdef, state)
-    other.config = dataclasses.replace(model.config, frame_chunk=2)
-    raw = nnx.jit(lambda m, v: m.forward(v))(other, jnp.asarray(values["video"]))
-    close(raw.depth, outputs[0].depth)
-    close(raw.gaussians, outputs[0].gaussians)
 
 
 def test_save_load_round_trip_is_exact(golden, tmp_path):
@@ -124,11 +117,11 @@ def test_load_names_what_does_not_fit(golden, tmp_path):
     save_file(
         weights | {"model.head.extra": np.zeros(1, np.float32)}, tmp_path / "model.safetensors"
     )
-    with pytest.raises(ValueError, match="model.head.extra"):
+    with pytest.raises(ValueError, match=r"model\.head\.extra"):
         da3.load(tmp_path)
     weights.pop("model.cam_dec.fc_t.bias")
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="model.cam_dec.fc_t.bias"):
+    with pytest.raises(ValueError, match=r"model\.cam_dec\.fc_t\.bias"):
         da3.load(tmp_path)
 
 
@@ -160,10 +153,11 @@ def test_configs():
     )
     with pytest.raises(ValueError, match="gs_head"):
         da3.Config.from_dict({"config": {k: v for k, v in published.items() if k != "gs_head"}})
-    with pytest.raises(ValueError, match="net.bogus"):
+    with pytest.raises(ValueError, match=r"net\.bogus"):
         da3.Config.from_dict({"config": published | {"net": {"bogus": 1}}})
 
 
+@pytest.mark.slow
 def test_giant_has_the_published_number_of_parameters():
     config = da3.Config.giant()
     model = nnx.eval_shape(lambda: da3.DA3(config, nnx.Rngs(0)))
@@ -176,9 +170,10 @@ def test_giant_has_the_published_number_of_parameters():
 
 def test_nano_shapes_and_gradients():
     config = da3.Config.nano()
-    config = dataclasses.replace(config, net=dataclasses.replace(config.net, embed_dim=16))
+    small = dataclasses.replace(config.net, embed_dim=16, depth=4, out_layers=(0, 1, 2, 3))
+    config = dataclasses.replace(config, net=small)
     model = da3.DA3(config, nnx.Rngs(0))
-    video = jax.random.uniform(jax.random.key(0), (1, 3, 64, 64, 3))
+    video = jax.random.uniform(jax.random.key(0), (1, 2, 64, 64, 3))
 
     def loss(model, video):
         out = model(video)
@@ -187,15 +182,15 @@ def test_nano_shapes_and_gradients():
         ), out
 
     (_, out), grads = nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True))(model, video)
-    assert out.depth.shape == out.confidence.shape == (1, 3, 64, 64)
-    assert out.gaussians.means.shape == (1, 3 * 32 * 32, 3)
-    assert out.gaussians.sh.shape == (1, 3 * 32 * 32, 1, 3)
+    assert out.depth.shape == out.confidence.shape == (1, 2, 64, 64)
+    assert out.gaussians.means.shape == (1, 2 * 32 * 32, 3)
+    assert out.gaussians.sh.shape == (1, 2 * 32 * 32, 1, 3)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
     assert float(jnp.abs(grads[1]).max()) > 0
 
 
 def test_gaussians_lie_on_the_given_surface():
-    """Zero raw channels and proper rays: the centres are the depth map's points, whatever the camera."""
+    """Zero raw channels and proper rays: the centres are the depth map's points."""
     config = GaussianConfig(sh_degree=0, unit_rays=False, slipped_quaternions=False)
     quaternion = jnp.array([[0.1, -0.3, 0.2, 0.9]])
     pose, intrinsics = decode_cameras(
@@ -284,5 +279,5 @@ def test_reconstruct_sizes_and_bad_input(golden):
     ):
         with pytest.raises(ValueError, match=words):
             reconstruct(model, **arguments)
-    with pytest.raises(ValueError, match="patch size 14"):
+    with pytest.raises(ValueError, match="patch size 7"):
         model.forward(jnp.zeros((1, 2, 30, 28, 3)))

@@ -59,9 +59,9 @@ class BackboneConfig:
             )
         if self.ffn not in ("swiglu", "mlp"):
             raise ValueError(f"ffn is '{self.ffn}'; it has to be 'swiglu' or 'mlp'")
-        if len(self.out_layers) != 4 or max(self.out_layers) >= self.depth:
+        if len(set(self.out_layers)) != 4 or max(self.out_layers) >= self.depth:
             raise ValueError(
-                f"out_layers {self.out_layers} have to be 4 layers below depth {self.depth}"
+                f"out_layers {self.out_layers} have to be 4 layers, each below {self.depth}"
             )
 
     @property
