@@ -29,6 +29,10 @@ setup(
         "cuda": ["jax[cuda12]"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11"],
         # Oracles. torch is pinned to a version with a CPU build; diffusers and transformers run on it.
-        "parity": ["torch==2.13.0", "diffusers>=0.42", "accelerate", "einops", "pytest>=8", "hypothesis>=6"],
+        # depth-anything-3 and gsplat are installed beside it without their dependencies (see .ci/run).
+        "parity": [
+            "torch==2.13.0", "diffusers>=0.42", "accelerate", "einops", "omegaconf", "addict", "e3nn", "rich",
+            "pytest>=8", "hypothesis>=6",
+        ],
     },
 )

@@ -50,6 +50,9 @@ class Camera:
     def __post_init__(self):
         if self.mode not in ("initial", "step", "none"):
             raise ValueError(f"sample.camera is '{self.mode}': it is initial, step or none")
+        for name in ("strength", "degradation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"sample.camera_{name} is {getattr(self, name)}: it has to be in [0, 1]")
 
 
 class Pipeline:

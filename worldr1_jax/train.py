@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from worldr1_jax import evaluate, nano, sharding
+from worldr1_jax import evaluate, nano, rewards, sharding
 from worldr1_jax.checkpoint import Checkpointer, StopSignal, check_workdir
 from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data.loader import Loader
@@ -25,8 +25,6 @@ from worldr1_jax.models import wan, wan_dit, wan_vae
 from worldr1_jax.models.convert import read_config
 from worldr1_jax.nano import captions
 from worldr1_jax.pipeline import MAGNITUDES, Camera, Pipeline, latent_shape
-from worldr1_jax.rewards import Reward
-from worldr1_jax.rewards import build as build_rewards
 from worldr1_jax.rollout import schedule
 from worldr1_jax.rollout.sample import Sampler, sample_keys
 
@@ -180,8 +178,13 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
             raise ValueError(f"{name} is {videos} videos, which the mesh's data x fsdp = {parts} cannot divide")
     if config.sample.window_place not in ("random", "progressive"):
         raise ValueError(f"sample.window_place is '{config.sample.window_place}': it is random or progressive")
-    if config.sample.magnitudes not in MAGNITUDES:
-        raise ValueError(f"sample.magnitudes is '{config.sample.magnitudes}': it is {' or '.join(MAGNITUDES)}")
+    make_camera(config)
+    rewards.check(config.rewards.weights, config.rewards.da3)
+    if config.rewards.general != "palette":
+        raise ValueError(f"rewards.general is '{config.rewards.general}': palette is the only one there is")
+    unknown = [name for name in config.dynamic.off if name not in rewards.NAMES]
+    if unknown:
+        raise ValueError(f"dynamic.off names '{unknown[0]}': it knows {', '.join(rewards.NAMES)}")
     for name in ("num_updates", "checkpoint_every", "videos_every"):
         if config[name] < 1:
             raise ValueError(f"{name} is {config[name]}: it has to be at least 1")
@@ -202,6 +205,16 @@ def make_rules(config: ml_collections.ConfigDict) -> grpo.Rules:
     )  # fmt: skip
 
 
+def make_camera(config: ml_collections.ConfigDict) -> Camera:
+    """How the asked path enters the noise."""
+    s = config.sample
+    if s.magnitudes not in MAGNITUDES:
+        raise ValueError(f"sample.magnitudes is '{s.magnitudes}': it is {' or '.join(MAGNITUDES)}")
+    return Camera(
+        s.camera, s.camera_strength, s.camera_degradation, s.flow_scale, MAGNITUDES[s.magnitudes]
+    )
+
+
 def build_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, key: jax.Array) -> Pipeline:
     """Loads the policy with fresh adapters, and prepares its stages."""
     model = wan.load(
@@ -210,15 +223,15 @@ def build_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, k
         lora_rank=config.policy.lora_rank, lora_alpha=config.policy.lora_alpha, key=key,
     )  # fmt: skip
     s = config.sample
-    camera = Camera(s.camera, s.camera_strength, s.camera_degradation, s.flow_scale, MAGNITUDES[s.magnitudes])
+    camera = make_camera(config)
     size = (config.frames, config.height, config.width)
     return Pipeline(model, mesh, size=size, sigmas=schedule.sigmas(s.steps, s.shift), camera=camera)
 
 
-def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Reward:
+def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> rewards.Reward:
     """The rewards that the config names."""
     r = config.rewards
-    return build_rewards(
+    return rewards.build(
         dict(r.weights), da3=r.da3, mesh=mesh, frame_stride=r.frame_stride, views=r.views or None, depth_scale=r.depth_scale
     )
 

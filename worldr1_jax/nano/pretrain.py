@@ -122,6 +122,36 @@ def train_vae(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, lo
     wan_vae.save(scaled, folder)
 
 
+def train_decoder(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, log=print) -> None:
+    """Goes on with the decoder alone, on whole videos and on the latents that the policy has learnt.
+
+    Clips of nine frames leave the later frames of a longer video to chance; here they are seen, without moving a latent.
+    """
+    vae = wan_vae.load(folder)
+    in_decoder = nnx.Any(nnx.PathContains("decoder"), nnx.PathContains("post_quant_conv"))
+    graph, params, rest = nnx.split(vae, in_decoder, ...)
+    encode = jax.jit(lambda video: vae.encode(video.astype(jnp.float32) / 255.0))
+
+    def loss(params, batch, key):
+        video = batch["video"].astype(jnp.float32) / 255.0
+        decoded = nnx.merge(graph, params, rest).decode_raw(batch["latents"])
+        error = jnp.mean((decoded - video) ** 2)
+        value = error + 0.05 * jnp.mean(jnp.abs(decoded - video))
+        return value, {"loss": value, "psnr": -10 * jnp.log10(error)}
+
+    def batches():
+        rng = np.random.default_rng(seed)
+        while True:
+            video = videos.video[rng.integers(0, len(videos), schedule.batch)]
+            video = video[:, :, :, ::-1] if rng.random() < 0.5 else video
+            yield {"video": video, "latents": encode(video)}
+
+    def snapshot(average):
+        wan_vae.save(nnx.merge(graph, average, rest), folder)
+
+    fit(loss, params, batches(), schedule, seed=seed, log=log, snapshot=snapshot)
+
+
 def normalise(vae: wan_vae.WanVAE, latents: jax.Array) -> jax.Array:
     """Latents in the publisher's normalised units."""
     mean, std = jnp.array(vae.config.latents_mean), jnp.array(vae.config.latents_std)

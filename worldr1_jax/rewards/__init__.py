@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from worldr1_jax import nano, sharding
 from worldr1_jax.metrics import StageTimer
 from worldr1_jax.models import da3 as depth_anything
+from worldr1_jax.models.convert import read_config
 from worldr1_jax.rewards import combine, general, recon, reconstruct, trajectory
 from worldr1_jax.types import Reconstruction, Scores
 
@@ -49,12 +50,22 @@ def build(
     Raises:
       ValueError: an unknown reward, or weights that cannot be read.
     """
+    folder = check(weights, da3)
+    if mesh is None:
+        mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    return Reward(dict(weights), folder, mesh, frame_stride, views, depth_scale)
+
+
+def check(weights: Mapping[str, float], da3: str | Path) -> Path:
+    """The folder of the 3D network; raises ValueError for an unknown reward, no reward, or no such network."""
     unknown = [name for name in weights if name not in NAMES]
     if unknown:
         raise ValueError(f"rewards.weights names '{unknown[0]}': it knows {', '.join(NAMES)}")
-    if mesh is None:
-        mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    return Reward(dict(weights), nano.resolve(da3, "da3"), mesh, frame_stride, views, depth_scale)
+    if not any(weights.values()):
+        raise ValueError("rewards.weights are all 0: at least one reward has to count")
+    folder = nano.resolve(da3, "da3")
+    depth_anything.Config.from_dict(read_config(folder))
+    return folder
 
 
 class Reward:

@@ -1,0 +1,80 @@
+"""Times each stage of an update on the devices at hand.
+
+    python launch/benchmark.py --config=configs/world.py
+"""
+
+import json
+import time
+
+import cli
+import numpy as np
+from absl import flags
+
+REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each stage, after one that compiles")
+
+
+def main() -> None:
+    """Prints, per stage: median seconds, seconds to compile, host cores kept busy, share of the update."""
+    import jax
+
+    from worldr1_jax import sharding, train
+    from worldr1_jax.grpo import update as grpo
+    from worldr1_jax.grpo.advantage import group_advantage
+    from worldr1_jax.rollout.sample import sample_keys
+
+    config = cli.CONFIG.value
+    mesh = sharding.make_mesh(config.mesh)
+    train.check(config, mesh)
+    pipeline = train.build_pipeline(config, mesh, jax.random.key(0))
+    reward = train.build_reward(config, mesh)
+    count = config.groups * config.group_size
+    prompts = list(train.load_prompts(config).train)
+    prompts = [p for p in prompts[: config.groups] for _ in range(config.group_size)]
+    sampler, rules = train.make_sampler(config), train.make_rules(config)
+    optimizer = grpo.make_optimizer(config.train.learning_rate, clip_norm=config.train.clip_norm)
+    state = grpo.init_state(pipeline.adapters, optimizer)
+    keys = sample_keys(jax.random.key(1), count)
+    text, paths = pipeline.encode(prompts), pipeline.paths(prompts)
+    text_null = pipeline.encode_one("") if config.sample.guidance != 1 else None
+    step = jax.jit(
+        lambda state, base, batch: grpo.train_step(
+            state, base, batch, pipeline.sigmas, text_null, velocity=pipeline.velocity, optimizer=optimizer,
+            sampler=sampler, rules=rules,
+        )
+    )  # fmt: skip
+
+    rows = {}
+    with jax.set_mesh(mesh):
+        trajectory = _time(
+            rows, "rollout", pipeline.rollout, state.adapters, text, paths, keys,
+            sampler=sampler, text_null=text_null, width=config.sample.window,
+        )  # fmt: skip
+        videos = _time(rows, "decode", pipeline.decode, trajectory.latents)
+        found = _time(rows, "reconstruct", reward.reconstruct, videos)
+        parts = _time(rows, "render", reward.geometry, videos, found, paths)
+        scores = reward.combine({**parts, "general": reward.general(videos, prompts)})
+        advantages = group_advantage(scores.total, config.group_size, scores.valid)
+        batch = grpo.make_batch(trajectory, text, advantages, scores.valid)
+        _time(rows, "update", step, state, pipeline.base, batch)
+    total = sum(row["seconds"] for row in rows.values())
+    for row in rows.values():
+        row["share"] = round(row["seconds"] / total, 3)
+    print(json.dumps({"videos": count, "seconds_per_update": round(total, 3), "stages": rows}, indent=2))
+
+
+def _time(rows: dict, name: str, function, *args, **kwargs):
+    import jax
+
+    seconds = []
+    for _ in range(REPEATS.value + 1):
+        start, busy = time.perf_counter(), time.process_time()
+        out = jax.block_until_ready(function(*args, **kwargs))
+        seconds.append((time.perf_counter() - start, time.process_time() - busy))
+    wall = float(np.median([s[0] for s in seconds[1:]]))
+    cores = float(np.median([s[1] / s[0] for s in seconds[1:]]))
+    rows[name] = {"seconds": round(wall, 3), "compile_seconds": round(seconds[0][0] - wall, 1), "busy_cores": round(cores, 2)}
+    return out
+
+
+if __name__ == "__main__":
+    cli.run(main)

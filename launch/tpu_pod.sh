@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Runs the trainer on every host of a TPU VM slice. Safe to repeat: a host that already runs it is left alone, and a run
+# that was preempted goes on from its newest checkpoint.
+#
+#   TPU=my-slice ZONE=us-east5-a ./launch/tpu_pod.sh --config=configs/world.py:large --workdir=/gcs/run1 [flags...]
+#
+# The workdir has to be a folder that all hosts see, such as a bucket mounted by gcsfuse.
+set -euo pipefail
+: "${TPU:?set TPU to the name of the slice}" "${ZONE:?set ZONE to its zone}"
+REPO=${REPO:-worldr1_jax}
+printf -v flags '%q ' "$@"
+gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
+  set -e
+  cd $REPO
+  pgrep -f '[l]aunch/tpu_train.py' >/dev/null && { echo already running; exit 0; }
+  test -d .venv || python3 -m venv .venv
+  .venv/bin/pip install -q -e '.[tpu]'
+  nohup .venv/bin/python launch/tpu_train.py --distributed $flags >train.log 2>&1 &
+"
