@@ -9,14 +9,16 @@ HERE = Path(__file__).parent
 
 def requirements() -> list[str]:
     """What requirements.txt names, comments left out."""
-    lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
+    lines = (
+        line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines()
+    )
     return [line for line in lines if line]
 
 
 setup(
     name="worldr1_jax",
     version="0.1.0",
-    description="World-R1 in JAX: Flow-GRPO that teaches text-to-video models the geometry of the world",
+    description="World-R1 in JAX: Flow-GRPO that teaches text-to-video models 3D geometry",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -28,11 +30,19 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11"],
-        # Oracles. torch is pinned to a version with a CPU build; diffusers and transformers run on it.
-        # depth-anything-3 and gsplat are installed beside it without their dependencies (see .ci/run).
+        # Oracles. torch is pinned to a version with a CPU build. depth-anything-3 and gsplat are
+        # installed beside it without their dependencies (see .ci/run).
         "parity": [
-            "torch==2.13.0", "diffusers>=0.42", "accelerate", "einops", "omegaconf", "addict", "e3nn", "rich",
-            "pytest>=8", "hypothesis>=6",
+            "torch==2.13.0",
+            "diffusers>=0.42",
+            "accelerate",
+            "einops",
+            "omegaconf",
+            "addict",
+            "e3nn",
+            "rich",
+            "pytest>=8",
+            "hypothesis>=6",
         ],
     },
 )

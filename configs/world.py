@@ -1,9 +1,11 @@
-"""World-R1's configuration: nano (default, any machine), small (Wan2.1-1.3B) and large (Wan2.1-14B).
+"""World-R1's configuration: nano (default, any machine), small (Wan2.1-1.3B) and large
+(Wan2.1-14B).
 
-    --config=configs/world.py          --config=configs/world.py:small          --config.sample.steps=20
+    --config=configs/world.py          --config=configs/world.py:small
+    --config.sample.steps=20
 
-Values marked [paper] are World-R1's (arXiv 2604.24764); the others say where they come from. All variants have the same
-fields, and the same code reads them.
+Values marked [paper] are World-R1's (arXiv 2604.24764); the others say where they come from. All
+variants have the same fields, and the same code reads them.
 """
 
 import ml_collections
@@ -38,13 +40,19 @@ def _paper() -> ml_collections.ConfigDict:
     c.group_size = 8  # K, videos per prompt [paper]
     c.frames, c.height, c.width = 81, 480, 832  # of the videos; frames = 1 + 4 k [paper]
     c.fps = 16  # of the mp4 files; Wan's own rate
-    c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})  # -1: what is left
-    c.prompts = ""  # folder with train.txt, dynamic.txt, test.txt, or one .txt or .jsonl; "nano": made from the seed
+    c.mesh = ml_collections.ConfigDict(
+        {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
+    )  # -1: what is left
+    # folder with train.txt, dynamic.txt, test.txt, or one .txt or .jsonl; "nano": made from the
+    # seed
+    c.prompts = ""
 
     c.policy = ml_collections.ConfigDict()
     c.policy.weights = ""  # folder in diffusers' layout: transformer, vae, text_encoder, tokenizer
     c.policy.lora_rank, c.policy.lora_alpha = 32, 64.0  # [paper]
-    c.policy.dtype = "bfloat16"  # of matmuls and resting weights; adapters, norms and softmax stay float32
+    c.policy.dtype = (
+        "bfloat16"  # of matmuls and resting weights; adapters, norms and softmax stay float32
+    )
     c.policy.remat = "full"  # what the backward pass recomputes: none, dots, full
     c.policy.text_tokens = 512  # padded length of prompts; Wan's own
 
@@ -60,19 +68,31 @@ def _paper() -> ml_collections.ConfigDict:
     c.sample.window_range = (0, 25)  # steps that the window may cover
     c.sample.window_place = "random"  # or "progressive": from noise to data, as MixGRPO
     c.sample.window_interval = 25  # updates at one place, progressive only
-    c.sample.camera = "initial"  # how camera motion enters: initial (warped starting noise) [paper], step, none
-    c.sample.camera_strength = 0.35  # 0: plain noise, 1: warped noise alone; released: 0.35 Small, 0.40 Large
+    c.sample.camera = (
+        "initial"  # how camera motion enters: initial (warped starting noise) [paper], step, none
+    )
+    c.sample.camera_strength = (
+        0.35  # 0: plain noise, 1: warped noise alone; released: 0.35 Small, 0.40 Large
+    )
     c.sample.camera_degradation = 0.35  # fresh noise blended into the warped noise; released
     c.sample.flow_scale = 16  # resolution of the warp over that of the latents; released
     c.sample.magnitudes = "released"  # how far a command goes: released (1000 units deep) or nano
 
     c.rewards = ml_collections.ConfigDict()
-    c.rewards.weights = ml_collections.ConfigDict({"recon": 1.0, "trajectory": 1.0, "general": 1.0})  # 0 drops a reward
+    c.rewards.weights = ml_collections.ConfigDict(
+        {"recon": 1.0, "trajectory": 1.0, "general": 1.0}
+    )  # 0 drops a reward
     c.rewards.da3 = ""  # folder of Depth Anything 3 with Gaussian head
     c.rewards.frame_stride = 1  # the 3D network sees every so many frames
-    c.rewards.views = 0  # frames that S_recon renders again, evenly spaced; 0: all that were reconstructed
-    c.rewards.depth_scale = 1.0  # typical depth in the 3D network's units; scales the tolerance on still cameras
-    c.rewards.general = "palette"  # R_gen; palette: colours that the prompt names (stands in for HPS)
+    c.rewards.views = (
+        0  # frames that S_recon renders again, evenly spaced; 0: all that were reconstructed
+    )
+    c.rewards.depth_scale = (
+        1.0  # typical depth in the 3D network's units; scales the tolerance on still cameras
+    )
+    c.rewards.general = (
+        "palette"  # R_gen; palette: colours that the prompt names (stands in for HPS)
+    )
 
     c.train = ml_collections.ConfigDict()
     c.train.learning_rate = 1e-4  # AdamW [paper]
@@ -83,15 +103,23 @@ def _paper() -> ml_collections.ConfigDict:
     c.train.kl_weight = 0.004  # beta [paper]
     c.train.epochs = 1  # passes over one rollout
     c.train.minibatches = 2  # optimizer steps per pass; more than one, or the clip never acts
-    c.train.microbatches = 1  # parts of a minibatch that are evaluated one after the other, to save memory
+    c.train.microbatches = (
+        1  # parts of a minibatch that are evaluated one after the other, to save memory
+    )
     c.train.ema_decay, c.train.ema_every = 0.9, 8  # average of the adapters [paper]
     c.train.advantage_std = "group"  # or "global"
     c.train.advantage_clip = 5.0  # [paper]
     c.train.equalise = "none"  # weight of window steps: none, flash, grpo_guard
 
     c.dynamic = ml_collections.ConfigDict()
-    c.dynamic.main_updates, c.dynamic.dynamic_updates = 100, 50  # periodic decoupled training [paper]
-    c.dynamic.off = ("recon", "trajectory")  # rewards that the dynamic phase turns off [paper: R_3D]
+    c.dynamic.main_updates, c.dynamic.dynamic_updates = (
+        100,
+        50,
+    )  # periodic decoupled training [paper]
+    c.dynamic.off = (
+        "recon",
+        "trajectory",
+    )  # rewards that the dynamic phase turns off [paper: R_3D]
 
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.prompts = 64  # held-out prompts of the before/after report; 0: no report
@@ -101,7 +129,8 @@ def _paper() -> ml_collections.ConfigDict:
 
 
 def _nano(c: ml_collections.ConfigDict) -> None:
-    """Two CPU cores, ten minutes. What differs from the paper differs because of size, and is measured in the README."""
+    """Two CPU cores, ten minutes. What differs from the paper differs because of size, and is
+    measured in the README."""
     c.num_updates, c.checkpoint_every, c.videos_every = 30, 5, 10
     c.groups = 4
     c.frames, c.height, c.width, c.fps = 17, 64, 64, 8

@@ -1,6 +1,6 @@
 """Times each stage of an update on the devices at hand.
 
-    python launch/benchmark.py --config=configs/world.py
+python launch/benchmark.py --config=configs/world.py
 """
 
 import json
@@ -14,7 +14,8 @@ REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each stage, after on
 
 
 def main() -> None:
-    """Prints, per stage: median seconds, seconds to compile, host cores kept busy, share of the update."""
+    """Prints, per stage: median seconds, seconds to compile, host cores kept busy, share of the
+    update."""
     import jax
 
     from worldr1_jax import sharding, train
@@ -38,12 +39,12 @@ def main() -> None:
     text_null = pipeline.encode_one("") if config.sample.guidance != 1 else None
     step = jax.jit(
         lambda state, base, batch: grpo.train_step(
-            state, base, batch, pipeline.sigmas, text_null, velocity=pipeline.velocity, optimizer=optimizer,
-            sampler=sampler, rules=rules,
+            state, base, batch, pipeline.sigmas, text_null, velocity=pipeline.velocity,
+            optimizer=optimizer, sampler=sampler, rules=rules,
         )
     )  # fmt: skip
 
-    rows = {}
+    rows: dict[str, dict] = {}
     with jax.set_mesh(mesh):
         trajectory = _time(
             rows, "rollout", pipeline.rollout, state.adapters, text, paths, keys,
@@ -59,7 +60,11 @@ def main() -> None:
     total = sum(row["seconds"] for row in rows.values())
     for row in rows.values():
         row["share"] = round(row["seconds"] / total, 3)
-    print(json.dumps({"videos": count, "seconds_per_update": round(total, 3), "stages": rows}, indent=2))
+    print(
+        json.dumps(
+            {"videos": count, "seconds_per_update": round(total, 3), "stages": rows}, indent=2
+        )
+    )
 
 
 def _time(rows: dict, name: str, function, *args, **kwargs):
@@ -72,7 +77,11 @@ def _time(rows: dict, name: str, function, *args, **kwargs):
         seconds.append((time.perf_counter() - start, time.process_time() - busy))
     wall = float(np.median([s[0] for s in seconds[1:]]))
     cores = float(np.median([s[1] / s[0] for s in seconds[1:]]))
-    rows[name] = {"seconds": round(wall, 3), "compile_seconds": round(seconds[0][0] - wall, 1), "busy_cores": round(cores, 2)}
+    rows[name] = {
+        "seconds": round(wall, 3),
+        "compile_seconds": round(seconds[0][0] - wall, 1),
+        "busy_cores": round(cores, 2),
+    }
     return out
 
 

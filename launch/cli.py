@@ -1,4 +1,5 @@
-"""How every launcher starts: flags of a config file, and wrong input as one sentence instead of a traceback."""
+"""How every launcher starts: flags of a config file, and wrong input as one sentence instead of a
+traceback."""
 
 import os
 import sys
@@ -9,8 +10,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it only misses torch, which nobody needs here
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that configs/ is found from any folder
+os.environ.setdefault(
+    "TRANSFORMERS_VERBOSITY", "error"
+)  # it only misses torch, which nobody needs here
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # so that configs/ is found from any folder
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/world.py[:nano|:small|:large]")
 WORKDIR = flags.DEFINE_string("workdir", "runs/world", "folder of checkpoints, metrics and videos")
@@ -18,7 +23,8 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code wrong 
 
 
 def run(main: Callable[[], object]) -> None:
-    """Parses the flags and calls `main`; ValueError ends the program with one sentence and status 1."""
+    """Parses the flags and calls `main`; ValueError ends the program with one sentence and status
+    1."""
 
     def guarded(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax reports every rename at INFO
@@ -38,7 +44,7 @@ def _parse(argv: list[str]) -> list[str]:
     for word in argv[1:]:
         path = word.partition("=")[2].partition(":")[0]
         if word.lstrip("-").startswith("config=") and not Path(path).is_file():
-            _stop(f"--config names {path or 'nothing'}, which is no file: give --config=configs/world.py")
+            _stop(f"--config names {path or 'nothing'}, which is no file: try configs/world.py")
     try:
         left = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -52,7 +58,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _last_line(error: Exception) -> str:
     """absl wraps what a config file raises into pages; the sentence is at the end of them."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     text = lines[-1].removeprefix("ValueError: ")
     if isinstance(error, AttributeError | KeyError):
         return f"the config has no field {lines[0].strip(chr(34))}"

@@ -1,7 +1,10 @@
-"""Makes the nano weights from nothing, one stage at a time; the whole takes about two hours on two cores.
+"""Makes the nano weights from nothing, one stage at a time; the whole takes about two hours on two
+cores.
 
-    python launch/pretrain_nano.py --config=configs/world.py --workdir=runs/nano                # all stages
-    python launch/pretrain_nano.py --config=configs/world.py --stage=check                      # measure what ships
+# all stages
+python launch/pretrain_nano.py --config=configs/world.py --workdir=runs/nano
+# measure what ships
+python launch/pretrain_nano.py --config=configs/world.py --stage=check
 """
 
 import json
@@ -10,7 +13,7 @@ from pathlib import Path
 import cli
 from absl import flags
 
-STAGES = ("vae", "decoder", "da3", "policy", "check")
+STAGES = ("vae", "decoder", "camera", "da3", "policy", "check")
 STAGE = flags.DEFINE_enum("stage", "all", ("all", *STAGES), "what to train, or check")
 VIDEOS = flags.DEFINE_integer("videos", 4000, "training videos")
 SEED = flags.DEFINE_integer("seed", 0, "every random choice follows from it")
@@ -23,15 +26,15 @@ def main() -> None:
     from worldr1_jax.nano.videos import cached
 
     workdir = Path(cli.WORKDIR.value)
-    stages = STAGES if STAGE.value == "all" else (STAGE.value,)
-    if "check" in stages:
-        stages = stages[:-1]
+    wanted = STAGES if STAGE.value == "all" else (STAGE.value,)
+    stages = [stage for stage in wanted if stage != "check"]
     weights = workdir / "weights"
     if stages:
         truth = cached(workdir / "videos", SEED.value, VIDEOS.value, dynamic_share=0.15)
         for stage in stages:
             print(f"stage {stage}", flush=True)
             pretrain.run_stage(stage, truth, weights, seed=SEED.value, scale=SCALE.value)
+        pretrain.pack(weights, workdir / "packed")
     if STAGE.value in ("all", "check"):
         check(weights if STAGE.value == "all" else None)
 
@@ -46,7 +49,10 @@ def check(weights: Path | None) -> None:
     truth = sample(12345, 96, held_out=True)
     config = cli.CONFIG.value.rewards
     reward = rewards.build(
-        dict(config.weights), da3=folder / "da3", frame_stride=config.frame_stride, depth_scale=config.depth_scale
+        dict(config.weights),
+        da3=folder / "da3",
+        frame_stride=config.frame_stride,
+        depth_scale=config.depth_scale,
     )
     figures = {
         "vae_psnr": checks.vae_psnr(folder / "vae", truth),

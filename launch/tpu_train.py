@@ -1,7 +1,8 @@
 """Trains: the same command on one CPU, a TPU VM, and every host of a pod.
 
-    python launch/tpu_train.py --config=configs/world.py
-    python launch/tpu_train.py --config=configs/world.py:small --config.policy.weights=... --workdir=runs/one
+python launch/tpu_train.py --config=configs/world.py
+python launch/tpu_train.py --config=configs/world.py:small --config.policy.weights=...
+--workdir=runs/one
 """
 
 from pathlib import Path

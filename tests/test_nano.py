@@ -16,15 +16,19 @@ def spec(**fields):
 
 def test_depth_of_a_wall_and_of_a_sphere_is_exact():
     scene = world.build(spec(), np.random.default_rng(0))
-    scene = scene.replace(center=np.array([[0, 0, 4], [0, 0, 0]], np.float32), half=np.full((2, 3), 0.5, np.float32))
+    scene = scene.replace(
+        center=np.array([[0, 0, 4], [0, 0, 0]], np.float32), half=np.full((2, 3), 0.5, np.float32)
+    )
     pose = np.eye(4, dtype=np.float32)[None]
     _, depth = world.render(scene, pose, height=65, width=65, supersample=1)
-    assert float(depth[0, 32, 32]) == pytest.approx(3.5, abs=1e-4)  # the nearest point of the sphere
+    assert float(depth[0, 32, 32]) == pytest.approx(
+        3.5, abs=1e-4
+    )  # the nearest point of the sphere
     assert float(depth[0, 20, 32]) == pytest.approx(world.ROOM[1][2], abs=1e-4)  # the back wall
 
 
 def test_depth_and_poses_agree_between_frames():
-    """A point seen in frame 0, moved by the poses, lies at frame 1's depth where nothing hides it."""
+    """A point of frame 0, moved by the poses, lies at frame 8's depth where nothing hides it."""
     truth = videos.render_specs([spec(commands=("orbit_left",))], np.random.default_rng(1))
     matrix = world.intrinsics(videos.SIZE, videos.SIZE)
     a, b = 0, 8
@@ -44,7 +48,9 @@ def test_depth_and_poses_agree_between_frames():
 def test_only_dynamic_scenes_move():
     still = videos.render_specs([spec(commands=("fixed",))], np.random.default_rng(0)).video[0]
     thing = captions.Thing("red", "sphere", "", "moving left")
-    moving = videos.render_specs([spec(things=(thing,), commands=("fixed",))], np.random.default_rng(0)).video[0]
+    moving = videos.render_specs(
+        [spec(things=(thing,), commands=("fixed",))], np.random.default_rng(0)
+    ).video[0]
     assert np.array_equal(still[0], still[-1])
     left, right = (np.mean(np.nonzero(general_mask(frame))[1]) for frame in (moving[-1], moving[0]))
     assert left < right - 5
@@ -61,7 +67,9 @@ def test_captions_say_what_the_spec_holds_and_can_be_read_back():
         text = drawn.text()
         assert commands.parse(text) == drawn.commands
         named = captions.parse(text)
-        assert [(t.color, t.shape, t.size) for t in named] == [(t.color, t.shape, t.size) for t in drawn.things]
+        assert [(t.color, t.shape, t.size) for t in named] == [
+            (t.color, t.shape, t.size) for t in drawn.things
+        ]
 
 
 def test_held_out_scenes_are_in_no_training_prompt():
@@ -82,7 +90,8 @@ def test_every_caption_is_made_of_known_words():
 
 
 def test_a_mirrored_caption_describes_the_mirrored_video():
-    text = "Camera push in, then pan left. A red sphere right of a blue box on a tiled floor in a brick room."
+    clause = "Camera push in, then pan left."
+    text = f"{clause} A red sphere right of a blue box on a tiled floor in a brick room."
     mirrored = pretrain.mirror_caption(text)
     assert commands.parse(mirrored) == ("push_in", "pan_right")
     assert "sphere left of a blue" in mirrored
@@ -100,13 +109,19 @@ def test_the_same_seed_makes_the_same_videos(tmp_path):
 
 
 def test_palette_scores_what_is_named_and_not_what_is_missing():
-    scenes = [spec(things=(captions.Thing(color, "sphere"),)) for color in ("red", "blue", "yellow")]
+    scenes = [
+        spec(things=(captions.Thing(color, "sphere"),)) for color in ("red", "blue", "yellow")
+    ]
     truth = videos.render_specs(scenes, np.random.default_rng(0))
     video = truth.video.astype(np.float32) / 255
     right = np.asarray(general.palette(video, *general.targets(truth.captions)))
-    wrong = np.asarray(general.palette(video, *general.targets([truth.captions[i] for i in (1, 2, 0)])))
+    wrong = np.asarray(
+        general.palette(video, *general.targets([truth.captions[i] for i in (1, 2, 0)]))
+    )
     assert right.min() > 0.8 and wrong.max() < 0.3
-    assert np.asarray(general.palette(video, *general.targets(["A view."] * 3))) == pytest.approx(1.0)
+    assert np.asarray(general.palette(video, *general.targets(["A view."] * 3))) == pytest.approx(
+        1.0
+    )
 
 
 def test_a_backdrop_is_not_a_thing():

@@ -47,14 +47,20 @@ def test_unmatched_leaves_and_unused_rules_are_errors(monkeypatch):
     monkeypatch.setitem(sharding.RULES, "umt5", sharding.RULES["umt5"][:-1])
     with pytest.raises(ValueError, match="no sharding rule matches the leaf"):
         sharding.shardings_of(state, "umt5", mesh)
-    monkeypatch.setitem(sharding.RULES, "umt5", (*sharding.RULES["umt5"], (".*", ()), ("ghost", ())))
+    monkeypatch.setitem(
+        sharding.RULES, "umt5", (*sharding.RULES["umt5"], (".*", ()), ("ghost", ()))
+    )
     with pytest.raises(ValueError, match="the sharding rule 'ghost'"):
         sharding.shardings_of(state, "umt5", mesh)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [({"model": 2}, "axis 'model'"), ({"data": -1, "fsdp": -1}, "at most one"), ({"data": 3}, "needs 3 devices")],
+    [
+        ({"model": 2}, "axis 'model'"),
+        ({"data": -1, "fsdp": -1}, "at most one"),
+        ({"data": 3}, "needs 3 devices"),
+    ],
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):

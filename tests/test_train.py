@@ -27,8 +27,8 @@ import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 from pathlib import Path
-train.run(tiny.config(Path(sys.argv[1]), num_updates=%d), sys.argv[2])
-""" % UPDATES
+train.run(tiny.config(Path(sys.argv[1]), num_updates=UPDATES), sys.argv[2])
+""".replace("UPDATES", str(UPDATES))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def cache(tmp_path_factory):
 def start(folder, workdir, cache):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SCRIPT, str(folder), str(workdir), str(cache)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def finish(process):
@@ -61,7 +63,9 @@ def wait_for_lines(workdir, count, process):
 def final_state(workdir):
     manager = ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute())
     step = manager.latest_step()
-    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))[
+        "state"
+    ]
     manager.close()
     return step, tiny.leaves(state)
 
@@ -76,8 +80,19 @@ def unbroken(folder, cache, tmp_path_factory):
 def test_a_run_writes_what_people_look_at(unbroken):
     lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == list(range(UPDATES))
-    wanted = {"reward", "recon", "trajectory", "general", "kl", "clip_fraction", "grad_norm", "masked"}
-    assert wanted <= set(lines[0]) and "seconds/rollout" in lines[0] and "seconds/update" in lines[0]
+    wanted = {
+        "reward",
+        "recon",
+        "trajectory",
+        "general",
+        "kl",
+        "clip_fraction",
+        "grad_norm",
+        "masked",
+    }
+    assert (
+        wanted <= set(lines[0]) and "seconds/rollout" in lines[0] and "seconds/update" in lines[0]
+    )
     # Two main updates, then one dynamic one without 3D rewards, and again.
     assert [line["dynamic"] for line in lines] == [0, 0, 1, 0, 0]
     assert ["recon" in line for line in lines] == [True, True, False, True, True]
@@ -109,7 +124,9 @@ def test_a_killed_run_ends_with_the_same_bits(folder, cache, unbroken, tmp_path)
     want_step, want = final_state(unbroken)
     assert step == want_step == UPDATES
     assert all(np.array_equal(a, b) for a, b in zip(leaves, want, strict=True))
-    lines = [json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == list(range(UPDATES))
 
 
@@ -126,7 +143,8 @@ def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
         train.run(config, str(tmp_path / str(count)))
         monkeypatch.setattr(sharding, "make_mesh", make)
         results.append(final_state(tmp_path / str(count))[1])
-    # Adam divides by the root of tiny squared gradients, so rounding of 1e-7 in them shows up larger.
+    # Adam divides by the root of tiny squared gradients, so rounding of 1e-7 in them shows up
+    # larger.
     for a, b in zip(*results, strict=True):
         assert np.allclose(a, b, atol=1e-5), np.abs(a - b).max()
 
@@ -185,7 +203,10 @@ def test_a_workdir_of_another_config_is_refused_and_kept(folder, unbroken, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/world.py:huge"], "unknown variant 'huge': use one of nano, small, large"),
+        (
+            ["--config=configs/world.py:huge"],
+            "unknown variant 'huge': use one of nano, small, large",
+        ),
         (["--config=configs/world.py", "--config.train.lr=3"], "the config has no field 'lr'"),
         (["--config=configs/nope.py"], "configs/nope.py, which is no file"),
         ([], "--config is missing"),
@@ -194,6 +215,8 @@ def test_a_workdir_of_another_config_is_refused_and_kept(folder, unbroken, monke
 )
 def test_the_launcher_answers_in_one_sentence(arguments, message, tmp_path):
     command = [sys.executable, "launch/tpu_train.py", *arguments, f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 1
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -13,14 +13,25 @@ from worldr1_jax.nano import tokenizer
 def save_weights(folder: Path) -> Path:
     """Writes transformer, vae, text_encoder, tokenizer and da3."""
     dit = wan_dit.Config(
-        num_attention_heads=2, attention_head_dim=16, text_dim=32, freq_dim=16, ffn_dim=64, num_layers=2
+        num_attention_heads=2,
+        attention_head_dim=16,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=2,
     )
     text = umt5.Config(
-        vocab_size=len(tokenizer.vocabulary()), d_model=32, d_kv=16, num_heads=2, d_ff=32, num_layers=1
+        vocab_size=len(tokenizer.vocabulary()),
+        d_model=32,
+        d_kv=16,
+        num_heads=2,
+        d_ff=32,
+        num_layers=1,
     )
     vae = wan_vae.Config(
-        base_dim=4, z_dim=16, dim_mult=(1, 1, 2), num_res_blocks=1, temperal_downsample=(True, True),
-        latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, in_channels=12, out_channels=12, patch_size=2,
+        base_dim=4, z_dim=16, dim_mult=(1, 1, 2), num_res_blocks=1, temperal_downsample=(True,
+        True), latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, in_channels=12, out_channels=12,
+        patch_size=2,
     )  # fmt: skip
     wan_dit.save(wan_dit.WanDiT(dit, nnx.Rngs(0)), folder / "transformer")
     umt5.save(umt5.UMT5Encoder(text, nnx.Rngs(1)), folder / "text_encoder")
@@ -31,13 +42,15 @@ def save_weights(folder: Path) -> Path:
 
 
 def config(folder: Path, **changes):
-    """nano's configuration on these weights, with few and small videos; `changes` are dotted fields."""
+    """nano's configuration on these weights, with few and small videos; `changes` are dotted
+    fields."""
     c = world.get_config("nano")
     settings = {
-        "policy.weights": str(folder), "rewards.da3": str(folder / "da3"), "frames": 5, "height": 32, "width": 32,
-        "groups": 2, "group_size": 4, "num_updates": 4, "checkpoint_every": 1, "sample.steps": 4,
-        "sample.window_range": (0, 3), "rewards.views": 2, "evaluate.prompts": 2, "evaluate.batch": 2,
-        "evaluate.samples": 4, "dynamic.main_updates": 2, "dynamic.dynamic_updates": 1, "mesh.data": 1,
+        "policy.weights": str(folder), "rewards.da3": str(folder / "da3"), "frames": 5, "height":
+        32, "width": 32, "groups": 2, "group_size": 4, "num_updates": 4, "checkpoint_every": 1,
+        "sample.steps": 4, "sample.window_range": (0, 3), "rewards.views": 2, "evaluate.prompts": 2,
+        "evaluate.batch": 2, "evaluate.samples": 4, "dynamic.main_updates": 2,
+        "dynamic.dynamic_updates": 1, "mesh.data": 1,
     }  # fmt: skip
     for name, value in (settings | changes).items():
         part, field = c, name

@@ -172,7 +172,8 @@ def _describe(state: PyTree, digests: bool) -> dict[str, list[Any]]:
 
 @jax.jit
 def _digests(leaves: list[Array]) -> list[Int[Array, ""]]:
-    """All in one program: many small ones with collectives in flight at once can starve emulated devices."""
+    """All in one program: many small ones with collectives in flight at once can starve emulated
+    devices."""
     return [_digest(leaf) for leaf in leaves]
 
 

@@ -1,4 +1,5 @@
-"""The before/after report: held-out prompts, deterministic sampling, the same noise for both policies."""
+"""The before/after report: held-out prompts, deterministic sampling, the same noise for both
+policies."""
 
 from __future__ import annotations
 
@@ -30,20 +31,24 @@ def measure(
     text_null: Array | None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[Measures, Float[np.ndarray, "n F H W 3"]]:
-    """Scores of every prompt, each the mean over `samples` videos; and the first batch's first videos.
+    """Scores of every prompt, each the mean over `samples` videos; and the first batch's first
+    videos.
 
     Args:
-      key: the noise of video s of prompt p depends on (key, p, s) alone, so that two calls with one key are paired.
-      samples: videos per prompt; with two or more, their mean RMS difference is the "diversity" in [0, 1].
+      key: the noise of video s of prompt p depends on (key, p, s) alone, so that two calls with one
+        key are paired.
+      samples: videos per prompt; with two or more, their mean RMS difference is the "diversity" in
+        [0, 1].
       batch: prompts at a time; the last batch is filled up with repeats, which are not counted.
       guidance: of the classifier-free guidance.
 
     Returns:
-      {"total_3d", every part of the reward, "diversity"} -> [N]; NaN where a video could not be scored.
+      {"total_3d", every part of the reward, "diversity"} -> [N]; NaN where a video could not be
+      scored.
     """
     sampler = Sampler(kind="none", guidance=guidance)
     collected: dict[str, list[np.ndarray]] = {}
-    shown = None
+    shown: list[np.ndarray] = []
     for first in range(0, len(prompts), batch):
         chosen = list(prompts[first : first + batch])
         filled = chosen + [chosen[-1]] * (batch - len(chosen))
@@ -56,20 +61,21 @@ def measure(
         videos = pipeline.decode(trajectory.latents)
         scores = reward(videos, repeated, paths)
         parts = {name: _gather(values) for name, values in scores.parts.items()}
-        parts["total_3d"] = sum(parts[name] for name in NEEDS_3D)
+        parts["total_3d"] = np.sum([parts[name] for name in NEEDS_3D], axis=0)
         grouped = _gather(videos).reshape(batch, samples, *videos.shape[1:])
-        shown = grouped[: len(chosen), 0] if shown is None else shown
+        shown.append(grouped[: len(chosen), 0])
         rows = {name: v.reshape(batch, samples).mean(1) for name, v in parts.items()}
         if samples > 1:
             rows["diversity"] = _diversity(grouped)
         for name, values in rows.items():
             collected.setdefault(name, []).append(values[: len(chosen)])
         progress(first + len(chosen))
-    return {name: np.concatenate(values) for name, values in collected.items()}, shown
+    return {name: np.concatenate(values) for name, values in collected.items()}, shown[0]
 
 
 def report(before: Measures, after: Measures, seed: int) -> dict[str, dict[str, Any]]:
-    """`{metric: {before, after, paired_ci95, pairs}}`: means over the pairs that both could be scored."""
+    """`{metric: {before, after, paired_ci95, pairs}}`: means over the pairs that both could be
+    scored."""
     rows = {}
     for name in before:
         both = np.isfinite(before[name]) & np.isfinite(after[name])
@@ -88,7 +94,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'held-out metric':<16}{'before':>9}{'after':>9}   95% interval of the change"]
     for name, row in rows.items():
         low, high = row["paired_ci95"]
-        lines.append(f"{name:<16}{row['before']:>9.4f}{row['after']:>9.4f}   [{low:+.4f}, {high:+.4f}]")
+        lines.append(
+            f"{name:<16}{row['before']:>9.4f}{row['after']:>9.4f}   [{low:+.4f}, {high:+.4f}]"
+        )
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Prompts to videos on a mesh: encode, camera, starting noise, rollout, decode.
 
-Trainer, evaluation and generation share these stages, so that what is trained is what is sampled. Every stage is compiled
-once per batch size; batches lie over the mesh's data and fsdp axes.
+Trainer, evaluation and generation share these stages, so that what is trained is what is sampled.
+Every stage is compiled once per batch size; batches lie over the mesh's data and fsdp axes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Camera:
     """How the asked camera path enters the noise; see `camera.noise_warp`.
 
     Attributes:
-      mode: "initial" mixes warped noise into the starting latents, "step" adds a low-passed delta after the first steps,
-        "none" leaves the path to the prompt alone.
+      mode: "initial" mixes warped noise into the starting latents, "step" adds a low-passed delta
+        after the first steps, "none" leaves the path to the prompt alone.
       strength: in [0, 1].
       degradation: in [0, 1], fresh noise blended into the warped noise.
       flow_scale: resolution of the warp over that of the latents.
@@ -52,7 +52,9 @@ class Camera:
             raise ValueError(f"sample.camera is '{self.mode}': it is initial, step or none")
         for name in ("strength", "degradation"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"sample.camera_{name} is {getattr(self, name)}: it has to be in [0, 1]")
+                raise ValueError(
+                    f"sample.camera_{name} is {getattr(self, name)}: it has to be in [0, 1]"
+                )
 
 
 class Pipeline:
@@ -67,10 +69,12 @@ class Pipeline:
         sigmas: Float[Array, " T+1"],
         camera: Camera,
     ):
-        """Args: `size` is (frames, height, width) of the videos in pixels, `sigmas` the schedule."""
+        """Args: `size` is (frames, height, width) of the videos in pixels, `sigmas` the
+        schedule."""
         self.wan, self.mesh, self.size, self.camera = wan, mesh, size, camera
         self.latent_shape = latent_shape(wan.vae.config, wan.dit.config, size)
-        self._graph, adapters, self.base = nnx.split(wan.dit, nnx.LoRAParam, ...)
+        parts: Any = nnx.split(wan.dit, nnx.LoRAParam, ...)
+        self._graph, adapters, self.base = parts
         self._treedef = jax.tree.structure(adapters)
         self.adapters = nnx.to_pure_dict(adapters)
         self.sigmas = jax.device_put(sigmas, sharding.replicated(mesh))
@@ -119,7 +123,8 @@ class Pipeline:
         start: int | Array = 0,
         width: int = 0,
     ) -> Trajectory:
-        """Samples latents: one key a video; the window of `width` steps from `start` is stochastic and kept."""
+        """Samples latents: one key a video; the window of `width` steps from `start` is stochastic
+        and kept."""
         keys = jax.device_put(keys, sharding.batched(self.mesh))
         with jax.set_mesh(self.mesh):
             return self._rollout(
@@ -141,8 +146,12 @@ class Pipeline:
     def _decode_latents(self, state, latents):
         return nnx.merge(self._vae_graph, state).decode(latents)
 
-    def _rollout_batch(self, adapters, base, text, text_null, paths, keys, start, *, sampler, width):
-        noise_keys, warp_keys, step_keys = (jax.vmap(partial(jax.random.fold_in, data=i))(keys) for i in range(3))
+    def _rollout_batch(
+        self, adapters, base, text, text_null, paths, keys, start, *, sampler, width
+    ):
+        noise_keys, warp_keys, step_keys = (
+            jax.vmap(partial(jax.random.fold_in, data=i))(keys) for i in range(3)
+        )
         plain = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(noise_keys)
         noise, on_step = plain, None
         if self.camera.mode != "none":
@@ -157,13 +166,17 @@ class Pipeline:
         )  # fmt: skip
 
     def _add_delta(self, latents, step, *, warped, plain):
-        return noise_warp.step_delta(latents, warped, step, noise=plain, strength=self.camera.strength)
+        return noise_warp.step_delta(
+            latents, warped, step, noise=plain, strength=self.camera.strength
+        )
 
     def _warp(self, keys, paths):
-        """Each device warps its own videos, one after the other: the warp needs no other device's data."""
+        """Each device warps its own videos, one after the other: the warp needs no other device's
+        data."""
         warp = partial(
-            noise_warp.warp_batch, latent_shape=self.latent_shape, flow_scale=self.camera.flow_scale,
-            degradation=self.camera.degradation, depth=self.camera.magnitudes.scene_depth,
+            noise_warp.warp_batch, latent_shape=self.latent_shape,
+            flow_scale=self.camera.flow_scale, degradation=self.camera.degradation,
+            depth=self.camera.magnitudes.scene_depth,
         )  # fmt: skip
         spec = sharding.BATCH
         return jax.shard_map(
@@ -187,5 +200,7 @@ def latent_shape(
     for name, value, patch in sides:
         unit = space * patch
         if value < unit or value % unit:
-            raise ValueError(f"{name} is {value}: it has to be a multiple of {unit} (VAE times patch)")
+            raise ValueError(
+                f"{name} is {value}: it has to be a multiple of {unit} (VAE times patch)"
+            )
     return 1 + (frames - 1) // time, height // space, width // space, vae.z_dim

@@ -1,12 +1,15 @@
-"""The mesh, and one ordered table of rules per network: which axis of a leaf lies on which axis of the mesh.
+"""The mesh, and one ordered table of rules per network: which axis of a leaf lies on which axis of
+the mesh.
 
-Mesh axes: data (prompt groups), fsdp (weights), context (tokens of one video), tensor (heads). Model code says what an axis
-is by the name of its leaf; only these tables say where it lives. The first rule that matches a leaf's path counts; a leaf that
-no rule matches, or a rule that no leaf uses, is an error, so that a renamed layer cannot become replicated unnoticed.
+Mesh axes: data (prompt groups), fsdp (weights), context (tokens of one video), tensor (heads).
+Model code says what an axis is by the name of its leaf; only these tables say where it lives. The
+first rule that matches a leaf's path counts; a leaf that no rule matches, or a rule that no leaf
+uses, is an error, so that a renamed layer cannot become replicated unnoticed.
 
-Why these places: kernels are split over fsdp on their input axis and over tensor on the axis of heads or of hidden units, so
-that a column-parallel product is followed by a row-parallel one and tensor needs one reduction a block. Norms, biases and
-modulation tables are small and replicated. LoRA factors follow the kernel that they are added to.
+Why these places: kernels are split over fsdp on their input axis and over tensor on the axis of
+heads or of hidden units, so that a column-parallel product is followed by a row-parallel one and
+tensor needs one reduction a block. Norms, biases and modulation tables are small and replicated.
+LoRA factors follow the kernel that they are added to.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from worldr1_jax.models.convert import leaf_path
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))  # samples: devices that share weights still hold their own videos
+BATCH = PartitionSpec(
+    ("data", "fsdp")
+)  # samples: devices that share weights still hold their own videos
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
@@ -69,10 +74,12 @@ RULES: dict[str, Rules] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the four axes from sizes such as {"data": -1, "fsdp": 2}; one -1 takes what is left.
+    """A mesh of the four axes from sizes such as {"data": -1, "fsdp": 2}; one -1 takes what is
+    left.
 
     Raises:
-      ValueError: an unknown axis, more than one -1, or sizes whose product is not the number of devices.
+      ValueError: an unknown axis, more than one -1, or sizes whose product is not the number of
+        devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     unknown = [name for name in sizes if name not in AXES]
@@ -81,12 +88,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     shape = [int(sizes.get(name, 1)) for name in AXES]
     free = [i for i, size in enumerate(shape) if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise ValueError(f"mesh {dict(sizes)} is wrong: sizes are positive, and at most one is -1 (what is left)")
+        raise ValueError(
+            f"mesh {dict(sizes)} is wrong: sizes are positive, and at most one is -1 (what is left)"
+        )
     if free:
         shape[free[0]] = max(len(devices) // math.prod(s for s in shape if s != -1), 1)
     if math.prod(shape) != len(devices):
         text = ", ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
-        raise ValueError(f"mesh of {text} needs {math.prod(shape)} devices, but there are {len(devices)}")
+        raise ValueError(
+            f"mesh of {text} needs {math.prod(shape)} devices, but there are {len(devices)}"
+        )
     return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=(AxisType.Auto,) * 4)
 
 
@@ -95,10 +106,13 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> tuple[int, PartitionSpec]:
+def spec_of(
+    path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh
+) -> tuple[int, PartitionSpec]:
     """Index of the rule that matches and the placement it gives to a leaf of this shape.
 
-    An axis whose length the mesh axis does not divide stays whole: nano's 12 output channels must not stop a mesh that
+    An axis whose length the mesh axis does not divide stays whole: nano's 12 output channels must
+      not stop a mesh that
     fits everything else.
     """
     for index, (pattern, axes) in enumerate(rules):
@@ -135,7 +149,8 @@ def placer(name: str, mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], Nam
 
 
 def place(module: nnx.Module, name: str, mesh: Mesh) -> nnx.Module:
-    """Moves a module's parameters to their shards, in place; LoRA leaves follow the table `lora`."""
+    """Moves a module's parameters to their shards, in place; LoRA leaves follow the table
+    `lora`."""
     for kind, table in ((nnx.LoRAParam, "lora"), (nnx.Not(nnx.LoRAParam), name)):
         state = nnx.state(module, nnx.All(nnx.Param, kind))
         if jax.tree.leaves(state):

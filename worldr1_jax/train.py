@@ -1,4 +1,5 @@
-"""run(): the whole of training, top to bottom. The update itself is grpo/update.py, `train_step`."""
+"""run(): the whole of training, top to bottom. The update itself is grpo/update.py,
+`train_step`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data.loader import Loader
 from worldr1_jax.grpo import update as grpo
 from worldr1_jax.grpo.advantage import group_advantage
-from worldr1_jax.metrics import MetricsWriter, Progress, StageTimer, contact_sheet, write_atomically, write_summary
+from worldr1_jax.metrics import (
+    MetricsWriter,
+    Progress,
+    StageTimer,
+    contact_sheet,
+    write_atomically,
+    write_summary,
+)
 from worldr1_jax.models import wan, wan_dit, wan_vae
 from worldr1_jax.models.convert import read_config
 from worldr1_jax.nano import captions
@@ -29,15 +37,24 @@ from worldr1_jax.rollout import schedule
 from worldr1_jax.rollout.sample import Sampler, sample_keys
 
 # What a resume may change without becoming another run.
-MAY_CHANGE = ("num_updates", "checkpoint_every", "checkpoint_keep", "videos_every", "evaluate", "mesh")
+MAY_CHANGE = (
+    "num_updates",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "videos_every",
+    "evaluate",
+    "mesh",
+)
 SHOWN = ("reward", "recon", "trajectory", "general", "kl", "ratio_deviation", "grad_norm")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains, or goes on training, and returns what summary.json holds; {} when it was asked to stop.
+    """Trains, or goes on training, and returns what summary.json holds; {} when it was asked to
+    stop.
 
     Raises:
-      ValueError: a wrong field or file, in one sentence, before anything is compiled and with nothing overwritten.
+      ValueError: a wrong field or file, in one sentence, before anything is compiled and with
+        nothing overwritten.
     """
     began = time.time()
 
@@ -68,7 +85,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         state = jax.jit(partial(grpo.init_state, optimizer=optimizer))(pipeline.adapters)
     train_step = jax.jit(
         partial(
-            grpo.train_step, velocity=pipeline.velocity, optimizer=optimizer, sampler=sampler, rules=rules
+            grpo.train_step,
+            velocity=pipeline.velocity,
+            optimizer=optimizer,
+            sampler=sampler,
+            rules=rules,
         ),
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
         donate_argnums=0,
@@ -99,9 +120,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                 text, paths = pipeline.encode(batch.prompts), pipeline.paths(batch.prompts)
                 trajectory = wait_for(
                     pipeline.rollout(
-                        state.adapters, text, paths, keys, sampler=sampler, text_null=text_null,
-                        start=start, width=config.sample.window,
-                    )  # fmt: skip
+                        state.adapters,
+                        text,
+                        paths,
+                        keys,
+                        sampler=sampler,
+                        text_null=text_null,
+                        start=start,
+                        width=config.sample.window,
+                    )
                 )
             with timer("decode") as wait_for:
                 videos = wait_for(pipeline.decode(trajectory.latents))
@@ -116,8 +143,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                     scores.total, config.group_size, scores.valid,
                     std=config.train.advantage_std, clip=config.train.advantage_clip,
                 )  # fmt: skip
-                step = grpo.make_batch(trajectory, text, advantages, scores.valid, _placed(keys, mesh))
-                state, learnt = wait_for(train_step(state, pipeline.base, step, pipeline.sigmas, text_null))
+                step = grpo.make_batch(
+                    trajectory, text, advantages, scores.valid, _placed(keys, mesh)
+                )
+                state, learnt = wait_for(
+                    train_step(state, pipeline.base, step, pipeline.sigmas, text_null)
+                )
 
             # -- what people see; metrics go before the checkpoint, so that a killed run loses none
             scalars = summarise(scores, learnt, batch.is_dynamic) | timer.collect()
@@ -144,7 +175,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         "version": metadata.version("worldr1_jax"), "heldout": {},
     }  # fmt: skip
     if config.evaluate.prompts:
-        summary["heldout"] = compare(config, workdir, pipeline, reward, state, prompts, heldout_key, text_null)
+        summary["heldout"] = compare(
+            config, workdir, pipeline, reward, state, prompts, heldout_key, text_null
+        )
         summary["seconds"] = time.time() - began
     write_summary(Path(workdir) / "summary.json", summary)
     checkpoints.close()
@@ -157,7 +190,9 @@ def load_prompts(config: ml_collections.ConfigDict) -> prompt_files.PromptSets:
     if config.prompts == "nano":
         return captions.prompt_sets()
     if not config.prompts:
-        raise ValueError("prompts is empty: give a folder with train.txt, dynamic.txt and test.txt, or one file")
+        raise ValueError(
+            "prompts is empty: give a folder with train.txt, dynamic.txt and test.txt, or one file"
+        )
     return prompt_files.read(config.prompts)
 
 
@@ -175,13 +210,19 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         ("evaluate.batch x evaluate.samples", config.evaluate.batch * config.evaluate.samples),
     ):
         if videos % parts:
-            raise ValueError(f"{name} is {videos} videos, which the mesh's data x fsdp = {parts} cannot divide")
+            raise ValueError(
+                f"{name} is {videos} videos, which the mesh's data x fsdp = {parts} cannot divide"
+            )
     if config.sample.window_place not in ("random", "progressive"):
-        raise ValueError(f"sample.window_place is '{config.sample.window_place}': it is random or progressive")
+        raise ValueError(
+            f"sample.window_place is '{config.sample.window_place}': it is random or progressive"
+        )
     make_camera(config)
     rewards.check(config.rewards.weights, config.rewards.da3)
     if config.rewards.general != "palette":
-        raise ValueError(f"rewards.general is '{config.rewards.general}': palette is the only one there is")
+        raise ValueError(
+            f"rewards.general is '{config.rewards.general}': palette is the only one there is"
+        )
     unknown = [name for name in config.dynamic.off if name not in rewards.NAMES]
     if unknown:
         raise ValueError(f"dynamic.off names '{unknown[0]}': it knows {', '.join(rewards.NAMES)}")
@@ -201,7 +242,8 @@ def make_rules(config: ml_collections.ConfigDict) -> grpo.Rules:
     t = config.train
     return grpo.Rules(
         clip=t.clip, kl_weight=t.kl_weight, epochs=t.epochs, minibatches=t.minibatches,
-        microbatches=t.microbatches, ema_decay=t.ema_decay, ema_every=t.ema_every, equalise=t.equalise,
+        microbatches=t.microbatches, ema_decay=t.ema_decay, ema_every=t.ema_every,
+        equalise=t.equalise,
     )  # fmt: skip
 
 
@@ -215,7 +257,9 @@ def make_camera(config: ml_collections.ConfigDict) -> Camera:
     )
 
 
-def build_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, key: jax.Array) -> Pipeline:
+def build_pipeline(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, key: jax.Array
+) -> Pipeline:
     """Loads the policy with fresh adapters, and prepares its stages."""
     model = wan.load(
         nano.resolve(config.policy.weights), mesh=mesh, tokens=config.policy.text_tokens,
@@ -232,7 +276,12 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     """The rewards that the config names."""
     r = config.rewards
     return rewards.build(
-        dict(r.weights), da3=r.da3, mesh=mesh, frame_stride=r.frame_stride, views=r.views or None, depth_scale=r.depth_scale
+        dict(r.weights),
+        da3=r.da3,
+        mesh=mesh,
+        frame_stride=r.frame_stride,
+        views=r.views or None,
+        depth_scale=r.depth_scale,
     )
 
 
@@ -241,14 +290,22 @@ def window_start(config: ml_collections.ConfigDict, update: int, key: jax.Array)
     s = config.sample
     if s.window_place == "random":
         return schedule.random_window(key, s.window, *s.window_range)
-    return schedule.progressive_window(update, s.window, *s.window_range, interval=s.window_interval)
+    return schedule.progressive_window(
+        update, s.window, *s.window_range, interval=s.window_interval
+    )
 
 
 def summarise(scores, learnt: dict[str, jax.Array], is_dynamic: bool) -> dict[str, float]:
     """Scalars of one update; rewards are means over the samples that could be scored."""
     valid = np.asarray(scores.valid)
-    values = {"reward": np.asarray(scores.total), **{k: np.asarray(v) for k, v in scores.parts.items()}}
-    means = {name: float(value[valid].mean()) if valid.any() else float("nan") for name, value in values.items()}
+    values = {
+        "reward": np.asarray(scores.total),
+        **{k: np.asarray(v) for k, v in scores.parts.items()},
+    }
+    means = {
+        name: float(value[valid].mean()) if valid.any() else float("nan")
+        for name, value in values.items()
+    }
     return {
         **means,
         "reward_std": float(values["reward"][valid].std()) if valid.any() else float("nan"),
@@ -259,12 +316,15 @@ def summarise(scores, learnt: dict[str, jax.Array], is_dynamic: bool) -> dict[st
 
 
 def save_videos(writer: MetricsWriter, workdir, update, videos, scores, prompts, config) -> None:
-    """One video of each of the first groups as mp4, and a text file with their prompts and rewards."""
+    """One video of each of the first groups as mp4, and a text file with their prompts and
+    rewards."""
     step = config.group_size
     lines = []
     for index in range(0, min(len(prompts), 4 * step), step):
         writer.video(update, f"group{index // step}", np.asarray(videos[index]), config.fps)
-        parts = "  ".join(f"{name} {float(value[index]):.3f}" for name, value in scores.parts.items())
+        parts = "  ".join(
+            f"{name} {float(value[index]):.3f}" for name, value in scores.parts.items()
+        )
         lines.append(f"group{index // step}_{update:06d}.mp4  {parts}  {prompts[index]}")
     if jax.process_index() == 0:
         text = "\n".join(lines) + "\n"
@@ -275,11 +335,13 @@ def compare(config, workdir, pipeline, reward, state, prompts, key, text_null) -
     """Held-out prompts under the base policy and under the averaged adapters, on the same noise."""
     held_out = list(prompts.test[: config.evaluate.prompts])
     if not held_out:
-        raise ValueError("evaluate.prompts is not 0, but there are no test prompts: add test.txt or set it to 0")
+        raise ValueError(
+            "evaluate.prompts is not 0, but there are no test prompts: add test.txt or set it to 0"
+        )
     _say(f"held-out report: {len(held_out)} prompts, before and after")
     options = {
-        "key": key, "samples": config.evaluate.samples, "batch": min(config.evaluate.batch, len(held_out)),
-        "guidance": config.sample.guidance, "text_null": text_null,
+        "key": key, "samples": config.evaluate.samples, "batch": min(config.evaluate.batch,
+        len(held_out)), "guidance": config.sample.guidance, "text_null": text_null,
     }  # fmt: skip
     before, old = evaluate.measure(pipeline, reward, pipeline.adapters, held_out, **options)
     after, new = evaluate.measure(pipeline, reward, state.ema, held_out, **options)

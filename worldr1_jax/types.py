@@ -1,12 +1,13 @@
 """Typed records that cross stages, and the one legend of dimension letters.
 
-    B videos (all samples of a batch)     K videos per prompt        T denoising steps      W window steps
-    F frames                              H W pixels                 C channels             N tokens or Gaussians
-    f h w  latent frames, height, width   V views                    L layers               D features
+    B videos (all samples of a batch)     K videos per prompt        T denoising steps      W window
+    steps F frames                              H W pixels                 C channels             N
+    tokens or Gaussians f h w  latent frames, height, width   V views                    L layers
+    D features
 
-Videos are `[B F H W 3]` float32 in [0, 1]; latents are channels last. Poses are `camtoworld [F 4 4]` with OpenCV axes
-(x right, y down, z forward) and the first camera at the identity. Intrinsics `[3 3]` are in pixels of the image that they
-are used with, pixel centres at +0.5.
+Videos are `[B F H W 3]` float32 in [0, 1]; latents are channels last. Poses are `camtoworld [F 4
+4]` with OpenCV axes (x right, y down, z forward) and the first camera at the identity. Intrinsics
+`[3 3]` are in pixels of the image that they are used with, pixel centres at +0.5.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Gaussians:
 
 @flax.struct.dataclass
 class Reconstruction:
-    """What the 3D network recovers from a video. World units are the network's own: one scale per video."""
+    """What the 3D network recovers from a video. World units are the network's own: one scale per
+    video."""
 
     depth: Float[Array, "B F H W"]  # along the optical axis, > 0
     confidence: Float[Array, "B F H W"]  # >= 1, larger is surer
@@ -39,7 +41,8 @@ class Reconstruction:
 
 @flax.struct.dataclass
 class Trajectory:
-    """What a rollout keeps: the final latents, and only the stochastic window of the path to them."""
+    """What a rollout keeps: the final latents, and only the stochastic window of the path to
+    them."""
 
     latents: Float[Array, "B f h w C"]  # x at sigma = 0
     window_latents: Float[Array, "W+1 B f h w C"]  # before each window step, and after the last one

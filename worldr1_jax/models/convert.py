@@ -1,11 +1,12 @@
 """Publishers' files to nnx modules and back: one table of names per network serves both directions.
 
-A table row is `(publisher's key, path of the leaf, kind)`. `{i}` in the key stands for a repeated block. When the path
-has the same placeholder, each repeat is its own leaf (an `nnx.List`); when it has not, the repeats are the leading axis of
-one stacked leaf, as scanned layers keep them.
+A table row is `(publisher's key, path of the leaf, kind)`. `{i}` in the key stands for a repeated
+block. When the path has the same placeholder, each repeat is its own leaf (an `nnx.List`); when it
+has not, the repeats are the leading axis of one stacked leaf, as scanned layers keep them.
 
-Loading is strict: an unknown key, an unfilled leaf, a key matched twice or a wrong shape raises ValueError naming it.
-Tensors are read from the mapped file one at a time, so that host memory holds one leaf, not one model.
+Loading is strict: an unknown key, an unfilled leaf, a key matched twice or a wrong shape raises
+ValueError naming it. Tensors are read from the mapped file one at a time, so that host memory holds
+one leaf, not one model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from safetensors.numpy import save_file
 Table = Sequence[tuple[str, str, str]]
 INDEX_SUFFIX = ".safetensors.index.json"
 
-# kind -> axes of the publisher's tensor in our order. Torch keeps weights [out, in, *kernel]; we keep [*kernel, in, out].
+# kind -> axes of the publisher's tensor in our order. Torch keeps weights [out, in, *kernel]; we
+# keep [*kernel, in, out].
 _AXES: dict[str, tuple[int, ...] | None] = {
     "copy": None,
     "linear": (1, 0),
@@ -39,10 +41,13 @@ _AXES: dict[str, tuple[int, ...] | None] = {
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The publisher's config.json as a dict. Raises ValueError when it is missing or is not JSON."""
+    """The publisher's config.json as a dict. Raises ValueError when it is missing or is not
+    JSON."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: weights are read from a folder with config.json and .safetensors")
+        raise ValueError(
+            f"{path} is missing: weights are read from a folder with config.json and .safetensors"
+        )
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -64,24 +69,27 @@ def load(
     """Fills `model` (arrays or ShapeDtypeStructs) in place from safetensors and returns it.
 
     Args:
-      model: the module; every `nnx.Param` leaf has to be filled, except those of the type `skip_leaves`.
+      model: the module; every `nnx.Param` leaf has to be filled, except those of the type
+        `skip_leaves`.
       path: a folder (one .safetensors file, or shards with an index) or one .safetensors file.
       table: rows of (publisher's key, leaf path, kind).
       repeats: how many values each placeholder takes, e.g. {"i": 30}.
       dtype: dtype of the filled leaves; None keeps each leaf's own.
-      mesh: with `shardings` None, leaves are replicated over it; None leaves them on the default device.
+      mesh: with `shardings` None, leaves are replicated over it; None leaves them on the default
+        device.
       shardings: (leaf path, shape) -> sharding, for weights that are sharded as they stream in.
       ignore: regular expressions of publisher's keys that are deliberately not loaded.
 
     Raises:
-      ValueError: a missing, truncated or unreadable file, an unknown or doubled key, an unfilled leaf, a wrong shape.
+      ValueError: a missing, truncated or unreadable file, an unknown or doubled key, an unfilled
+        leaf, a wrong shape.
     """
     leaves = _leaves(model, skip_leaves)
     wanted = dict(_expand(table, repeats or {}))
     keys = _open_keys(Path(path))
     unknown = [k for k in keys if k not in wanted and not any(re.fullmatch(p, k) for p in ignore)]
     if unknown:
-        raise ValueError(f"{path} has {len(unknown)} keys that this network does not know, such as '{unknown[0]}'")
+        raise ValueError(f"{path} has {len(unknown)} unknown keys, such as '{unknown[0]}'")
     groups: dict[str, list[tuple[int | None, str, str]]] = {}
     for key, (leaf, index, kind) in wanted.items():
         groups.setdefault(leaf, []).append((index, key, kind))
@@ -111,7 +119,8 @@ def save(
     filename: str = "diffusion_pytorch_model.safetensors",
     dtype: Any = None,
 ) -> None:
-    """Writes config.json and one safetensors file with the publisher's names, shapes and axis order."""
+    """Writes config.json and one safetensors file with the publisher's names, shapes and axis
+    order."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     leaves = _leaves(model, nnx.LoRAParam)
@@ -124,7 +133,9 @@ def save(
         tensors[key] = np.ascontiguousarray(value.astype(dtype) if dtype else value)
     save_file(tensors, folder / filename, metadata={"format": "pt"})
     if config is not None:
-        (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+        )
 
 
 def leaf_path(path: Sequence[Any]) -> str:
@@ -135,12 +146,17 @@ def leaf_path(path: Sequence[Any]) -> str:
 def _leaves(model: nnx.Module, skip: type[nnx.Variable] | None) -> dict[str, nnx.Variable]:
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     graph = {leaf_path(path): variable for path, variable in flat}
-    live = {leaf_path(path): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)}
+    live = {
+        leaf_path(path): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)
+    }
     return {name: live[name] for name in graph if not (skip and isinstance(live[name], skip))}
 
 
-def _expand(table: Table, repeats: Mapping[str, int]) -> Iterator[tuple[str, tuple[str, int | None, str]]]:
-    """Every (key, (leaf, index in the stacked leaf or None, kind)) that the table stands for, each key once."""
+def _expand(
+    table: Table, repeats: Mapping[str, int]
+) -> Iterator[tuple[str, tuple[str, int | None, str]]]:
+    """Every (key, (leaf, index in the stacked leaf or None, kind)) that the table stands for, each
+    key once."""
     seen = set()
     for pattern, path, kind in table:
         if kind not in _AXES:
@@ -166,8 +182,10 @@ def _open_keys(path: Path) -> dict[str, Any]:
         try:
             handle = safe_open(file, framework="numpy")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read as safetensors (truncated or not such a file): {error}") from error
-        for key in handle.keys():
+            raise ValueError(
+                f"{file} cannot be read as safetensors (truncated or not such a file): {error}"
+            ) from error
+        for key in list(handle.keys()):
             if key in keys:
                 raise ValueError(f"the key '{key}' is in more than one file of {path}")
             keys[key] = handle
@@ -181,7 +199,9 @@ def _files(path: Path) -> list[Path]:
         raise ValueError(f"{path} does not exist: give a folder or a .safetensors file")
     indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) > 1:
-        raise ValueError(f"{path} has more than one weight index: {', '.join(i.name for i in indexes)}")
+        raise ValueError(
+            f"{path} has more than one weight index: {', '.join(i.name for i in indexes)}"
+        )
     if indexes:
         names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
         missing = [name for name in names if not (path / name).is_file()]
@@ -192,12 +212,18 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{path} holds no .safetensors file")
     if len(files) > 1:
-        raise ValueError(f"{path} holds {len(files)} .safetensors files but no index; name the one to read")
+        raise ValueError(
+            f"{path} holds {len(files)} .safetensors files but no index; name the one to read"
+        )
     return files
 
 
 def _read_leaf(
-    name: str, variable: nnx.Variable, rows: list[tuple[int | None, str, str]], keys: Mapping[str, Any], path: Path
+    name: str,
+    variable: nnx.Variable,
+    rows: list[tuple[int | None, str, str]],
+    keys: Mapping[str, Any],
+    path: Path,
 ) -> np.ndarray:
     shape = tuple(variable.get_raw_value().shape)
     out = None
@@ -206,17 +232,27 @@ def _read_leaf(
             raise ValueError(f"{path} lacks the key '{key}', which fills the leaf '{name}'")
         value = keys[key].get_tensor(key)
         axes = _AXES[kind]
-        value = value if axes is None else np.transpose(value, axes) if value.ndim == len(axes) else value
+        value = (
+            value
+            if axes is None
+            else np.transpose(value, axes)
+            if value.ndim == len(axes)
+            else value
+        )
         want = shape if index is None else shape[1:]
         if value.shape != want:
-            raise ValueError(f"{path}: '{key}' gives shape {list(value.shape)} for the leaf '{name}', which has {list(want)}")
+            raise ValueError(
+                f"{path}: '{key}' has shape {list(value.shape)}, the leaf '{name}' {list(want)}"
+            )
         if value.dtype not in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
-            raise ValueError(f"{path}: '{key}' is stored as {value.dtype}, not as a float of 16 bits or more")
+            raise ValueError(
+                f"{path}: '{key}' is stored as {value.dtype}, not as a float of 16 bits or more"
+            )
         if index is None:
             return value
         out = np.empty(shape, value.dtype) if out is None else out
         out[index] = value
-    filled = sorted(row[0] for row in rows)
+    filled = sorted(index for index, _, _ in rows if index is not None)
     if out is None or filled != list(range(shape[0])):
         raise ValueError(f"{path} fills layers {filled} of the leaf '{name}', which has {shape[0]}")
     return out

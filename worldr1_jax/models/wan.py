@@ -1,6 +1,6 @@
 """The four parts of a Wan2.1 text-to-video model, loaded from one folder in diffusers' layout.
 
-    transformer/  vae/  text_encoder/  tokenizer/
+transformer/  vae/  text_encoder/  tokenizer/
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ class Wan:
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask `[B N]`, padded to `tokens` and cut there."""
         out = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokens, truncation=True, return_tensors="np"
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokens,
+            truncation=True,
+            return_tensors="np",
         )
         return out["input_ids"].astype(np.int32), out["attention_mask"].astype(np.int32)
 
@@ -43,10 +47,14 @@ def check(folder: str | Path) -> None:
     """Raises ValueError, naming the part, unless the folder has all four."""
     folder = Path(folder)
     if not str(folder) or not folder.is_dir():
-        raise ValueError(f"policy.weights '{folder}' is no folder: give one with {', '.join(PARTS)}")
+        raise ValueError(
+            f"policy.weights '{folder}' is no folder: give one with {', '.join(PARTS)}"
+        )
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
-        raise ValueError(f"policy.weights {folder} lacks {missing[0]}/: it needs {', '.join(PARTS)}")
+        raise ValueError(
+            f"policy.weights {folder} lacks {missing[0]}/: it needs {', '.join(PARTS)}"
+        )
 
 
 def load(
@@ -60,7 +68,8 @@ def load(
     lora_alpha: float = 1.0,
     key: jax.Array | None = None,
 ) -> Wan:
-    """Reads every part onto the mesh; with `lora_rank` the DiT gets fresh adapters drawn from `key`.
+    """Reads every part onto the mesh; with `lora_rank` the DiT gets fresh adapters drawn from
+    `key`.
 
     Raises:
       ValueError: a missing or unreadable part, named.
@@ -70,7 +79,11 @@ def load(
     check(folder)
     folder = Path(folder)
     dit = wan_dit.load(
-        folder / "transformer", dtype=dtype, remat=remat, mesh=mesh, shardings=sharding.placer("wan_dit", mesh)
+        folder / "transformer",
+        dtype=dtype,
+        remat=remat,
+        mesh=mesh,
+        shardings=sharding.placer("wan_dit", mesh),
     )
     if lora_rank:
         with jax.set_mesh(mesh):

@@ -16,5 +16,5 @@ def resolve(folder: str | Path, part: str = "") -> Path:
     path = WEIGHTS / part if str(folder) == "nano" else Path(folder)
     if not str(folder) or not path.is_dir():
         name = part or "policy"
-        raise ValueError(f"weights of {name} are looked for in '{path if str(folder) else ''}', which is no folder")
+        raise ValueError(f"weights of {name}: '{path if str(folder) else ''}' is no folder")
     return path

@@ -1,7 +1,9 @@
-"""The language of the nano world: what a scene holds, the sentence that asks for it, and prompt sets.
+"""The language of the nano world: what a scene holds, the sentence that asks for it, and prompt
+sets.
 
-A `Spec` is what a caption says and nothing more; `world.build` adds what it leaves open (exact places and sizes). Scenes
-whose sentence hashes to the held-out tenth are never shown in pretraining or in reinforcement learning.
+A `Spec` is what a caption says and nothing more; `world.build` adds what it leaves open (exact
+places and sizes). Scenes whose sentence hashes to the held-out tenth are never shown in pretraining
+or in reinforcement learning.
 """
 
 from __future__ import annotations
@@ -16,10 +18,20 @@ from worldr1_jax.data.prompts import PromptSets
 from worldr1_jax.rewards.general import PALETTE as COLORS
 
 SHAPES = ("sphere", "box", "cylinder")
-SIZES = {"sphere": ("", "small", "large"), "box": ("", "small", "tall"), "cylinder": ("", "small", "tall")}
+SIZES = {
+    "sphere": ("", "small", "large"),
+    "box": ("", "small", "tall"),
+    "cylinder": ("", "small", "tall"),
+}
 RELATIONS = ("left of", "right of", "in front of")
 FLOORS = ("checkered", "striped", "tiled", "wooden")
-PLACES = ("in a brick room", "in a striped room", "in a dotted room", "under a blue sky", "under a sunset sky")
+PLACES = (
+    "in a brick room",
+    "in a striped room",
+    "in a dotted room",
+    "under a blue sky",
+    "under a sunset sky",
+)
 MOTIONS = ("", "moving left", "moving right", "coming closer", "going away", "bouncing")
 HELD_OUT_SHARE = 10  # one scene in so many
 
@@ -41,7 +53,8 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a caption says: one or two things, how they stand, the floor, the place, the camera's commands."""
+    """What a caption says: one or two things, how they stand, the floor, the place, the camera's
+    commands."""
 
     things: tuple[Thing, ...]
     relation: str
@@ -54,7 +67,8 @@ class Spec:
         return any(thing.motion for thing in self.things)
 
     def scene_text(self) -> str:
-        """The sentence about the scene, e.g. 'A red sphere left of a tall blue box on a tiled floor in a brick room.'"""
+        """The sentence about the scene, e.g. 'A red sphere left of a tall blue box on a tiled floor
+        in a brick room.'"""
         first = self.things[0].text()
         if len(self.things) == 2:
             second = self.things[1].text()
@@ -72,7 +86,8 @@ class Spec:
 
 
 def sample_spec(rng: np.random.Generator, *, dynamic: bool = False) -> Spec:
-    """Draws a spec: uniform over colours, shapes, floors, places; one to two things; zero to three commands.
+    """Draws a spec: uniform over colours, shapes, floors, places; one to two things; zero to three
+    commands.
 
     Dynamic specs have one moving thing and a fixed camera, so that what moves is the world.
     """
@@ -91,7 +106,8 @@ def sample_spec(rng: np.random.Generator, *, dynamic: bool = False) -> Spec:
 
 
 def sample_commands(rng: np.random.Generator) -> tuple[str, ...]:
-    """One command mostly, sometimes a sequence of two, rarely a fixed camera or a caption that asks for none."""
+    """One command mostly, sometimes a sequence of two, rarely a fixed camera or a caption that asks
+    for none."""
     kind = rng.random()
     if kind < 0.05:
         return ()
@@ -120,10 +136,9 @@ def parse(prompt: str) -> tuple[Thing, ...]:
     return tuple(things)
 
 
-def prompt_sets(
-    seed: int = 0, train: int = 600, dynamic: int = 100, test: int = 128
-) -> PromptSets:
-    """Prompts for reinforcement learning and for the held-out report; test scenes are held out of everything else.
+def prompt_sets(seed: int = 0, train: int = 600, dynamic: int = 100, test: int = 128) -> PromptSets:
+    """Prompts for reinforcement learning and for the held-out report; test scenes are held out of
+    everything else.
 
     Test prompts all ask for a camera movement, so that each of them can be won or lost.
     """
@@ -138,4 +153,6 @@ def prompt_sets(
                 found[spec.text()] = None
         return tuple(found)
 
-    return PromptSets(draw(train, False, False), draw(dynamic, False, True), draw(test, True, False))
+    return PromptSets(
+        draw(train, False, False), draw(dynamic, False, True), draw(test, True, False)
+    )

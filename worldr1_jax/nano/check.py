@@ -1,6 +1,6 @@
 """What the nano networks can do on held-out scenes, in the figures that their makers promise.
 
-    python launch/pretrain_nano.py --stage=check --config=configs/world.py
+python launch/pretrain_nano.py --stage=check --config=configs/world.py
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dic
       direction_cosine: median over videos with one moving command, at the last frame;
       psnr, recon, trajectory: means over all videos.
     """
-    rotation, cosine, scores = [], [], {}
+    rotation: list[float] = []
+    cosine: list[float] = []
+    scores: dict[str, list[np.ndarray]] = {}
     for i in range(0, len(truth) - batch + 1, batch):
         video = jnp.asarray(truth.video[i : i + batch], jnp.float32) / 255.0
         asked = truth.camtoworld[i : i + batch]
@@ -50,7 +52,9 @@ def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dic
             scores.setdefault(name, []).append(np.asarray(value))
         poses = np.asarray(found.camtoworld)[:, -1]
         wanted = asked[:, :: reward.frame_stride][:, -1]
-        angle = np.degrees(np.asarray(rotation_angle(np.swapaxes(wanted[:, :3, :3], 1, 2) @ poses[:, :3, :3])))
+        angle = np.degrees(
+            np.asarray(rotation_angle(np.swapaxes(wanted[:, :3, :3], 1, 2) @ poses[:, :3, :3]))
+        )
         for k, caption in enumerate(truth.captions[i : i + batch]):
             clause = caption.lower().split(".")[0].replace(" ", "_")
             if any(clause == f"camera_{name}" for name in TURNS):

@@ -1,4 +1,5 @@
-"""Trains every nano network from nothing: VAE, then policy with its text encoder, and the 3D network.
+"""Trains every nano network from nothing: VAE, then policy with its text encoder, and the 3D
+network.
 
 Each stage reads ground truth from `nano.videos`, trains with AdamW and a cosine schedule, keeps an
 average of the weights, and writes the publisher's files. A stage is a function of its seed.
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from worldr1_jax.models import da3, da3_gaussians, umt5, wan_dit, wan_vae
 from worldr1_jax.nano import tokenizer, world
@@ -39,6 +41,50 @@ class Schedule:
     average: float = 0.99  # decay of the averaged weights that are saved
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
+
+
+STEPS = {  # of each stage as shipped: (steps, learning rate, batch)
+    "vae": (1800, 2e-3, 6),
+    "decoder": (600, 1e-3, 2),
+    "camera": (2000, 1e-3, 16),
+    "da3": (900, 1e-3, 6),
+    "policy": (4000, 1.5e-3, 48),
+}
+
+
+def run_stage(
+    stage: str, videos: Videos, weights: Path, *, seed: int, scale: float = 1.0, log=print
+) -> None:
+    """Trains one stage of `STEPS` with `scale` times its steps, into the folder `weights`."""
+    steps, rate, batch = STEPS[stage]
+    average = 0.998 if stage == "policy" else 0.99
+    schedule = Schedule(max(1, round(steps * scale)), rate, batch, average)
+    if stage == "vae":
+        train_vae(videos, weights / "vae", schedule, seed=seed, log=log)
+    elif stage == "decoder":
+        train_decoder(videos, weights / "vae", schedule, seed=seed, log=log)
+    elif stage == "camera":
+        options: dict[str, Any] = {"terms": ("camera",), "frames": 3}
+        train_da3(videos, weights / "da3", schedule, seed=seed, log=log, **options)
+    elif stage == "da3":
+        options = {"terms": ("camera", "depth", "render"), "frames": 5, "start": weights / "da3"}
+        train_da3(videos, weights / "da3", schedule, seed=seed, log=log, **options)
+    else:
+        train_policy(videos, weights, schedule, seed=seed, log=log)
+
+
+def pack(weights: Path, folder: Path) -> None:
+    """Copies trained weights in half precision, as they ship: names and shapes stay, bytes halve."""
+    for source in sorted(weights.rglob("*")):
+        target = folder / source.relative_to(weights)
+        if source.is_dir():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".safetensors":
+            tensors = {k: v.astype(np.float16) for k, v in load_file(source).items()}
+            save_file(tensors, target, metadata={"format": "pt"})
+        else:
+            target.write_bytes(source.read_bytes())
 
 
 def fit(
@@ -90,7 +136,8 @@ def fit(
 
 
 def train_vae(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, log=print) -> None:
-    """Autoencoder on clips; then measures latent mean and std, as the published config states them."""
+    """Autoencoder on clips; then measures latent mean and std, as the published config states
+    them."""
     config = wan_vae.Config.nano()
     model = wan_vae.WanVAE(config, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(model)
@@ -122,14 +169,18 @@ def train_vae(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, lo
     wan_vae.save(scaled, folder)
 
 
-def train_decoder(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, log=print) -> None:
-    """Goes on with the decoder alone, on whole videos and on the latents that the policy has learnt.
+def train_decoder(
+    videos: Videos, folder: Path, schedule: Schedule, *, seed: int, log=print
+) -> None:
+    """Goes on with the decoder alone, on whole videos and on the latents that the policy has
+    learnt.
 
-    Clips of nine frames leave the later frames of a longer video to chance; here they are seen, without moving a latent.
+    Clips of nine frames leave the later frames of a longer video to chance; here they are seen,
+    without moving a latent.
     """
     vae = wan_vae.load(folder)
     in_decoder = nnx.Any(nnx.PathContains("decoder"), nnx.PathContains("post_quant_conv"))
-    graph, params, rest = nnx.split(vae, in_decoder, ...)
+    graph, params, rest = nnx.split(vae, in_decoder, ...)  # type: ignore[misc]
     encode = jax.jit(lambda video: vae.encode(video.astype(jnp.float32) / 255.0))
 
     def loss(params, batch, key):
@@ -170,7 +221,8 @@ def latent_statistics(vae: wan_vae.WanVAE, videos: Videos, count: int = 128) -> 
 
 
 def clip_batches(videos: Videos, batch: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """Random clips: mostly short ones, for a causal convolution learns from five frames what it needs.
+    """Random clips: mostly short ones, for a causal convolution learns from five frames what it
+    needs.
 
     A shape is drawn per batch, so that only as many programs are compiled as there are shapes.
     """
@@ -179,7 +231,9 @@ def clip_batches(videos: Videos, batch: int, rng: np.random.Generator) -> Iterat
         length = int(rng.choice([5, 9], p=[0.8, 0.2]))
         rows = rng.integers(0, len(videos), batch)
         starts = rng.integers(0, frames - length + 1, batch)
-        clips = np.stack([videos.video[r, s : s + length] for r, s in zip(rows, starts, strict=True)])
+        clips = np.stack(
+            [videos.video[r, s : s + length] for r, s in zip(rows, starts, strict=True)]
+        )
         flips = rng.random(batch) < 0.5
         clips[flips] = clips[flips][:, :, :, ::-1]
         yield {"video": clips}
@@ -192,7 +246,9 @@ def mirror_caption(caption: str) -> str:
     return " ".join(swap.get(w, w) for w in words).replace(" ,", ",").replace(" .", ".")
 
 
-def encode_all(vae: wan_vae.WanVAE, videos: Videos, batch: int = 32) -> tuple[np.ndarray, list[str]]:
+def encode_all(
+    vae: wan_vae.WanVAE, videos: Videos, batch: int = 32
+) -> tuple[np.ndarray, list[str]]:
     """Normalised latents of every video and of its mirror image, with their captions."""
     encode = nnx.jit(lambda vae, video: vae.encode(video.astype(jnp.float32) / 255.0))
     latents = []
@@ -213,7 +269,7 @@ def train_policy(videos: Videos, folder: Path, schedule: Schedule, *, seed: int,
     latents, texts = encode_all(vae, videos)
     encoded = tokens(texts, padding="max_length", max_length=TOKENS, return_tensors="np")
     empty = tokens([""], padding="max_length", max_length=TOKENS, return_tensors="np")
-    log(f"{len(latents)} latents {latents.shape[1:]}, mean {latents.mean():.3f}, std {latents.std():.3f}")
+    log(f"{len(latents)} latents, mean {latents.mean():.3f}, std {latents.std():.3f}")
     rngs = nnx.Rngs(seed)
     dit = wan_dit.WanDiT(wan_dit.Config.nano(), rngs=rngs)
     text = umt5.UMT5Encoder(umt5.Config.nano(), rngs=rngs)
@@ -266,12 +322,15 @@ def train_da3(
     log: Callable[[str], None] = print,
     start: Path | None = None,
 ) -> None:
-    """Depth, cameras and Gaussians from exact depth, exact cameras and re-rendering of other frames.
+    """Depth, cameras and Gaussians from exact depth, exact cameras and re-rendering of other
+    frames.
 
     Args:
-      terms: what is learnt: "camera", "depth", "render" (two other frames of each video). Heads that no term needs are
+      terms: what is learnt: "camera", "depth", "render" (two other frames of each video). Heads
+        that no term needs are
         not run: the camera alone costs a tenth, and needs by far the most videos.
-      frames: seen of each video, the first one among them; all videos of a batch see the same instants.
+      frames: seen of each video, the first one among them; all videos of a batch see the same
+        instants.
       start: folder of weights to go on from; None starts fresh.
     """
     network = da3.load(start) if start else da3.DA3(da3.Config.nano(), rngs=nnx.Rngs(seed))
@@ -309,9 +368,10 @@ def train_da3(
 def camera_terms(raw: da3.Raw, camtoworld: jax.Array) -> dict[str, jax.Array]:
     """Losses of the camera decoder against exact cameras whose first one is the identity.
 
-    Squared errors, because most poses of a still or barely moving camera are near zero: under an absolute error the
-    network first learns their median, which is to say nothing. The quaternion is compared before normalisation, or
-    its length would grow and its gradient vanish.
+    Squared errors, because most poses of a still or barely moving camera are near zero: under an
+      absolute error the
+    network first learns their median, which is to say nothing. The quaternion is compared before
+    normalisation, or its length would grow and its gradient vanish.
     """
     quaternion = da3_gaussians.matrix_to_quaternion(camtoworld[..., :3, :3])
     turn, move = raw.quaternion - quaternion, raw.translation - camtoworld[..., :3, 3]
@@ -325,26 +385,37 @@ def camera_terms(raw: da3.Raw, camtoworld: jax.Array) -> dict[str, jax.Array]:
 
 def depth_terms(raw: da3.Raw, depth: jax.Array) -> dict[str, jax.Array]:
     """Relative depth error, and a confidence that learns where it is small."""
-    depth = da3_gaussians.resample_depth(depth.astype(jnp.float32), raw.depth.shape[2:])
+    depth = da3_gaussians.resample_depth(
+        depth.astype(jnp.float32), (raw.depth.shape[2], raw.depth.shape[3])
+    )
     error = jnp.abs(jnp.log(raw.depth) - jnp.log(depth))
     confidence = raw.confidence * jax.lax.stop_gradient(error) - 0.05 * jnp.log(raw.confidence)
     return {"depth": jnp.mean(error), "confidence": 0.1 * jnp.mean(confidence)}
 
 
-def render_terms(network, raw, camtoworld, video, size, key, views: int = 2) -> dict[str, jax.Array]:
-    """Error of the Gaussians, placed with exact cameras and the network's depth, seen from `views` of the frames."""
+def render_terms(
+    network, raw, camtoworld, video, size, key, views: int = 2
+) -> dict[str, jax.Array]:
+    """Error of the Gaussians, placed with exact cameras and the network's depth, seen from `views`
+    of the frames."""
     matrix = jnp.asarray(world.intrinsics(*size))
     intrinsics = jnp.broadcast_to(matrix, (*camtoworld.shape[:2], 3, 3))
     gaussians = network.gaussians_from(raw, camtoworld, intrinsics)
     chosen = jax.random.choice(key, camtoworld.shape[1], (views,), replace=False)
-    image = splat.render_tiled(gaussians, camtoworld[:, chosen], intrinsics[:, chosen], size, capacity=768)
+    image = splat.render_tiled(
+        gaussians, camtoworld[:, chosen], intrinsics[:, chosen], size, capacity=768
+    )
     difference = image.rgb - video[:, chosen]
     error = jnp.mean(difference**2)
-    return {"render": 5 * error + 0.5 * jnp.mean(jnp.abs(difference)), "psnr": -10 * jnp.log10(error)}
+    return {
+        "render": 5 * error + 0.5 * jnp.mean(jnp.abs(difference)),
+        "psnr": -10 * jnp.log10(error),
+    }
 
 
 def mirror_batch(videos: Videos, rows: np.ndarray, instants: np.ndarray, mirrored: bool) -> Batch:
-    """Videos, depth and cameras of some rows at some frames, seen in a mirror (x to -x) when asked."""
+    """Videos, depth and cameras of some rows at some frames, seen in a mirror (x to -x) when
+    asked."""
     at = np.ix_(rows, instants)
     video, depth, camtoworld = videos.video[at], videos.depth[at], videos.camtoworld[at]
     if mirrored:

@@ -1,4 +1,5 @@
-"""The nano world's tokenizer: whole words, in the file format that transformers' AutoTokenizer reads."""
+"""The nano world's tokenizer: whole words, in the file format that transformers' AutoTokenizer
+reads."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ def sample(seed: int, count: int, *, held_out: bool = False, dynamic_share: floa
 
 
 def cached(folder: str | Path, seed: int, count: int, *, chunk: int = 250, **choices) -> Videos:
-    """`sample` in chunks that are kept as files in `folder`, so that a second stage reads them again."""
+    """`sample` in chunks that are kept as files in `folder`, so that a second stage reads them
+    again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -60,12 +61,16 @@ def cached(folder: str | Path, seed: int, count: int, *, chunk: int = 250, **cho
         if not path.is_file():
             part = sample(hash_seed(seed, index), min(chunk, count - index), **choices)
             unfinished = path.with_name(f"unfinished_{path.name}")
-            np.savez(unfinished, **{**dataclasses.asdict(part), "captions": np.array(part.captions)})
+            np.savez(
+                unfinished, **{**dataclasses.asdict(part), "captions": np.array(part.captions)}
+            )
             unfinished.rename(path)
         with np.load(path) as data:
             parts.append({name: data[name] for name in data.files})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Videos(joined["video"], joined["depth"], joined["camtoworld"], [str(c) for c in joined["captions"]])
+    return Videos(
+        joined["video"], joined["depth"], joined["camtoworld"], [str(c) for c in joined["captions"]]
+    )
 
 
 def hash_seed(seed: int, index: int) -> int:

@@ -1,8 +1,9 @@
-"""A small world with known truth: rooms and open floors with spheres, boxes and cylinders, ray cast in JAX.
+"""A small world with known truth: rooms and open floors with spheres, boxes and cylinders, ray cast
+in JAX.
 
-World axes are those of the first camera (x right, y down, z forward, in units of about a metre), which stands at the
-origin at eye height over the floor. Everything is inside one box: a room's walls, or a far backdrop painted as sky, so
-every ray hits something and depth is always finite.
+World axes are those of the first camera (x right, y down, z forward, in units of about a metre),
+which stands at the origin at eye height over the floor. Everything is inside one box: a room's
+walls, or a far backdrop painted as sky, so every ray hits something and depth is always finite.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from worldr1_jax.nano.captions import COLORS, FLOORS, MOTIONS, PLACES, SHAPES, S
 MAX_THINGS = 2
 EYE_HEIGHT = 1.1
 FOCAL = 1.2  # in image widths, as published for the camera conditioning
-LIGHT = np.array([-0.45, -0.8, -0.4], np.float32) / np.linalg.norm([-0.45, -0.8, -0.4])  # towards the light
+LIGHT = np.array([-0.45, -0.8, -0.4], np.float32) / np.linalg.norm(
+    [-0.45, -0.8, -0.4]
+)  # towards the light
 ROOM = ((-3.6, -1.9, -4.0), (3.6, EYE_HEIGHT, 6.5))  # low and high corner of a room
 OPEN = ((-14.0, -9.0, -8.0), (14.0, EYE_HEIGHT, 15.0))
 
@@ -32,7 +35,9 @@ class Scene:
     kind: Int[Array, " O"]  # index into SHAPES
     color: Float[Array, "O 3"]
     center: Float[Array, "O 3"]  # at time 0
-    half: Float[Array, "O 3"]  # half extents; spheres use half[0], cylinders half[0] (radius) and half[1] (half height)
+    half: Float[
+        Array, "O 3"
+    ]  # half extents; spheres use half[0], cylinders half[0] (radius) and half[1] (half height)
     yaw: Float[Array, " O"]  # radians about the vertical
     motion: Int[Array, " O"]  # index into MOTIONS
     floor: Int[Array, ""]  # index into FLOORS
@@ -41,13 +46,16 @@ class Scene:
 
 
 def build(spec: Spec, rng: np.random.Generator) -> Scene:
-    """Places the spec's things: exact positions, sizes, turns and pattern phases come from `rng`."""
+    """Places the spec's things: exact positions, sizes, turns and pattern phases come from
+    `rng`."""
     kind = np.full(MAX_THINGS, -1, np.int32)
     color, center, half = (np.zeros((MAX_THINGS, 3), np.float32) for _ in range(3))
     yaw, motion = np.zeros(MAX_THINGS, np.float32), np.zeros(MAX_THINGS, np.int32)
     places = _places(spec, rng)
     for i, thing in enumerate(spec.things):
-        size = {"": 1.0, "small": 0.65, "large": 1.35, "tall": 1.0}[thing.size] * rng.uniform(0.93, 1.07)
+        size = {"": 1.0, "small": 0.65, "large": 1.35, "tall": 1.0}[thing.size] * rng.uniform(
+            0.93, 1.07
+        )
         width, height = 0.52 * size, (0.95 if thing.size == "tall" else 0.5) * size
         half[i] = (width, width if thing.shape == "sphere" else height, width)
         kind[i] = SHAPES.index(thing.shape)
@@ -55,11 +63,18 @@ def build(spec: Spec, rng: np.random.Generator) -> Scene:
         center[i] = (places[i][0], EYE_HEIGHT - half[i][1], places[i][1])
         yaw[i] = rng.uniform(0, np.pi / 2)
         motion[i] = MOTIONS.index(thing.motion)
-    return Scene(
-        kind=kind, color=color, center=center, half=half, yaw=yaw, motion=motion,
-        floor=np.int32(FLOORS.index(spec.floor)), place=np.int32(PLACES.index(spec.place)),
-        phase=rng.uniform(0, 1, 4).astype(np.float32),
-    )  # fmt: skip
+    fields = {
+        "kind": kind,
+        "color": color,
+        "center": center,
+        "half": half,
+        "yaw": yaw,
+        "motion": motion,
+        "floor": np.int32(FLOORS.index(spec.floor)),
+        "place": np.int32(PLACES.index(spec.place)),
+        "phase": rng.uniform(0, 1, 4).astype(np.float32),
+    }
+    return Scene(**{name: jnp.asarray(value) for name, value in fields.items()})
 
 
 def _places(spec: Spec, rng: np.random.Generator) -> list[tuple[float, float]]:
@@ -83,9 +98,15 @@ def intrinsics(height: int, width: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("height", "width", "supersample"))
 def render(
-    scene: Scene, camtoworld: Float[Array, "F 4 4"], *, height: int = 64, width: int = 64, supersample: int = 2
+    scene: Scene,
+    camtoworld: Float[Array, "F 4 4"],
+    *,
+    height: int = 64,
+    width: int = 64,
+    supersample: int = 2,
 ) -> tuple[Float[Array, "F H W 3"], Float[Array, "F H W"]]:
-    """Ray casts one scene. Returns the video in [0, 1] and the exact depth along the optical axis at pixel centres."""
+    """Ray casts one scene. Returns the video in [0, 1] and the exact depth along the optical axis
+    at pixel centres."""
     times = jnp.linspace(0.0, 1.0, camtoworld.shape[0])
     matrix = intrinsics(height, width)
 
@@ -105,10 +126,13 @@ def _pixel_grid(height: int, width: int, supersample: int) -> np.ndarray:
     return np.stack(np.meshgrid(x, y), -1).reshape(-1, 2).astype(np.float32)
 
 
-def _cast(scene: Scene, pose: Array, time: Array, pixels: np.ndarray, matrix: np.ndarray) -> tuple[Array, Array]:
-    """Colour `[P 3]` and depth `[P]` of rays through pixels; ray directions have unit depth, so t is depth."""
+def _cast(
+    scene: Scene, pose: Array, time: Array, pixels: np.ndarray, matrix: np.ndarray
+) -> tuple[Array, Array]:
+    """Colour `[P 3]` and depth `[P]` of rays through pixels; ray directions have unit depth, so t
+    is depth."""
     local = np.concatenate([(pixels - matrix[:2, 2]) / matrix[0, 0], np.ones((len(pixels), 1))], 1)
-    direction = local.astype(np.float32) @ pose[:3, :3].T
+    direction = jnp.asarray(local, jnp.float32) @ pose[:3, :3].T
     origin = pose[:3, 3]
     depth, normal, albedo = _enclosure(scene, origin, direction, time)
     for i in range(MAX_THINGS):
@@ -137,8 +161,11 @@ def _thing_center(scene: Scene, i: int, time: Array) -> Array:
     return scene.center[i] + offsets[scene.motion[i]]
 
 
-def _hit_thing(scene: Scene, i: int, origin: Array, direction: Array, time: Array) -> tuple[Array, Array]:
-    """Distance (inf for a miss) and outward normal of the nearest hit with thing i, in its own turned frame."""
+def _hit_thing(
+    scene: Scene, i: int, origin: Array, direction: Array, time: Array
+) -> tuple[Array, Array]:
+    """Distance (inf for a miss) and outward normal of the nearest hit with thing i, in its own
+    turned frame."""
     cos, sin = jnp.cos(scene.yaw[i]), jnp.sin(scene.yaw[i])
     turn = jnp.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
     o, d = turn @ (origin - _thing_center(scene, i, time)), direction @ turn.T
@@ -190,8 +217,11 @@ def _hit_cylinder(o: Array, d: Array, radius: Array, half_height: Array) -> tupl
     return jnp.minimum(side, cap), jnp.where((cap < side)[:, None], up, side_normal)
 
 
-def _enclosure(scene: Scene, origin: Array, direction: Array, time: Array) -> tuple[Array, Array, Array]:
-    """The walls, floor and ceiling or sky: distance, inward normal (0 for sky) and painted colour."""
+def _enclosure(
+    scene: Scene, origin: Array, direction: Array, time: Array
+) -> tuple[Array, Array, Array]:
+    """The walls, floor and ceiling or sky: distance, inward normal (0 for sky) and painted
+    colour."""
     is_open = scene.place >= PLACES.index("under a blue sky")
     low = jnp.where(is_open, jnp.array(OPEN[0]), jnp.array(ROOM[0]))
     high = jnp.where(is_open, jnp.array(OPEN[1]), jnp.array(ROOM[1]))
@@ -208,7 +238,8 @@ def _enclosure(scene: Scene, origin: Array, direction: Array, time: Array) -> tu
 
 
 def _soft(wave: Array, sharpness: float = 3.0) -> Array:
-    """A sine sharpened towards a square, in [0, 1]; soft edges keep 64-pixel videos free of aliasing."""
+    """A sine sharpened towards a square, in [0, 1]; soft edges keep 64-pixel videos free of
+    aliasing."""
     return jax.nn.sigmoid(sharpness * wave * 2.0)
 
 
@@ -234,7 +265,8 @@ def _paint_floor(scene: Scene, point: Array, t: Array) -> Array:
     ])  # fmt: skip
     weight = jax.lax.switch(scene.floor, patterns)
     fade = jnp.exp(-((t / 9.0) ** 2))  # far patterns would alias
-    return _mix(*paints[scene.floor], 0.5 + fade * (weight - 0.5))
+    dark, light = paints[scene.floor]
+    return _mix(dark, light, 0.5 + fade * (weight - 0.5))
 
 
 def _paint_wall(scene: Scene, point: Array, axis: Array, direction: Array) -> Array:
@@ -243,7 +275,10 @@ def _paint_wall(scene: Scene, point: Array, axis: Array, direction: Array) -> Ar
 
     def bricks():
         shift = 0.5 * (jnp.floor(y / 0.7) % 2)
-        joints = jnp.abs(jnp.sin(jnp.pi * y / 0.7)), jnp.abs(jnp.sin(jnp.pi * (along / 1.4 + shift)))
+        joints = (
+            jnp.abs(jnp.sin(jnp.pi * y / 0.7)),
+            jnp.abs(jnp.sin(jnp.pi * (along / 1.4 + shift))),
+        )
         return _mix((0.58, 0.30, 0.22), (0.74, 0.68, 0.60), _soft(1 - 7 * jnp.minimum(*joints)))
 
     def stripes():
@@ -255,7 +290,9 @@ def _paint_wall(scene: Scene, point: Array, axis: Array, direction: Array) -> Ar
 
     def sky(low, high, clouds):
         ray = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
-        wave = jnp.sin(6 * ray[:, 0] + 6.28 * scene.phase[2]) + jnp.sin(14 * ray[:, 1] + 5 * ray[:, 0])
+        wave = jnp.sin(6 * ray[:, 0] + 6.28 * scene.phase[2]) + jnp.sin(
+            14 * ray[:, 1] + 5 * ray[:, 0]
+        )
         painted = _mix(low, high, jnp.clip(-1.8 * ray[:, 1], 0, 1))
         return painted + clouds * _soft(wave - 0.6)[:, None]
 

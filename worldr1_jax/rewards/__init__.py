@@ -1,9 +1,11 @@
 """Rewards of videos, usable without the trainer:
 
     reward = rewards.build({"recon": 1.0, "trajectory": 1.0, "general": 1.0}, da3="nano", mesh=mesh)
-    scores = reward(videos, prompts, camtoworld)     # Scores(parts={name: [B]}, total [B], valid [B])
+    # Scores(parts={name: [B]}, total [B], valid [B])
+    scores = reward(videos, prompts, camtoworld)
 
-R = R_3D + R_gen. A part that fails (is not finite) masks its video out; it is never replaced by a number.
+R = R_3D + R_gen. A part that fails (is not finite) masks its video out; it is never replaced by a
+number.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ def build(
 
     Args:
       weights: reward -> weight in the sum; a weight of 0 keeps the part as a measurement only.
-      da3: folder of a Depth Anything 3 with Gaussian head, or "nano" for the one that ships with the package.
+      da3: folder of a Depth Anything 3 with Gaussian head, or "nano" for the one that ships with
+        the package.
       mesh: videos are split over its data and fsdp axes; None uses one device.
       frame_stride: the 3D network sees every so many frames.
-      views: frames that S_recon renders again, evenly spaced; None takes all that were reconstructed.
+      views: frames that S_recon renders again, evenly spaced; None takes all that were
+        reconstructed.
       depth_scale: typical depth in the 3D network's units (see `trajectory.s_traj`).
 
     Raises:
@@ -57,7 +61,8 @@ def build(
 
 
 def check(weights: Mapping[str, float], da3: str | Path) -> Path:
-    """The folder of the 3D network; raises ValueError for an unknown reward, no reward, or no such network."""
+    """The folder of the 3D network; raises ValueError for an unknown reward, no reward, or no such
+    network."""
     unknown = [name for name in weights if name not in NAMES]
     if unknown:
         raise ValueError(f"rewards.weights names '{unknown[0]}': it knows {', '.join(NAMES)}")
@@ -69,19 +74,29 @@ def check(weights: Mapping[str, float], da3: str | Path) -> Path:
 
 
 class Reward:
-    """Scores videos. Stages are compiled apart, so that their times and their memory can be told apart."""
+    """Scores videos. Stages are compiled apart, so that their times and their memory can be told
+    apart."""
 
     def __init__(
-        self, weights: dict[str, float], folder: Path, mesh, frame_stride: int, views: int | None,
+        self,
+        weights: dict[str, float],
+        folder: Path,
+        mesh,
+        frame_stride: int,
+        views: int | None,
         depth_scale: float,
     ):
         self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
         network = sharding.place(depth_anything.load(folder), "da3", mesh)
         self._graph, self._state = nnx.split(network)
         self._reconstruct = jax.jit(self._reconstruct_videos)
-        self._recon = jax.jit(lambda video, found: recon.s_recon(video[:, ::frame_stride], found, views=views))
+        self._recon = jax.jit(
+            lambda video, found: recon.s_recon(video[:, ::frame_stride], found, views=views)
+        )
         self._trajectory = jax.jit(
-            lambda asked, found: trajectory.s_traj(asked[:, ::frame_stride], found, depth_scale=depth_scale)
+            lambda asked, found: trajectory.s_traj(
+                asked[:, ::frame_stride], found, depth_scale=depth_scale
+            )
         )
         self._palette = jax.jit(general.palette)
 
@@ -96,8 +111,8 @@ class Reward:
     ) -> Scores:
         """Parts, weighted sum and validity of a batch whose size the mesh divides.
 
-        Rewards in `off` do not count, and when both 3D rewards are off, no reconstruction is made. A `timer` is told of
-        the stages reconstruct, render and general.
+        Rewards in `off` do not count, and when both 3D rewards are off, no reconstruction is made.
+        A `timer` is told of the stages reconstruct, render and general.
         """
         stage = timer or StageTimer()
         parts: dict[str, Array] = {}
@@ -120,7 +135,11 @@ class Reward:
         asked = sharding.to_global(np.asarray(camtoworld, np.float32), sharding.batched(self.mesh))
         with jax.set_mesh(self.mesh):
             score, extra = self._recon(videos, found)
-            return {"recon": score, "trajectory": self._trajectory(asked, found.camtoworld), **extra}
+            return {
+                "recon": score,
+                "trajectory": self._trajectory(asked, found.camtoworld),
+                **extra,
+            }
 
     def general(self, videos, prompts: Sequence[str]) -> Array:
         """R_gen: see `general.palette`."""
@@ -136,5 +155,5 @@ class Reward:
             return combine.combine(parts, weights)
 
     def _reconstruct_videos(self, state: Any, videos: Array) -> Reconstruction:
-        network = nnx.merge(self._graph, state)
+        network: Any = nnx.merge(self._graph, state)
         return reconstruct.reconstruct(network, videos, frame_stride=self.frame_stride)

@@ -1,7 +1,8 @@
 """R_gen, the part of the reward that does not look at geometry.
 
-`palette` asks whether the colours that a prompt names are on screen. It stands where World-R1 has HPS, which nano's
-64-pixel shapes would mean nothing to, and it keeps the 3D rewards from being won by an empty room.
+`palette` asks whether the colours that a prompt names are on screen. It stands where World-R1 has
+HPS, which nano's 64-pixel shapes would mean nothing to, and it keeps the 3D rewards from being won
+by an empty room.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ ENOUGH = 0.015  # share of a frame that shows a colour well (63% of the score)
 
 
 def targets(prompts: Sequence[str]) -> tuple[Float[np.ndarray, "B M 3"], Float[np.ndarray, "B M"]]:
-    """The colours that each prompt's scene names right before a noun of its own, and which places are used.
+    """The colours that each prompt's scene names right before a noun of its own, and which places
+    are used.
 
     "under a blue sky" names a backdrop, not a thing; backdrops are passed over.
     """
@@ -49,8 +51,10 @@ def palette(
 ) -> Float[Array, " B"]:
     """Mean over named colours and frames of `1 - exp(-area / 0.015)`, in [0, 1].
 
-    area: share of the frame's pixels whose colour direction matches, softly; shading does not matter, but a pixel has to be
-    saturated (or, for white, bright). A prompt that names no colour scores 1: nothing it asked for is missing.
+    area: share of the frame's pixels whose colour direction matches, softly; shading does not
+      matter, but a pixel has to be
+    saturated (or, for white, bright). A prompt that names no colour scores 1: nothing it asked for
+    is missing.
     """
     length = jnp.linalg.norm(videos, axis=-1, keepdims=True)
     direction = videos / jnp.maximum(length, 1e-3)

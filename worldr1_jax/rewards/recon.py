@@ -9,6 +9,7 @@ What the score cannot see, and what sees it instead:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -148,9 +149,9 @@ def _blur(image: Float[Array, "*batch H W C"]) -> Float[Array, "*batch h w C"]:
     for axis in (-3, -2):
         axis = image.ndim + axis
         length = image.shape[axis] - WINDOW + 1
-        image = sum(
-            float(tap) * jax.lax.slice_in_dim(image, k, k + length, axis=axis)
-            for k, tap in enumerate(taps)
+        shifted = [jax.lax.slice_in_dim(image, k, k + length, axis=axis) for k in range(WINDOW)]
+        image = functools.reduce(
+            jnp.add, [float(tap) * part for tap, part in zip(taps, shifted, strict=True)]
         )
     return image
 

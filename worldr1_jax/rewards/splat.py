@@ -204,7 +204,7 @@ def _grid(size: tuple[int, int], step: int) -> Float[Array, "L 2"]:
 class _List(NamedTuple):
     """The next Gaussians of every tile of a view, in depth order: S slots for each of L tiles."""
 
-    index: Int[Array, "L S"]  # into N
+    rows: Int[Array, "L S"]  # into N
     used: Bool[Array, "L S"]  # a prefix of the slots
     candidates: Int[Array, " L"]  # how many there were to choose from
     last: tuple[Float[Array, " L"], Int[Array, " L"]]  # depth and index of the last one taken
@@ -245,7 +245,7 @@ def _gather(
     view: Projected, lists: _List, size: tuple[int, int], tile: int
 ) -> Float[Array, "S L 10"]:
     """Rows of the lists, slot by slot: means relative to the tile's origin, unused slots clear."""
-    rows = view.rows[lists.index.T]
+    rows = view.rows[lists.rows.T]
     shift = jnp.pad(_grid(size, tile), ((0, 0), (0, rows.shape[-1] - 2)))
     return _whole_blocks(_clear(rows - shift, ~lists.used.T))
 
@@ -303,7 +303,9 @@ def _each_view(
 
     def one_scene(item: tuple[Gaussians, Array, Array]) -> tuple[Array, Array]:
         scene, poses, matrices = item
-        return lax.map(lambda view: one_view(project(scene, *view, size)), (poses, matrices))
+        return lax.map(
+            lambda view: one_view(project(scene, view[0], view[1], size)), (poses, matrices)
+        )
 
     views = (camtoworld.reshape(-1, leading[-1], 4, 4), intrinsics.reshape(-1, leading[-1], 3, 3))
     image, overflow = lax.map(one_scene, (scenes, *views))
