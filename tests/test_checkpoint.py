@@ -251,6 +251,8 @@ def test_workdir_with_a_broken_config(tmp_path):
 
 def test_stop_signal_asks_and_then_gives_way():
     former = signal.getsignal(signal.SIGTERM)
+    # A shell's background job starts with ctrl-C ignored; a foreground one has this handler.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopSignal() as stop:
         assert not stop.requested and not stop.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -260,3 +262,4 @@ def test_stop_signal_asks_and_then_gives_way():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is former
+    signal.signal(signal.SIGINT, interrupt)
