@@ -76,7 +76,7 @@ def run_stage(
 
 
 def pack(weights: Path, folder: Path) -> None:
-    """Copies trained weights in half precision, as they ship: names and shapes stay, bytes halve."""
+    """Copies trained weights in half precision, as they ship; names and shapes stay."""
     for source in sorted(weights.rglob("*")):
         target = folder / source.relative_to(weights)
         if source.is_dir():
