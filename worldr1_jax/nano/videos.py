@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from worldr1_jax.camera import trajectory
@@ -76,8 +75,3 @@ def cached(folder: str | Path, seed: int, count: int, *, chunk: int = 250, **cho
 def hash_seed(seed: int, index: int) -> int:
     """One seed per chunk, so that chunks can be made in any order."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-
-
-def preload(videos: Videos) -> jax.Array:
-    """The videos as float32 in [0, 1]; meant for small batches."""
-    return jax.numpy.asarray(videos.video, jax.numpy.float32) / 255.0
