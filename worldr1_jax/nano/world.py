@@ -237,10 +237,13 @@ def _enclosure(
     return t, normal, jnp.where(is_floor[:, None], floor, wall)
 
 
-def _soft(wave: Array, sharpness: float = 3.0) -> Array:
-    """A sine sharpened towards a square, in [0, 1]; soft edges keep 64-pixel videos free of
-    aliasing."""
-    return jax.nn.sigmoid(sharpness * wave * 2.0)
+def _soft(wave: Array) -> Array:
+    """A sine sharpened towards a square, in [0, 1].
+
+    Edges are soft and patterns coarse (about a dozen pixels at the objects' distance): at 64 pixels
+    a finer pattern is aliasing, which no network can compress, draw or render again.
+    """
+    return jax.nn.sigmoid(4.0 * wave)
 
 
 def _mix(a, b, weight: Array) -> Array:
@@ -250,12 +253,12 @@ def _mix(a, b, weight: Array) -> Array:
 
 def _paint_floor(scene: Scene, point: Array, t: Array) -> Array:
     x, z = point[:, 0] + scene.phase[0], point[:, 2] + scene.phase[1]
-    wave_x, wave_z = jnp.sin(jnp.pi * x / 0.8), jnp.sin(jnp.pi * z / 0.8)
+    wave_x, wave_z = jnp.sin(jnp.pi * x / 1.2), jnp.sin(jnp.pi * z / 1.2)
     patterns = (
         lambda: _soft(2 * wave_x * wave_z),
-        lambda: _soft(jnp.sin(jnp.pi * x / 0.6)),
-        lambda: jnp.maximum(_soft(1 - 6 * jnp.abs(wave_x)), _soft(1 - 6 * jnp.abs(wave_z))),
-        lambda: 0.5 + 0.5 * jnp.sin(7 * x) * jnp.cos(1.4 * z + 2 * jnp.floor(x / 0.9)),
+        lambda: _soft(jnp.sin(jnp.pi * x / 0.8)),
+        lambda: jnp.maximum(_soft(1 - 4 * jnp.abs(wave_x)), _soft(1 - 4 * jnp.abs(wave_z))),
+        lambda: 0.5 + 0.5 * jnp.sin(4.5 * x) * jnp.cos(1.1 * z + 2 * jnp.floor(x / 1.4)),
     )
     paints = jnp.array([
         ((0.25, 0.25, 0.28), (0.80, 0.80, 0.78)),  # checkered
@@ -274,18 +277,18 @@ def _paint_wall(scene: Scene, point: Array, axis: Array, direction: Array) -> Ar
     y = jnp.where(axis == 1, point[:, 2], point[:, 1]) + scene.phase[3]
 
     def bricks():
-        shift = 0.5 * (jnp.floor(y / 0.7) % 2)
+        shift = 0.5 * (jnp.floor(y / 1.1) % 2)
         joints = (
-            jnp.abs(jnp.sin(jnp.pi * y / 0.7)),
-            jnp.abs(jnp.sin(jnp.pi * (along / 1.4 + shift))),
+            jnp.abs(jnp.sin(jnp.pi * y / 1.1)),
+            jnp.abs(jnp.sin(jnp.pi * (along / 2.2 + shift))),
         )
-        return _mix((0.58, 0.30, 0.22), (0.74, 0.68, 0.60), _soft(1 - 7 * jnp.minimum(*joints)))
+        return _mix((0.58, 0.30, 0.22), (0.74, 0.68, 0.60), _soft(1 - 5 * jnp.minimum(*joints)))
 
     def stripes():
-        return _mix((0.40, 0.45, 0.62), (0.78, 0.78, 0.74), _soft(jnp.sin(jnp.pi * along / 0.7)))
+        return _mix((0.40, 0.45, 0.62), (0.78, 0.78, 0.74), _soft(jnp.sin(jnp.pi * along / 1.1)))
 
     def dots():
-        wave = 2 * jnp.sin(jnp.pi * along / 0.8) * jnp.sin(jnp.pi * y / 0.8)
+        wave = 2 * jnp.sin(jnp.pi * along / 1.2) * jnp.sin(jnp.pi * y / 1.2)
         return _mix((0.78, 0.72, 0.60), (0.42, 0.55, 0.42), _soft(wave - 0.8))
 
     def sky(low, high, clouds):
