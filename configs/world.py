@@ -137,7 +137,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     c.prompts = "nano"
     c.policy.weights = "nano"
     c.policy.lora_rank, c.policy.lora_alpha = 16, 32.0
-    c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "none", 48
+    c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "none", 32
     c.sample.steps, c.sample.guidance = 10, 1.0
     c.sample.window, c.sample.window_range = 2, (0, 6)
     c.sample.flow_scale, c.sample.magnitudes = 4, "nano"

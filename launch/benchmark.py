@@ -18,21 +18,21 @@ def main() -> None:
     update."""
     import jax
 
-    from worldr1_jax import sharding, train
+    from worldr1_jax import settings, sharding
     from worldr1_jax.grpo import update as grpo
     from worldr1_jax.grpo.advantage import group_advantage
     from worldr1_jax.rollout.sample import sample_keys
 
     config = cli.CONFIG.value
     mesh = sharding.make_mesh(config.mesh)
-    train.check(config, mesh)
-    pipeline = train.build_pipeline(config, mesh, jax.random.key(0))
-    reward = train.build_reward(config, mesh)
+    settings.check(config, mesh)
+    pipeline = settings.build_pipeline(config, mesh, jax.random.key(0))
+    reward = settings.build_reward(config, mesh)
     count = config.groups * config.group_size
-    prompts = list(train.load_prompts(config).train)
+    prompts = list(settings.load_prompts(config).train)
     prompts = [p for p in prompts[: config.groups] for _ in range(config.group_size)]
-    sampler, rules = train.make_sampler(config), train.make_rules(config)
-    optimizer = grpo.make_optimizer(config.train.learning_rate, clip_norm=config.train.clip_norm)
+    sampler, rules = settings.make_sampler(config), settings.make_rules(config)
+    optimizer = settings.make_optimizer(config)
     state = grpo.init_state(pipeline.adapters, optimizer)
     keys = sample_keys(jax.random.key(1), count)
     text, paths = pipeline.encode(prompts), pipeline.paths(prompts)

@@ -9,6 +9,7 @@ python launch/pretrain_nano.py --config=configs/world.py --stage=check
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cli
 from absl import flags
@@ -18,22 +19,29 @@ STAGE = flags.DEFINE_enum("stage", "all", ("all", *STAGES), "what to train, or c
 VIDEOS = flags.DEFINE_integer("videos", 4000, "training videos")
 SEED = flags.DEFINE_integer("seed", 0, "every random choice follows from it")
 SCALE = flags.DEFINE_float("scale", 1.0, "multiplies the number of steps of every stage")
+START = flags.DEFINE_string(
+    "start", "", "folder of weights to go on from (nano: those that ship); empty starts fresh"
+)
 
 
 def main() -> None:
     """Runs the stages in order; each reads what the ones before it wrote to workdir/weights."""
+    from worldr1_jax import nano
     from worldr1_jax.nano import pretrain
     from worldr1_jax.nano.videos import cached
 
+    cli.use_cpu_well(16)
     workdir = Path(cli.WORKDIR.value)
     wanted = STAGES if STAGE.value == "all" else (STAGE.value,)
     stages = [stage for stage in wanted if stage != "check"]
     weights = workdir / "weights"
     if stages:
         truth = cached(workdir / "videos", SEED.value, VIDEOS.value, dynamic_share=0.15)
+        start = nano.resolve(START.value) if START.value else None
+        options: dict[str, Any] = {"seed": SEED.value, "scale": SCALE.value, "start": start}
         for stage in stages:
             print(f"stage {stage}", flush=True)
-            pretrain.run_stage(stage, truth, weights, seed=SEED.value, scale=SCALE.value)
+            pretrain.run_stage(stage, truth, weights, **options)
         pretrain.pack(weights, workdir / "packed")
     if STAGE.value in ("all", "check"):
         check(weights if STAGE.value == "all" else None)

@@ -4,13 +4,15 @@ policies."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
-from worldr1_jax.metrics import paired_bootstrap_ci95
+from worldr1_jax.metrics import contact_sheet, paired_bootstrap_ci95, write_atomically
 from worldr1_jax.pipeline import Pipeline
 from worldr1_jax.rewards import NEEDS_3D, Reward
 from worldr1_jax.rollout.sample import Sampler, sample_keys
@@ -71,6 +73,40 @@ def measure(
             collected.setdefault(name, []).append(values[: len(chosen)])
         progress(first + len(chosen))
     return {name: np.concatenate(values) for name, values in collected.items()}, shown[0]
+
+
+def compare(
+    pipeline: Pipeline,
+    reward: Reward,
+    adapters: Any,
+    prompts: Sequence[str],
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    *,
+    key: jax.Array,
+    text_null: Array | None,
+) -> dict[str, dict[str, Any]]:
+    """Held-out prompts under the base policy and under `adapters`, on the same noise.
+
+    Prints the table and writes videos/heldout_before.png and heldout_after.png.
+    """
+    held_out = list(prompts[: config.evaluate.prompts])
+    options: dict[str, Any] = {
+        "key": key,
+        "samples": config.evaluate.samples,
+        "batch": min(config.evaluate.batch, len(held_out)),
+        "guidance": config.sample.guidance,
+        "text_null": text_null,
+    }
+    before, old = measure(pipeline, reward, pipeline.adapters, held_out, **options)
+    after, new = measure(pipeline, reward, adapters, held_out, **options)
+    rows = report(before, after, config.seed)
+    if jax.process_index() == 0:
+        print(table(rows), flush=True)
+        for name, videos in (("before", old), ("after", new)):
+            sheet = contact_sheet(videos[:8], held_out[: len(videos)][:8])
+            write_atomically(Path(workdir) / "videos" / f"heldout_{name}.png", sheet)
+    return rows
 
 
 def report(before: Measures, after: Measures, seed: int) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from worldr1_jax import sharding
@@ -171,17 +170,13 @@ class Pipeline:
         )
 
     def _warp(self, keys, paths):
-        """Each device warps its own videos, one after the other: the warp needs no other device's
-        data."""
+        """One video after the other, which bounds the memory of the warp."""
         warp = partial(
             noise_warp.warp_batch, latent_shape=self.latent_shape,
             flow_scale=self.camera.flow_scale, degradation=self.camera.degradation,
             depth=self.camera.magnitudes.scene_depth,
         )  # fmt: skip
-        spec = sharding.BATCH
-        return jax.shard_map(
-            warp, in_specs=(spec, spec), out_specs=PartitionSpec(*spec), check_vma=False
-        )(keys, paths)
+        return sharding.each_device(warp)(keys, paths)
 
 
 def latent_shape(

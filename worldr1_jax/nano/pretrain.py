@@ -21,12 +21,13 @@ import optax
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from worldr1_jax import sharding
 from worldr1_jax.models import da3, da3_gaussians, umt5, wan_dit, wan_vae
 from worldr1_jax.nano import tokenizer, world
 from worldr1_jax.nano.videos import Videos
 from worldr1_jax.rewards import splat
 
-TOKENS = 48  # caption length in tokens, padded
+TOKENS = 32  # caption length in tokens, padded
 CAPTION_DROPOUT = 0.1
 Batch = dict[str, np.ndarray]
 
@@ -55,24 +56,38 @@ STEPS = {
 
 
 def run_stage(
-    stage: str, videos: Videos, weights: Path, *, seed: int, scale: float = 1.0, log=print
+    stage: str,
+    videos: Videos,
+    weights: Path,
+    *,
+    seed: int,
+    scale: float = 1.0,
+    start: Path | None = None,
+    log=print,
 ) -> None:
-    """Trains one stage of `STEPS` with `scale` times its steps, into the folder `weights`."""
+    """Trains one stage of `STEPS` with `scale` times its steps, into the folder `weights`.
+
+    `start` is a folder of weights to go on from, laid out alike; None starts fresh.
+    """
     steps, rate, batch = STEPS[stage]
     average = 0.998 if stage == "policy" else 0.99
     schedule = Schedule(max(1, round(steps * scale)), rate, batch, average)
     if stage == "vae":
-        train_vae(videos, weights / "vae", schedule, seed=seed, log=log)
+        train_vae(videos, weights / "vae", schedule, seed=seed, log=log, start=_in(start, "vae"))
     elif stage == "decoder":
         train_decoder(videos, weights / "vae", schedule, seed=seed, log=log)
     elif stage == "camera":
-        options: dict[str, Any] = {"terms": ("camera",), "frames": 3}
+        options: dict[str, Any] = {"terms": ("camera",), "frames": 5, "start": _in(start, "da3")}
         train_da3(videos, weights / "da3", schedule, seed=seed, log=log, **options)
     elif stage == "da3":
         options = {"terms": ("camera", "depth", "render"), "frames": 5, "start": weights / "da3"}
         train_da3(videos, weights / "da3", schedule, seed=seed, log=log, **options)
     else:
-        train_policy(videos, weights, schedule, seed=seed, log=log)
+        train_policy(videos, weights, schedule, seed=seed, log=log, start=start)
+
+
+def _in(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
 
 
 def pack(weights: Path, folder: Path) -> None:
@@ -104,10 +119,13 @@ def fit(
     rate = optax.warmup_cosine_decay_schedule(
         0.0, schedule.learning_rate, min(100, schedule.steps // 10), schedule.steps
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(schedule.clip_norm),
-        optax.adamw(rate, b2=0.98, weight_decay=schedule.weight_decay),
-    )
+    # Muon orthogonalises the steps of weight matrices and leaves the rest to Adam. With the scale
+    # `consistent_rms` both take one learning rate. Here it needs a fraction of AdamW's steps.
+    muon = optax.contrib.muon(
+        rate, weight_decay=schedule.weight_decay, adam_b2=0.98, consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrices,
+    )  # fmt: skip
+    optimizer = optax.chain(optax.clip_by_global_norm(schedule.clip_norm), muon)
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params, average, opt_state, batch, key, count):
@@ -118,13 +136,15 @@ def fit(
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
         return params, average, opt_state, metrics
 
+    mesh = sharding.make_mesh({"data": -1})
+    params = jax.device_put(params, sharding.replicated(mesh))
     average = jax.tree.map(jnp.copy, params)
     opt_state = optimizer.init(params)
     base, start, window = jax.random.key(seed), time.time(), []
     for count in range(schedule.steps):
         key = jax.random.fold_in(base, count)
         params, average, opt_state, metrics = step(
-            params, average, opt_state, next(batches), key, count
+            params, average, opt_state, _split(next(batches), mesh), key, count
         )
         window.append(metrics)
         if (count + 1) % 50 == 0 or count + 1 == schedule.steps:
@@ -137,11 +157,41 @@ def fit(
     return average
 
 
-def train_vae(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, log=print) -> None:
+def _matrices(params: Any) -> Any:
+    """What Muon takes for a matrix: kernels, with their last axis as output, and the one before as
+    input (linear layers, which may be stacked) or all others (convolutions)."""
+
+    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if "kernel" not in jax.tree_util.keystr(path):
+            return None
+        last = leaf.ndim - 1
+        inputs = (last - 1,) if leaf.ndim <= 3 else tuple(range(last))
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=(last,))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _split(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """The batch over all devices, or whole on each where it does not divide."""
+    divides = all(len(array) % mesh.size == 0 for array in batch.values())
+    place = sharding.batched(mesh) if divides else sharding.replicated(mesh)
+    return {name: jax.device_put(array, place) for name, array in batch.items()}
+
+
+def train_vae(
+    videos: Videos,
+    folder: Path,
+    schedule: Schedule,
+    *,
+    seed: int,
+    log=print,
+    start: Path | None = None,
+) -> None:
     """Autoencoder on clips; then measures latent mean and std, as the published config states
     them."""
-    config = wan_vae.Config.nano()
-    model = wan_vae.WanVAE(config, rngs=nnx.Rngs(seed))
+    fresh = wan_vae.WanVAE(wan_vae.Config.nano(), rngs=nnx.Rngs(seed))
+    model = wan_vae.load(start) if start else fresh
+    config = model.config
     graph, params = nnx.split(model)
 
     def loss(params, batch, key):
@@ -222,17 +272,19 @@ def latent_statistics(vae: wan_vae.WanVAE, videos: Videos, count: int = 128) -> 
     return [float(v) for v in flat.mean(0)], [float(v) for v in flat.std(0)]
 
 
-def clip_batches(videos: Videos, batch: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """Random clips: mostly short ones, for a causal convolution learns from five frames what it
-    needs.
+def clip_batches(videos: Videos, frames: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """Random clips of about `frames` frames together: many short ones, some of whole videos.
 
-    A shape is drawn per batch, so that only as many programs are compiled as there are shapes.
+    Five frames teach a causal convolution most of what it needs, but a decoder that never saw the
+    later frames of a video drifts there. A shape is drawn per batch, so that only as many programs
+    are compiled as there are shapes.
     """
-    frames = videos.video.shape[1]
+    longest = videos.video.shape[1]
     while True:
-        length = int(rng.choice([5, 9], p=[0.8, 0.2]))
+        length = int(rng.choice([5, 9, longest], p=[0.5, 0.2, 0.3]))
+        batch = max(1, round(frames / length))
         rows = rng.integers(0, len(videos), batch)
-        starts = rng.integers(0, frames - length + 1, batch)
+        starts = rng.integers(0, longest - length + 1, batch)
         clips = np.stack(
             [videos.video[r, s : s + length] for r, s in zip(rows, starts, strict=True)]
         )
@@ -263,7 +315,15 @@ def encode_all(
     return np.concatenate(latents), videos.captions + [mirror_caption(c) for c in videos.captions]
 
 
-def train_policy(videos: Videos, folder: Path, schedule: Schedule, *, seed: int, log=print) -> None:
+def train_policy(
+    videos: Videos,
+    folder: Path,
+    schedule: Schedule,
+    *,
+    seed: int,
+    log=print,
+    start: Path | None = None,
+) -> None:
     """Flow matching of the DiT, and the text encoder with it; captions are dropped for guidance."""
     tokens = tokenizer.build()
     tokenizer.save(folder / "tokenizer")
@@ -273,8 +333,12 @@ def train_policy(videos: Videos, folder: Path, schedule: Schedule, *, seed: int,
     empty = tokens([""], padding="max_length", max_length=TOKENS, return_tensors="np")
     log(f"{len(latents)} latents, mean {latents.mean():.3f}, std {latents.std():.3f}")
     rngs = nnx.Rngs(seed)
-    dit = wan_dit.WanDiT(wan_dit.Config.nano(), rngs=rngs)
-    text = umt5.UMT5Encoder(umt5.Config.nano(), rngs=rngs)
+    if start:
+        dit = wan_dit.load(start / "transformer", remat="dots")
+        text = umt5.load(start / "text_encoder")
+    else:
+        dit = wan_dit.WanDiT(wan_dit.Config.nano(), rngs=rngs, remat="dots")
+        text = umt5.UMT5Encoder(umt5.Config.nano(), rngs=rngs)
     (dit_graph, dit_params), (text_graph, text_params) = nnx.split(dit), nnx.split(text)
 
     def loss(params, batch, key):

@@ -91,7 +91,9 @@ class Reward:
         self._graph, self._state = nnx.split(network)
         self._reconstruct = jax.jit(self._reconstruct_videos)
         self._recon = jax.jit(
-            lambda video, found: recon.s_recon(video[:, ::frame_stride], found, views=views)
+            sharding.each_device(
+                lambda video, found: recon.s_recon(video[:, ::frame_stride], found, views=views)
+            )
         )
         self._trajectory = jax.jit(
             lambda asked, found: trajectory.s_traj(
