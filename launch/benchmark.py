@@ -1,6 +1,11 @@
-"""Times each stage of an update on the devices at hand.
+"""Times each stage of an update on the devices at hand, and says what bounds it.
 
 python launch/benchmark.py --config=configs/world.py
+
+Per stage: `matmul_share` is the part of its time that its matrix products and convolutions would
+take at the rate of a large product, measured in the same run. A stage near 1 is bound by
+arithmetic; one far below it by what lies between the products: elementwise work, memory, sorting,
+or products too small for the machine.
 """
 
 import json
@@ -14,8 +19,8 @@ REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each stage, after on
 
 
 def main() -> None:
-    """Prints, per stage: median seconds, seconds to compile, host cores kept busy, share of the
-    update."""
+    """Prints, per stage: median seconds, seconds to compile, host cores kept busy, GFLOP of its
+    products, and the shares of the update and of the products."""
     import jax
 
     from worldr1_jax import settings, sharding
@@ -24,6 +29,7 @@ def main() -> None:
     from worldr1_jax.rollout.sample import sample_keys
 
     config = cli.CONFIG.value
+    cli.use_cpu_well_for(config)
     mesh = sharding.make_mesh(config.mesh)
     settings.check(config, mesh)
     pipeline = settings.build_pipeline(config, mesh, jax.random.key(0))
@@ -57,18 +63,36 @@ def main() -> None:
         advantages = group_advantage(scores.total, config.group_size, scores.valid)
         batch = grpo.make_batch(trajectory, text, advantages, scores.valid)
         _time(rows, "update", step, state, pipeline.base, batch)
-    total = sum(row["seconds"] for row in rows.values())
+    total, rate = sum(row["seconds"] for row in rows.values()), _matmul_rate(mesh.size)
     for row in rows.values():
         row["share"] = round(row["seconds"] / total, 3)
-    print(
-        json.dumps(
-            {"videos": count, "seconds_per_update": round(total, 3), "stages": rows}, indent=2
-        )
-    )
+        row["matmul_share"] = round(row["matmul_gflop"] / rate / row["seconds"], 3)
+    figures = {
+        "devices": mesh.size, "videos": count, "matmul_gflop_per_second": round(rate, 1),
+        "seconds_per_update": round(total, 3), "stages": rows,
+    }  # fmt: skip
+    print(json.dumps(figures, indent=2))
+
+
+def _matmul_rate(devices: int, size: int = 2048) -> float:
+    """GFLOP/s of one large float32 product on every device at once."""
+    import jax
+    import jax.numpy as jnp
+
+    product = jax.jit(jnp.matmul)
+    places = [jax.device_put(jnp.ones((size, size)), d) for d in jax.devices()[:devices]]
+    best = np.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        jax.block_until_ready([product(a, a) for a in places])
+        best = min(best, time.perf_counter() - start)
+    return devices * 2 * size**3 / best / 1e9
 
 
 def _time(rows: dict, name: str, function, *args, **kwargs):
     import jax
+
+    from worldr1_jax.cost import matmul_flops
 
     seconds = []
     for _ in range(REPEATS.value + 1):
@@ -81,6 +105,7 @@ def _time(rows: dict, name: str, function, *args, **kwargs):
         "seconds": round(wall, 3),
         "compile_seconds": round(seconds[0][0] - wall, 1),
         "busy_cores": round(cores, 2),
+        "matmul_gflop": round(matmul_flops(lambda: function(*args, **kwargs)) / 1e9, 2),
     }
     return out
 

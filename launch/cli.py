@@ -40,6 +40,14 @@ def run(main: Callable[[], object]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def use_cpu_well_for(config) -> None:
+    """`use_cpu_well` for training, unless the config says how the mesh is made."""
+    if config.mesh.data == -1:
+        use_cpu_well(
+            config.groups * config.group_size, config.evaluate.batch * config.evaluate.samples
+        )
+
+
 def use_cpu_well(*divides: int) -> None:
     """Where the host's cores do the work: one device a core, and memory that is not given back.
 

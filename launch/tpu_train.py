@@ -22,11 +22,10 @@ def main() -> None:
     from worldr1_jax import train
 
     config = cli.CONFIG.value
-    if not DISTRIBUTED.value and config.mesh.data == -1:
-        evaluated = config.evaluate.batch * config.evaluate.samples
-        cli.use_cpu_well(config.groups * config.group_size, evaluated)
     if DISTRIBUTED.value:
         jax.distributed.initialize()
+    else:
+        cli.use_cpu_well_for(config)
     # The second start of a run, or a resume, then compiles nothing.
     cache = Path(cli.WORKDIR.value).absolute() / "compilation_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))

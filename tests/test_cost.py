@@ -1,0 +1,42 @@
+"""Operations counted from the jaxpr, against counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from worldr1_jax import sharding
+from worldr1_jax.cost import matmul_flops
+
+A, B = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
+PRODUCT = 2 * 3 * 4 * 5 * 6
+
+
+def test_products_convolutions_and_what_holds_them():
+    assert matmul_flops(lambda: A @ B) == PRODUCT
+    assert matmul_flops(lambda: jax.jit(jnp.matmul)(A, B)) == PRODUCT
+    scanned = lambda: jax.lax.scan(lambda c, _: (c, A @ B), 0.0, None, length=7)  # noqa: E731
+    assert matmul_flops(scanned) == 7 * PRODUCT
+    branches = (lambda: jnp.sum(A @ B), lambda: 0.0)
+    assert matmul_flops(lambda: jax.lax.cond(True, *branches)) == PRODUCT
+    gradient = jax.grad(lambda a: jnp.sum((a @ B) ** 2))
+    assert matmul_flops(lambda: gradient(A)) == 2 * PRODUCT
+
+
+def test_convolution():
+    image, kernel = jnp.ones((2, 8, 9, 3)), jnp.ones((3, 3, 3, 5))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    call = lambda: jax.lax.conv_general_dilated(  # noqa: E731
+        image, kernel, (1, 1), "SAME", dimension_numbers=numbers
+    )
+    assert matmul_flops(call) == 2 * (2 * 8 * 9 * 5) * (3 * 3 * 3)
+
+
+def test_every_device_counts():
+    mesh = sharding.make_mesh({"data": -1})
+    rows = np.ones((mesh.size, 4, 5), np.float32)
+    product = jax.shard_map(
+        lambda a: a @ jnp.ones((5, 6)), mesh=mesh, in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec("data"),
+    )  # fmt: skip
+    assert matmul_flops(lambda: product(rows)) == mesh.size * 2 * 4 * 5 * 6
