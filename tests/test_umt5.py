@@ -12,24 +12,20 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from tests import goldens
 from tests.goldens.make_umt5 import PATH
 from worldr1_jax.models import umt5
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(PATH) as file:
-        return dict(file)
+    return goldens.read(PATH)
 
 
 @pytest.fixture(scope="module")
 def published(golden, tmp_path_factory):
     """The golden's network, in the files that transformers' save_pretrained wrote."""
-    folder = tmp_path_factory.mktemp("umt5")
-    weights = {k.removeprefix("weights/"): v for k, v in golden.items() if k.startswith("weights/")}
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(str(golden["config"]))
-    return folder
+    return goldens.publish(golden, tmp_path_factory.mktemp("umt5"), "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
 
+from tests import goldens
 from tests.goldens.make_wan_dit import PATH
 from worldr1_jax.models import lora, rotary, wan_dit
 from worldr1_jax.models.attention import attention
@@ -19,18 +19,14 @@ from worldr1_jax.models.attention import attention
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(PATH) as file:
-        return dict(file)
+    return goldens.read(PATH)
 
 
 @pytest.fixture(scope="module")
 def published(golden, tmp_path_factory):
     """The golden's network, in the files that diffusers' save_pretrained wrote."""
     folder = tmp_path_factory.mktemp("wan_dit")
-    weights = {k.removeprefix("weights/"): v for k, v in golden.items() if k.startswith("weights/")}
-    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(str(golden["config"]))
-    return folder
+    return goldens.publish(golden, folder, "diffusion_pytorch_model.safetensors")
 
 
 @pytest.fixture(scope="module")
