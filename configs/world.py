@@ -137,11 +137,11 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     c.prompts = "nano"
     c.policy.weights = "nano"
     c.policy.lora_rank, c.policy.lora_alpha = 16, 32.0
-    c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "none", 32
+    c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "dots", 32
     c.sample.steps, c.sample.guidance = 10, 1.0
     c.sample.window, c.sample.window_range = 2, (0, 6)
     c.sample.flow_scale, c.sample.magnitudes = 4, "nano"
-    c.rewards.da3, c.rewards.frame_stride, c.rewards.views = "nano", 2, 5
+    c.rewards.da3, c.rewards.frame_stride = "nano", 4  # one frame for each latent frame
     c.rewards.depth_scale = 4.0
     c.train.learning_rate, c.train.clip = 1e-3, 1e-2
     c.train.ema_every = 1

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from clu import parameter_overview
+from flax import nnx
 
 from worldr1_jax import evaluate, settings, sharding
 from worldr1_jax.checkpoint import Checkpointer, StopSignal, check_workdir
@@ -78,6 +80,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         state, first = restored.state, restored.step
         loader.set_state(restored.data)
         _say(f"resumed after update {first} of {config.num_updates}")
+
+    trained = parameter_overview.count_parameters(state.adapters)
+    frozen = parameter_overview.count_parameters(nnx.to_pure_dict(programs.pipeline.base))
+    _say(f"{trained:,} parameters are trained, {frozen:,} are not; mesh {dict(mesh.shape)}")
 
     # ---------------------------------------------------------------- the loop
     meta = {"version": metadata.version("worldr1_jax"), "seed": config.seed}
