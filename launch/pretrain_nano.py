@@ -14,9 +14,9 @@ from typing import Any
 import cli
 from absl import flags
 
-STAGES = ("vae", "decoder", "camera", "da3", "policy", "check")
+STAGES = ("vae", "camera", "da3", "policy", "check")
 STAGE = flags.DEFINE_enum("stage", "all", ("all", *STAGES), "what to train, or check")
-VIDEOS = flags.DEFINE_integer("videos", 4000, "training videos")
+VIDEOS = flags.DEFINE_integer("videos", 5000, "training videos")
 SEED = flags.DEFINE_integer("seed", 0, "every random choice follows from it")
 SCALE = flags.DEFINE_float("scale", 1.0, "multiplies the number of steps of every stage")
 START = flags.DEFINE_string(
@@ -30,7 +30,7 @@ def main() -> None:
     from worldr1_jax.nano import pretrain
     from worldr1_jax.nano.videos import cached
 
-    cli.use_cpu_well(16)
+    cli.use_cpu_well(2)  # divides the batch of every stage
     workdir = Path(cli.WORKDIR.value)
     wanted = STAGES if STAGE.value == "all" else (STAGE.value,)
     stages = [stage for stage in wanted if stage != "check"]
