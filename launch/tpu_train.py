@@ -1,8 +1,7 @@
 """Trains: the same command on one CPU, a TPU VM, and every host of a pod.
 
 python launch/tpu_train.py --config=configs/world.py
-python launch/tpu_train.py --config=configs/world.py:small --config.policy.weights=...
---workdir=runs/one
+python launch/tpu_train.py --config=configs/world.py:small --config.policy.weights=... --workdir=...
 """
 
 from pathlib import Path

@@ -112,8 +112,7 @@ def spec_of(
     """Index of the rule that matches and the placement it gives to a leaf of this shape.
 
     An axis whose length the mesh axis does not divide stays whole: nano's 12 output channels must
-      not stop a mesh that
-    fits everything else.
+    not stop a mesh that fits everything else.
     """
     for index, (pattern, axes) in enumerate(rules):
         if re.fullmatch(pattern, path):

@@ -358,8 +358,8 @@ def train_da3(
 
     Args:
       terms: what is learnt: "camera", "depth", "render" (two other frames of each video). Heads
-        that no term needs are
-        not run: the camera alone costs a tenth, and needs by far the most videos.
+        that no term needs are not run: the camera alone costs a tenth, and needs by far the most
+        videos.
       frames: seen of each video, the first one among them; all videos of a batch see the same
         instants.
       start: folder of weights to go on from; None starts fresh.
@@ -400,9 +400,8 @@ def camera_terms(raw: da3.Raw, camtoworld: jax.Array) -> dict[str, jax.Array]:
     """Losses of the camera decoder against exact cameras whose first one is the identity.
 
     Squared errors, because most poses of a still or barely moving camera are near zero: under an
-      absolute error the
-    network first learns their median, which is to say nothing. The quaternion is compared before
-    normalisation, or its length would grow and its gradient vanish.
+    absolute error the network first learns their median, which is to say nothing. The quaternion is
+    compared before normalisation, or its length would grow and its gradient vanish.
     """
     quaternion = da3_gaussians.matrix_to_quaternion(camtoworld[..., :3, :3])
     turn, move = raw.quaternion - quaternion, raw.translation - camtoworld[..., :3, 3]

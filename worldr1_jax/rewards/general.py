@@ -52,9 +52,8 @@ def palette(
     """Mean over named colours and frames of `1 - exp(-area / 0.015)`, in [0, 1].
 
     area: share of the frame's pixels whose colour direction matches, softly; shading does not
-      matter, but a pixel has to be
-    saturated (or, for white, bright). A prompt that names no colour scores 1: nothing it asked for
-    is missing.
+    matter, but a pixel has to be saturated (or, for white, bright). A prompt that names no colour
+    scores 1: nothing it asked for is missing.
     """
     length = jnp.linalg.norm(videos, axis=-1, keepdims=True)
     direction = videos / jnp.maximum(length, 1e-3)
