@@ -69,7 +69,8 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(
             f"sample.window_place is '{config.sample.window_place}': it is random or progressive"
         )
-    make_camera(config)
+    for make in (make_camera, make_sampler, make_rules):
+        make(config)  # each refuses what it cannot honour
     rewards.check(config.rewards.weights, config.rewards.da3)
     if config.rewards.general != "palette":
         raise ValueError(
