@@ -92,7 +92,7 @@ class Pipeline:
     def encode(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
         """Text embeddings with padded places at zero, over the mesh."""
         arrays = (self._batched(a) for a in self.wan.tokenize(prompts))
-        with jax.set_mesh(self.mesh):
+        with sharding.on(self.mesh):
             return self._encode(self._text_state, *arrays)
 
     def encode_one(self, prompt: str) -> Float[Array, "N D"]:
@@ -125,7 +125,7 @@ class Pipeline:
         """Samples latents: one key a video; the window of `width` steps from `start` is stochastic
         and kept."""
         keys = jax.device_put(keys, sharding.batched(self.mesh))
-        with jax.set_mesh(self.mesh):
+        with sharding.on(self.mesh):
             return self._rollout(
                 adapters, self.base, text, text_null, self._batched(paths), keys,
                 jnp.asarray(start, jnp.int32), sampler=sampler, width=width,
@@ -133,7 +133,7 @@ class Pipeline:
 
     def decode(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
         """Latents to videos in [0, 1]."""
-        with jax.set_mesh(self.mesh):
+        with sharding.on(self.mesh):
             return self._decode(self._vae_state, latents)
 
     def _batched(self, array: np.ndarray) -> Array:

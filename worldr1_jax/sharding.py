@@ -14,6 +14,7 @@ LoRA factors follow the kernel that they are added to.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -165,6 +166,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batched(mesh: Mesh) -> NamedSharding:
     """The leading axis is the batch of videos."""
     return NamedSharding(mesh, BATCH)
+
+
+def on(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """`jax.set_mesh(mesh)`, unless the mesh is set already: a second time is refused while a
+    function is traced."""
+    if jax.sharding.get_abstract_mesh() == mesh.abstract_mesh:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
 
 
 def each_device(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -129,13 +129,13 @@ class Reward:
 
     def reconstruct(self, videos: Float[Array, "B F H W 3"]) -> Reconstruction:
         """The 3D network's view of each video."""
-        with jax.set_mesh(self.mesh):
+        with sharding.on(self.mesh):
             return self._reconstruct(self._state, videos)
 
     def geometry(self, videos, found: Reconstruction, camtoworld) -> dict[str, Array]:
         """S_recon (with PSNR and SSIM beside it) and S_traj."""
         asked = sharding.to_global(np.asarray(camtoworld, np.float32), sharding.batched(self.mesh))
-        with jax.set_mesh(self.mesh):
+        with sharding.on(self.mesh):
             score, extra = self._recon(videos, found)
             return {
                 "recon": score,
@@ -147,13 +147,13 @@ class Reward:
         """R_gen: see `general.palette`."""
         place = sharding.batched(self.mesh)
         colors, used = (sharding.to_global(a, place) for a in general.targets(prompts))
-        with jax.set_mesh(self.mesh):
+        with sharding.on(self.mesh):
             return self._palette(videos, colors, used)
 
     def combine(self, parts: dict[str, Array], off: Sequence[str] = ()) -> Scores:
         """The weighted sum of the parts that count."""
         weights = {name: 0.0 if name in off else weight for name, weight in self.weights.items()}
-        with jax.set_mesh(self.mesh):
+        with sharding.on(self.mesh):
             return combine.combine(parts, weights)
 
     def _reconstruct_videos(self, state: Any, videos: Array) -> Reconstruction:
