@@ -70,7 +70,7 @@ def _keep_memory() -> None:
     """Asks glibc's malloc to keep freed memory for the next step instead of giving it back.
 
     XLA frees and allocates each buffer anew. By default the large ones are mapped, cleared page by
-    page and unmapped every time, which takes a third of the time of nano's backward pass.
+    page and unmapped every time, which takes over a quarter of the time of nano's backward pass.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

@@ -25,7 +25,7 @@ from worldr1_jax.grpo.advantage import group_advantage
 from worldr1_jax.metrics import MetricsWriter, Progress, StageTimer, write_atomically, write_summary
 from worldr1_jax.pipeline import Pipeline
 from worldr1_jax.rewards import NAMES, Reward
-from worldr1_jax.rollout.sample import sample_keys
+from worldr1_jax.rollout.sample import Sampler, sample_keys
 from worldr1_jax.types import Scores
 
 SHOWN = ("reward", "recon", "trajectory", "general", "kl", "ratio_deviation", "grad_norm")
@@ -39,6 +39,7 @@ class Compiled:
     mesh: jax.sharding.Mesh
     pipeline: Pipeline
     reward: Reward
+    sampler: Sampler
     train_step: Any  # (state, base, batch, sigmas, text_null) -> (state, metrics)
     text_null: jax.Array | None  # embedding of the negative prompt, when there is guidance
     keys: tuple[jax.Array, ...]  # of training and of the held-out report
@@ -129,7 +130,7 @@ def build(
     """Loads the networks and prepares the programs; the state is that before the first update."""
     lora_key, *keys = jax.random.split(jax.random.key(config.seed), 3)
     pipeline = settings.build_pipeline(config, mesh, lora_key)
-    optimizer = settings.make_optimizer(config)
+    optimizer, sampler = settings.make_optimizer(config), settings.make_sampler(config)
     with jax.set_mesh(mesh):
         state = jax.jit(partial(grpo.init_state, optimizer=optimizer))(pipeline.adapters)
     train_step = jax.jit(
@@ -137,7 +138,7 @@ def build(
             grpo.train_step,
             velocity=pipeline.velocity,
             optimizer=optimizer,
-            sampler=settings.make_sampler(config),
+            sampler=sampler,
             rules=settings.make_rules(config),
         ),
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
@@ -147,7 +148,10 @@ def build(
     if config.sample.guidance != 1:
         text_null = pipeline.encode_one(config.sample.negative_prompt)
     reward = settings.build_reward(config, mesh)
-    return Compiled(config, mesh, pipeline, reward, train_step, text_null, tuple(keys)), state
+    programs = Compiled(
+        config, mesh, pipeline, reward, sampler, train_step, text_null, tuple(keys)
+    )  # fmt: skip
+    return programs, state
 
 
 def one_update(
@@ -171,7 +175,7 @@ def one_update(
                 text,
                 paths,
                 keys,
-                sampler=settings.make_sampler(config),
+                sampler=programs.sampler,
                 text_null=programs.text_null,
                 start=start,
                 width=config.sample.window,

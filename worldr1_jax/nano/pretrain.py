@@ -188,8 +188,10 @@ def train_vae(
 ) -> None:
     """Autoencoder on clips; then measures latent mean and std, as the published config states
     them."""
-    fresh = wan_vae.WanVAE(wan_vae.Config.nano(), rngs=nnx.Rngs(seed))
-    model = wan_vae.load(start) if start else fresh
+    if start:
+        model = wan_vae.load(start)
+    else:
+        model = wan_vae.WanVAE(wan_vae.Config.nano(), rngs=nnx.Rngs(seed))
     config = model.config
     graph, params = nnx.split(model)
 

@@ -259,8 +259,8 @@ def _enclosure(
 def _soft(wave: Array) -> Array:
     """A sine sharpened towards a square, in [0, 1].
 
-    Edges are soft and patterns coarse (about a dozen pixels at the objects' distance): at 64 pixels
-    a finer pattern is aliasing, which no network can compress, draw or render again.
+    Edges are soft and patterns coarse, a dozen pixels or more at the objects' distance: finer ones
+    alias at 64 pixels.
     """
     return jax.nn.sigmoid(4.0 * wave)
 
