@@ -38,7 +38,13 @@ def run(inputs, sampler, window, **options):
     keys, noise, text = inputs
     jitted = jax.jit(
         lambda start, keys, noise, text: sample(
-            velocity, keys, noise, SIGMAS, text, sampler=sampler, window=(start, window[1]),
+            velocity,
+            keys,
+            noise,
+            SIGMAS,
+            text,
+            sampler=sampler,
+            window=(start, window[1]),
             **options,
         )
     )

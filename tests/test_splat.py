@@ -177,9 +177,9 @@ def test_gradients_of_lists_match_the_oracle():
     target = jax.random.normal(jax.random.key(1), (2, *SIZE, 3))
 
     def gradient(renderer):
-        return jax.grad(
-            lambda g: jnp.sum(renderer(g, poses, matrices, SIZE).rgb * target)
-        )(gaussians)
+        return jax.grad(lambda g: jnp.sum(renderer(g, poses, matrices, SIZE).rgb * target))(
+            gaussians
+        )
 
     tiled, exact = gradient(splat.render_tiled), gradient(splat.render_exact)
     for a, b in zip(jax.tree.leaves(tiled), jax.tree.leaves(exact), strict=True):

@@ -102,7 +102,8 @@ def assert_close(got, expected, **tolerance):
 
 
 @pytest.mark.parametrize(
-    "sampler", [FLOW, Sampler("cps", 0.5), Sampler("flow", 0.7, guidance=3.0)],
+    "sampler",
+    [FLOW, Sampler("cps", 0.5), Sampler("flow", 0.7, guidance=3.0)],
     ids=["flow", "cps", "guidance"],
 )
 def test_first_ratio_is_one(start, sampler):
@@ -121,6 +122,7 @@ def test_gradient_is_that_of_the_written_out_loss(start):
     def loss(adapters):
         total = 0.0
         for i in range(2):
+
             def mean(on, i=i):
                 policy = lambda x, t, text: velocity(adapters, base, x, t, text, on)  # noqa: E731
                 x = batch.window_latents[i]
@@ -257,8 +259,9 @@ def test_optimizer_clips_and_warms_up():
     np.testing.assert_allclose(sizes, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-4)
     clip = optax.clip_by_global_norm(1.0)
     clipped, _ = clip.update({"w": jnp.array([30.0, 40.0])}, clip.init(params))
-    moments = jax.tree.leaves(optimizer.update({"w": jnp.array([30.0, 40.0])},
-                                               optimizer.init(params), params)[1])
+    moments = jax.tree.leaves(
+        optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params), params)[1]
+    )
     assert any(np.allclose(m, 0.1 * clipped["w"]) for m in moments if m.shape == (2,))
 
 
@@ -293,8 +296,13 @@ def test_grpo_guard_log_ratio(start):
 
 def test_bad_input(start):
     adapters, base, batch = start
-    for bad in ({"clip": 0.0}, {"kl_weight": -1.0}, {"epochs": 0}, {"ema_decay": 1.0},
-                {"equalise": "mean"}):
+    for bad in (
+        {"clip": 0.0},
+        {"kl_weight": -1.0},
+        {"epochs": 0},
+        {"ema_decay": 1.0},
+        {"equalise": "mean"},
+    ):
         with pytest.raises(ValueError):
             update.Rules(**bad)
     state = update.init_state(adapters, SGD)
@@ -321,17 +329,25 @@ def train(updates, *, mesh=None, learning_rate=3e-2, **rules):
         samples = NamedSharding(mesh, P(("data", "fsdp")))
         states_of = NamedSharding(mesh, P(None, ("data", "fsdp")))
         batches = update.Batch(
-            window_latents=states_of, log_prob_old=states_of, window_start=whole,
-            text=samples, advantages=samples, valid=samples, keys=samples,
+            window_latents=states_of,
+            log_prob_old=states_of,
+            window_start=whole,
+            text=samples,
+            advantages=samples,
+            valid=samples,
+            keys=samples,
         )
         base, state = jax.device_put(base, sharded), jax.device_put(state, states)
         roll = jax.jit(
-            rollout, in_shardings=(states.adapters, sharded, whole),
+            rollout,
+            in_shardings=(states.adapters, sharded, whole),
             out_shardings=(batches, samples),
         )
         step = jax.jit(
-            step.__wrapped__, in_shardings=(states, sharded, batches, whole),
-            out_shardings=(states, whole), donate_argnums=0,
+            step.__wrapped__,
+            in_shardings=(states, sharded, batches, whole),
+            out_shardings=(states, whole),
+            donate_argnums=0,
         )
     history = []
     for key in jax.random.split(jax.random.key(11), updates):
