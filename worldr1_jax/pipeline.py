@@ -22,6 +22,7 @@ from worldr1_jax.camera import commands, noise_warp, trajectory
 from worldr1_jax.models import umt5, wan_dit, wan_vae
 from worldr1_jax.models.wan import Wan
 from worldr1_jax.rollout import sample as sampling
+from worldr1_jax.rollout import unipc
 from worldr1_jax.types import Trajectory
 
 MAGNITUDES = {"released": trajectory.Magnitudes(), "nano": trajectory.Magnitudes.nano()}
@@ -121,14 +122,31 @@ class Pipeline:
         text_null: Float[Array, "N D"] | None = None,
         start: int | Array = 0,
         width: int = 0,
+        solver: unipc.UniPC | None = None,
+        noise: Float[np.ndarray, "B f h w C"] | None = None,
     ) -> Trajectory:
         """Samples latents: one key a video; the window of `width` steps from `start` is stochastic
-        and kept."""
+        and kept.
+
+        Args:
+          solver: UniPC (`unipc.make`) with its own steps and shift, for a sampler without window;
+            by default Euler and stochastic steps on the pipeline's sigmas.
+          noise: plain starting noise, unit variance, in place of what the keys draw; the camera
+            enters it alike.
+
+        Raises:
+          ValueError: noise of another shape, or what `sample` refuses, such as UniPC with camera
+            mode "step".
+        """
+        shape = (len(paths), *self.latent_shape)
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"noise is {list(noise.shape)}: these videos need {list(shape)}")
         keys = jax.device_put(keys, sharding.batched(self.mesh))
         with sharding.on(self.mesh):
             return self._rollout(
                 adapters, self.base, text, text_null, self._batched(paths), keys,
-                jnp.asarray(start, jnp.int32), sampler=sampler, width=width,
+                jnp.asarray(start, jnp.int32), solver,
+                noise if noise is None else self._batched(noise), sampler=sampler, width=width,
             )  # fmt: skip
 
     def decode(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
@@ -146,12 +164,14 @@ class Pipeline:
         return nnx.merge(self._vae_graph, state).decode(latents)
 
     def _rollout_batch(
-        self, adapters, base, text, text_null, paths, keys, start, *, sampler, width
+        self, adapters, base, text, text_null, paths, keys, start, solver, noise, *, sampler, width
     ):
         noise_keys, warp_keys, step_keys = (
             jax.vmap(partial(jax.random.fold_in, data=i))(keys) for i in range(3)
         )
-        plain = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(noise_keys)
+        plain = noise
+        if plain is None:
+            plain = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(noise_keys)
         noise, on_step = plain, None
         if self.camera.mode != "none":
             warped = self._warp(warp_keys, paths)
@@ -160,7 +180,8 @@ class Pipeline:
         elif self.camera.mode == "step":
             on_step = partial(self._add_delta, warped=warped, plain=plain)
         return sampling.sample(
-            partial(self.velocity, adapters, base), step_keys, noise, self.sigmas, text, text_null,
+            partial(self.velocity, adapters, base), step_keys, noise,
+            self.sigmas if solver is None else solver, text, text_null,
             sampler=sampler, window=(start, width), on_step=on_step,
         )  # fmt: skip
 

@@ -1,5 +1,8 @@
 """The rollout: one scan over the denoising steps, which keeps only the stochastic window.
 
+The schedule that `sample` is given names the solver: sigmas mean Euler, with stochastic steps in
+the window; the tables of `unipc.make` mean UniPC, which has no stochastic steps.
+
 `Sampler` holds the settings that rollout and update must share; both pass the same object, so that
 the update recomputes exactly the transitions that were drawn (`transition`).
 """
@@ -11,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from worldr1_jax.rollout import sde
+from worldr1_jax.rollout import sde, unipc
 from worldr1_jax.types import Trajectory
 
 # (latents [B f h w C], sigma * 1000 [B], text [B N D]) -> velocity, like latents
@@ -60,13 +63,17 @@ def guided(
     sigma: Float[Array, ""],
     text: Float[Array, "B N D"],
     text_null: Float[Array, "N D"] | None,
+    *,
+    timestep: Float[Array, ""] | None = None,
 ) -> Float[Array, "B f h w C"]:
     """Velocity with classifier-free guidance, float32: `v_null + guidance (v_text - v_null)`.
 
     The two branches are two calls of one batch shape, not one call of twice the batch: memory stays
-    that of one branch, and samples stay on the devices that hold them.
+    that of one branch, and samples stay on the devices that hold them. The model is told
+    `timestep`, which is `sigma * 1000` unless given.
     """
-    timestep = jnp.full(latents.shape[:1], sigma * 1000.0, jnp.float32)
+    told = sigma * 1000.0 if timestep is None else timestep
+    timestep = jnp.full(latents.shape[:1], told, jnp.float32)
     v = velocity(latents, timestep, text).astype(jnp.float32)
     if sampler.guidance == 1.0:
         return v
@@ -143,7 +150,7 @@ def sample(
     velocity: Velocity,
     keys: PRNGKeyArray,
     noise: Float[Array, "B f h w C"],
-    sigmas: Float[Array, " T+1"],
+    sigmas: Float[Array, " T+1"] | unipc.UniPC,
     text: Float[Array, "B N D"],
     text_null: Float[Array, "N D"] | None = None,
     *,
@@ -160,7 +167,8 @@ def sample(
       keys: `[B]`, one a sample (`sample_keys`), consumed; results then do not depend on how the
         batch is split or sharded.
       noise: state at `sigmas[0]`, unit variance; group members share prompt and camera, not this.
-      sigmas: schedule (`schedule.sigmas`).
+      sigmas: schedule (`schedule.sigmas`) of Euler and stochastic steps, or the tables of UniPC
+        (`unipc.make`), which have their own.
       text: embedding of each prompt.
       text_null: embedding of the negative prompt; needed when guidance is not 1.
       sampler: settings; the update must be given the same.
@@ -170,11 +178,14 @@ def sample(
         its camera warp so). Inside, it would change the state whose probability was taken.
 
     Raises:
-      ValueError: when keys are not one a sample, or the window and the sampler's kind disagree.
+      ValueError: when keys are not one a sample, or the window and the sampler's kind disagree, or
+        UniPC is given a window or on_step.
     """
     start, width = window
-    _check(keys, noise, sigmas, sampler, start, width)
+    _check(keys, noise, sigmas, sampler, start, width, on_step)
     start = jnp.asarray(start, jnp.int32)
+    if isinstance(sigmas, unipc.UniPC):
+        return _sample_unipc(velocity, noise, sigmas, text, text_null, sampler, start)
 
     def ode_step(x, v, index):
         x_next = sde.ode(x, v, sigmas[index], sigmas[index + 1])
@@ -207,21 +218,61 @@ def sample(
     )
 
 
+def _sample_unipc(
+    velocity: Velocity,
+    noise: Float[Array, "B f h w C"],
+    solver: unipc.UniPC,
+    text: Float[Array, "B N D"],
+    text_null: Float[Array, "N D"] | None,
+    sampler: Sampler,
+    start: Int[Array, ""],
+) -> Trajectory:
+    """`sample` by UniPC: the same scan with the solver's memory beside the state."""
+
+    def body(carry, index):
+        x, memory = carry
+        v = guided(
+            velocity, sampler, x, solver.sigmas[index], text, text_null,
+            timestep=solver.timesteps[index],
+        )  # fmt: skip
+        return unipc.step(solver, index, x, v, memory), None
+
+    x = noise.astype(jnp.float32)
+    carry, _ = jax.lax.scan(body, (x, unipc.start(solver, x)), jnp.arange(len(solver.timesteps)))
+    return Trajectory(
+        latents=carry[0],
+        window_latents=x[None],  # the noise, as with Euler and no window
+        log_prob_old=jnp.zeros((0, x.shape[0]), jnp.float32),
+        window_start=start,
+    )
+
+
 def _put(buffer: Array, value: Array, place: Int[Array, ""]) -> Array:
     """Writes `value` at `buffer[place]`; a place outside the buffer leaves it as it is."""
     slot = jnp.clip(place, 0, buffer.shape[0] - 1)
     return buffer.at[slot].set(jnp.where(slot == place, value, buffer[slot]))
 
 
-def _check(keys, noise, sigmas, sampler: Sampler, start, width: int) -> None:
+def _check(keys, noise, sigmas, sampler: Sampler, start, width: int, on_step) -> None:
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != noise.shape[:1]:
         raise ValueError(
             f"keys are {keys.dtype}{list(keys.shape)}; they must be one jax.random.key for each of "
             f"the {noise.shape[0]} samples (see sample_keys)."
         )
+    if isinstance(sigmas, unipc.UniPC):
+        if width or sampler.kind != "none":
+            raise ValueError(
+                f"UniPC is deterministic and has no place for sampler kind {sampler.kind!r} with a "
+                f"window of {width} steps; sample these on sigmas (schedule.sigmas)."
+            )
+        if on_step is not None:
+            raise ValueError(
+                "UniPC's corrector starts again from the state before each step and would undo "
+                "what on_step changes; use sigmas (schedule.sigmas) with on_step."
+            )
     if (width == 0) != (sampler.kind == "none"):
         raise ValueError(
-            f"a window of {width} steps and sampler kind {sampler.kind!r} disagree; kind \"none\" "
+            f'a window of {width} steps and sampler kind {sampler.kind!r} disagree; kind "none" '
             "goes with 0 steps, the others with at least 1."
         )
     if width and isinstance(start, int) and not 0 <= start <= sigmas.shape[0] - 2 - width:
