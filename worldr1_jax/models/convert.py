@@ -4,9 +4,10 @@ A table row is `(publisher's key, path of the leaf, kind)`. `{i}` in the key sta
 block. When the path has the same placeholder, each repeat is its own leaf (an `nnx.List`); when it
 has not, the repeats are the leading axis of one stacked leaf, as scanned layers keep them.
 
-Loading is strict: an unknown key, an unfilled leaf, a key matched twice or a wrong shape raises
-ValueError naming it. Tensors are read from the mapped file one at a time, so that host memory holds
-one leaf, not one model.
+Loading is strict: an unknown key, an unfilled leaf, a key matched twice, a wrong shape or a dtype
+that is not a float of 16 bits or more raises ValueError naming it, before any leaf is filled.
+Tensors are then read from the mapped files shard by shard: beside what its devices hold, a host
+holds one device's part of one leaf.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors.numpy import save_file
 
+from worldr1_jax.models import stored
+from worldr1_jax.models.weight_files import Tensor, open_tensors
+
 Table = Sequence[tuple[str, str, str]]
-INDEX_SUFFIX = ".safetensors.index.json"
+Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 # kind -> axes of the publisher's tensor in our order. Torch keeps weights [out, in, *kernel]; we
 # keep [*kernel, in, out].
@@ -40,18 +43,41 @@ _AXES: dict[str, tuple[int, ...] | None] = {
 }
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The publisher's config.json as a dict. Raises ValueError when it is missing or is not
-    JSON."""
-    path = Path(folder) / "config.json"
+# Dtypes that may be cast to a leaf's. fp8 files are not among them: their values mean nothing
+# without the scales that their makers keep elsewhere.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Source(NamedTuple):
+    """A tensor that fills a leaf, or one layer of a stacked leaf (then `index` is its number)."""
+
+    index: int | None
+    tensor: Tensor
+    axes: tuple[int, ...] | None
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The publisher's config.json as a dict, of a folder or beside a file. Raises ValueError when
+    it is missing or is no JSON object."""
+    path = Path(path)
+    path = (path.parent if path.is_file() else path) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: weights are read from a folder with config.json and .safetensors"
         )
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} has to be a JSON object of fields")
+    return values
+
+
+def holds(path: str | Path, key: str) -> bool:
+    """Whether the files have a tensor of this name: how layouts are told apart. A folder that
+    launch/convert_weights.py wrote has no publisher's names."""
+    return not stored.found(path) and key in open_tensors(path)
 
 
 def load(
@@ -62,16 +88,17 @@ def load(
     *,
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
-    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
+    shardings: Shardings | None = None,
     ignore: Sequence[str] = (),
     skip_leaves: type[nnx.Variable] | None = nnx.LoRAParam,
 ) -> nnx.Module:
-    """Fills `model` (arrays or ShapeDtypeStructs) in place from safetensors and returns it.
+    """Fills `model` (arrays or ShapeDtypeStructs) in place from files and returns it.
 
     Args:
       model: the module; every `nnx.Param` leaf has to be filled, except those of the type
         `skip_leaves`.
-      path: a folder (one .safetensors file, or shards with an index) or one .safetensors file.
+      path: what `weight_files.open_tensors` reads, or a folder that launch/convert_weights.py
+        wrote, which needs no table.
       table: rows of (publisher's key, leaf path, kind).
       repeats: how many values each placeholder takes, e.g. {"i": 30}.
       dtype: dtype of the filled leaves; None keeps each leaf's own.
@@ -82,30 +109,23 @@ def load(
 
     Raises:
       ValueError: a missing, truncated or unreadable file, an unknown or doubled key, an unfilled
-        leaf, a wrong shape.
+        leaf, a wrong shape or dtype. The model is then as it was.
     """
     leaves = _leaves(model, skip_leaves)
-    wanted = dict(_expand(table, repeats or {}))
-    keys = _open_keys(Path(path))
-    unknown = [k for k in keys if k not in wanted and not any(re.fullmatch(p, k) for p in ignore)]
-    if unknown:
-        raise ValueError(f"{path} has {len(unknown)} unknown keys, such as '{unknown[0]}'")
-    groups: dict[str, list[tuple[int | None, str, str]]] = {}
-    for key, (leaf, index, kind) in wanted.items():
-        groups.setdefault(leaf, []).append((index, key, kind))
-    for name in groups:
-        if name not in leaves:
-            raise ValueError(f"the table names the leaf '{name}', which the network does not have")
+    targets = {}
     for name, variable in leaves.items():
-        if name not in groups:
-            raise ValueError(f"no key of {path} fills the leaf '{name}'")
-        value = _read_leaf(name, variable, groups[name], keys, Path(path))
-        target = dtype or variable.get_raw_value().dtype
-        sharding = shardings(name, value.shape) if shardings else None
+        value = variable.get_raw_value()
+        sharding = shardings(name, tuple(value.shape)) if shardings else None
         if sharding is None and mesh is not None:
-            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        host = value.astype(target)
-        variable.set_raw_value(jax.device_put(host, sharding))
+            sharding = NamedSharding(mesh, PartitionSpec())
+        targets[name] = jax.ShapeDtypeStruct(value.shape, dtype or value.dtype, sharding=sharding)
+    if stored.found(path):
+        values = stored.restore(path, targets)
+    else:
+        sources = _match(Path(path), table, repeats or {}, ignore, targets)
+        values = {name: _fill(sources[name], target) for name, target in targets.items()}
+    for name, variable in leaves.items():
+        variable.set_raw_value(values[name])
     return model
 
 
@@ -175,84 +195,101 @@ def _expand(
             yield key, (path.format(**numbers), index, kind)
 
 
-def _open_keys(path: Path) -> dict[str, Any]:
-    """Every key of the file or of the folder's shards -> the open file that holds it."""
-    keys: dict[str, Any] = {}
-    for file in _files(path):
-        try:
-            handle = safe_open(file, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file} cannot be read as safetensors (truncated or not such a file): {error}"
-            ) from error
-        for key in list(handle.keys()):
-            if key in keys:
-                raise ValueError(f"the key '{key}' is in more than one file of {path}")
-            keys[key] = handle
-    return keys
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path} does not exist: give a folder or a .safetensors file")
-    indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
-    if len(indexes) > 1:
-        raise ValueError(
-            f"{path} has more than one weight index: {', '.join(i.name for i in indexes)}"
-        )
-    if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise ValueError(f"{path} lacks the shard {missing[0]}, which {indexes[0].name} names")
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no .safetensors file")
-    if len(files) > 1:
-        raise ValueError(
-            f"{path} holds {len(files)} .safetensors files but no index; name the one to read"
-        )
-    return files
-
-
-def _read_leaf(
-    name: str,
-    variable: nnx.Variable,
-    rows: list[tuple[int | None, str, str]],
-    keys: Mapping[str, Any],
+def _match(
     path: Path,
-) -> np.ndarray:
-    shape = tuple(variable.get_raw_value().shape)
-    out = None
-    for index, key, kind in rows:
-        if key not in keys:
-            raise ValueError(f"{path} lacks the key '{key}', which fills the leaf '{name}'")
-        value = keys[key].get_tensor(key)
-        axes = _AXES[kind]
-        value = (
-            value
-            if axes is None
-            else np.transpose(value, axes)
-            if value.ndim == len(axes)
-            else value
+    table: Table,
+    repeats: Mapping[str, int],
+    ignore: Sequence[str],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, list[Source]]:
+    """What fills each leaf. Everything that can be wrong is found here, from names and headers."""
+    tensors = open_tensors(path)
+    wanted = dict(_expand(table, repeats))
+    for leaf, _, _ in wanted.values():
+        if leaf not in targets:
+            raise ValueError(f"the table names the leaf '{leaf}', which the network does not have")
+    # Dtypes and shapes first: with files of another precision or size, they say more than names.
+    for key in wanted:
+        if key in tensors:
+            _check_dtype(path, tensors[key])
+    for key, (leaf, index, kind) in wanted.items():
+        if key in tensors:
+            shape = targets[leaf].shape
+            _check_shape(path, tensors[key], leaf, shape if index is None else shape[1:], kind)
+    unknown = [
+        key for key in tensors
+        if key not in wanted and not any(re.fullmatch(pattern, key) for pattern in ignore)
+    ]  # fmt: skip
+    if unknown:
+        raise ValueError(f"{path} has {len(unknown)} unknown keys, such as '{unknown[0]}'")
+    sources: dict[str, list[Source]] = {}
+    for key, (leaf, index, kind) in wanted.items():
+        if key not in tensors:
+            raise ValueError(f"{path} lacks the key '{key}', which fills the leaf '{leaf}'")
+        sources.setdefault(leaf, []).append(Source(index, tensors[key], _AXES[kind]))
+    for leaf, target in targets.items():
+        if leaf not in sources:
+            raise ValueError(f"no key of {path} fills the leaf '{leaf}'")
+        layers = [source.index for source in sources[leaf]]
+        if layers not in ([None], list(range(target.shape[0] if target.shape else 0))):
+            raise ValueError(f"{path} fills layers {layers} of '{leaf}', {list(target.shape)}")
+    return sources
+
+
+def _check_dtype(path: Path, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATS:
+        names = {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U8": "uint8"}
+        raise ValueError(
+            f"{path}: '{tensor.key}' is stored as {names.get(tensor.dtype, tensor.dtype)}, not as "
+            "a float of 16 bits or more"
         )
-        want = shape if index is None else shape[1:]
-        if value.shape != want:
-            raise ValueError(
-                f"{path}: '{key}' has shape {list(value.shape)}, the leaf '{name}' {list(want)}"
-            )
-        if value.dtype not in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16):
-            raise ValueError(
-                f"{path}: '{key}' is stored as {value.dtype}, not as a float of 16 bits or more"
-            )
-        if index is None:
-            return value
-        out = np.empty(shape, value.dtype) if out is None else out
-        out[index] = value
-    filled = sorted(index for index, _, _ in rows if index is not None)
-    if out is None or filled != list(range(shape[0])):
-        raise ValueError(f"{path} fills layers {filled} of the leaf '{name}', which has {shape[0]}")
+
+
+def _check_shape(
+    path: Path, tensor: Tensor, leaf: str, shape: tuple[int, ...], kind: str
+) -> None:
+    axes = _AXES[kind]
+    if axes is not None and len(axes) == len(shape):
+        shape = tuple(shape[axes.index(axis)] for axis in range(len(axes)))
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{path}: '{tensor.key}' has shape {list(tensor.shape)}, but the config asks for "
+            f"{list(shape)} (leaf '{leaf}')"
+        )
+
+
+def _fill(sources: Sequence[Source], target: jax.ShapeDtypeStruct) -> jax.Array:
+    """A leaf, read part by part: each part goes to its devices before the next one is read."""
+    shape, sharding = target.shape, target.sharding
+    if sharding is None:
+        return jax.device_put(_read(sources, tuple(slice(0, n) for n in shape), target.dtype))
+    parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        ranges = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        parts.setdefault(ranges, []).append(device)
+    arrays = []
+    for ranges, devices in parts.items():
+        host = _read(sources, tuple(slice(*r) for r in ranges), target.dtype)
+        for device in devices:
+            place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+            arrays.append(jax.device_put(host, place))
+        jax.block_until_ready(arrays)  # so that `host` can go before the next part is read
+        del host
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _read(sources: Sequence[Source], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """One part of a leaf on the host, in its own memory, cast to `dtype`."""
+    out = np.empty([s.stop - s.start for s in index], dtype)
+    stacked = sources[0].index is not None
+    for source in sources[index[0]] if stacked else sources:
+        part = index[1:] if stacked else index
+        place = out if source.index is None else out[source.index - index[0].start, ...]
+        if source.axes is None:
+            place[...] = source.tensor.read(part)
+        else:
+            theirs = tuple(part[source.axes.index(axis)] for axis in range(len(part)))
+            # Cast first: a transposed copy that casts as well takes three times as long.
+            value = source.tensor.read(theirs).astype(dtype, copy=False)
+            place[...] = np.transpose(value, source.axes)
     return out
