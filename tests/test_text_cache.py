@@ -1,0 +1,91 @@
+"""The cache of prompt embeddings: what it gives back, and what it refuses."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from worldr1_jax.data import text_cache
+
+TOKENS, WIDTH = 6, 4
+PROMPTS = ["a red sphere", "a box", "", "Camera push in. A box.", "a box"]
+
+
+def encode(prompts):
+    """An encoder whose rows depend on the prompt alone; padded places hold nonsense."""
+    text = np.stack(
+        [
+            np.random.default_rng(len(p)).normal(size=(TOKENS, WIDTH)).astype(np.float32)
+            for p in prompts
+        ]
+    )
+    return text.astype(ml_dtypes.bfloat16), np.array(
+        [min(TOKENS, 1 + len(p) // 4) for p in prompts]
+    )
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A folder that stands for the encoder's files, one of them large."""
+    folder = tmp_path / "text_encoder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(5 << 20))
+    return folder
+
+
+def write(folder, made_by, prompts=PROMPTS):
+    return text_cache.write(folder, prompts, encode, made_by=made_by, tokens=TOKENS, batch=3)
+
+
+def test_embeddings_come_back_bit_for_bit_and_zero_beyond_the_prompt(tmp_path, encoder):
+    made_by = text_cache.fingerprint([encoder], TOKENS)
+    assert write(tmp_path / "cache", made_by) == 4  # one prompt comes twice
+    cache = text_cache.TextCache(tmp_path / "cache", made_by=made_by)
+    asked = [PROMPTS[3], PROMPTS[1], PROMPTS[1], PROMPTS[2]]
+    found = cache(asked)
+    text, lengths = encode(asked)
+    assert found.dtype == ml_dtypes.bfloat16 and found.shape == (4, TOKENS, WIDTH)
+    for row, want, length in zip(found, text, lengths, strict=True):
+        np.testing.assert_array_equal(row[:length], want[:length])
+        assert not row[length:].any()
+
+
+def test_a_stale_cache_is_refused(tmp_path, encoder):
+    made_by = text_cache.fingerprint([encoder], TOKENS)
+    write(tmp_path / "cache", made_by)
+    assert text_cache.fingerprint([encoder], TOKENS + 1) != made_by
+    weights = bytearray(5 << 20)
+    weights[::4096] = b"\x01" * len(weights[::4096])
+    (encoder / "model.safetensors").write_bytes(weights)
+    changed = text_cache.fingerprint([encoder], TOKENS)
+    assert changed != made_by
+    with pytest.raises(ValueError, match="is stale"):
+        text_cache.TextCache(tmp_path / "cache", made_by=changed)
+
+
+def test_a_prompt_that_is_not_in_it_is_named(tmp_path):
+    write(tmp_path / "cache", "x")
+    cache = text_cache.TextCache(tmp_path / "cache", made_by="x")
+    with pytest.raises(ValueError, match="lacks 2 of the prompts, such as 'a cat'"):
+        cache(["a box", "a cat", "a dog"])
+
+
+def test_a_cache_cut_short_is_none(tmp_path):
+    folder = tmp_path / "cache"
+    write(folder, "x")
+    (folder / text_cache.INDEX).unlink()
+    with pytest.raises(ValueError, match="no complete cache"):
+        text_cache.TextCache(folder, made_by="x")
+    write(folder, "x")
+    index = json.loads((folder / text_cache.INDEX).read_text())
+    index["prompts"].append("0")
+    (folder / text_cache.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="holds 4 records for 5 prompts"):
+        text_cache.TextCache(folder, made_by="x")
+
+
+def test_a_missing_encoder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere holds no file"):
+        text_cache.fingerprint([tmp_path / "nowhere"], TOKENS)
