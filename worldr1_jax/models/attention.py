@@ -64,4 +64,36 @@ def _xla(
     return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla}
+def _blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    bias: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """`_xla` on blocks of queries, one after the other: logits of [B H block M] at a time.
+
+    The backward pass computes them again. For long sequences where there is no kernel; a block's
+    logits are about LOGITS_BYTES, so that they stay near the cores.
+    """
+    if mask is not None or bias is not None:
+        raise ValueError("attention in blocks takes neither mask nor bias: use 'xla'")
+    batch, length, heads, width = q.shape
+    block = LOGITS_BYTES // (4 * batch * heads * k.shape[1]) // 8 * 8
+    block = min(max(block, 8), length)
+    count = -(-length // block)
+    q = jnp.pad(q, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
+    q = q.reshape(batch, count, block, heads, width).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(rows: jax.Array) -> jax.Array:
+        return _xla(rows, k, v, None, bias=None, scale=scale)
+
+    out = jax.lax.map(one, q).swapaxes(0, 1)
+    return out.reshape(batch, count * block, heads, v.shape[-1])[:, :length]
+
+
+LOGITS_BYTES = 32 << 20
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "blocks": _blocks}

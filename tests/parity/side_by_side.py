@@ -1,0 +1,119 @@
+"""Ours against diffusers in torch on the machine at hand, float32, in one run.
+
+python tests/parity/side_by_side.py               # the 1.3B's block, and VAE decode at 17x128x128
+python tests/parity/side_by_side.py --tokens=1024 --rounds=5
+
+Both get all cores. Rounds alternate between the two; the figure is the ratio of the medians: these
+machines are noisy, but what else runs then slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
+from flax import nnx
+
+from worldr1_jax.models import rotary, wan_dit, wan_vae
+
+TEXT = 512  # tokens of a prompt
+LATENTS = {1024: (1, 32, 32), 4096: (4, 32, 32)}  # tokens -> tokens along frames, rows, columns
+
+
+def main() -> None:
+    """Prints one JSON object: seconds of each side and torch's seconds over ours."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--implementation", default="blocks", help="of our attention")
+    parser.add_argument("--no-vae", action="store_true")
+    args = parser.parse_args()
+    rows = {}
+    for tokens in args.tokens:
+        rows |= block(tokens, args.rounds, args.implementation)
+    if not args.no_vae:
+        rows |= vae_decode(args.rounds)
+    print(json.dumps(rows, indent=2))
+
+
+def block(tokens: int, rounds: int, implementation: str) -> dict[str, dict[str, float]]:
+    """Forward and forward+backward of one block of Wan2.1-1.3B; gradients of weights and input."""
+    config, grid = wan_dit.Config.wan_1_3b(), LATENTS[tokens]
+    dim = config.dim
+    rng = np.random.default_rng(0)
+    x, text = (rng.normal(size=(1, n, dim)).astype(np.float32) for n in (tokens, TEXT))
+    modulation = (0.1 * rng.normal(size=(1, 6, dim))).astype(np.float32)
+
+    ours = wan_dit.WanBlocks(config, rngs=nnx.Rngs(0), stack=(), param_dtype=jnp.float32)
+    graph, state = nnx.split(ours)
+    rope = rotary.tables(grid, config.attention_head_dim)
+
+    @jax.jit
+    def forward(state, x):
+        layer = nnx.merge(graph, state)
+        return layer(x, text, modulation, rope, implementation=implementation, adapters=True)
+
+    gradient = jax.jit(jax.grad(lambda state, x: forward(state, x).sum(), argnums=(0, 1)))
+
+    theirs = WanTransformerBlock(
+        dim, config.ffn_dim, config.num_attention_heads, "rms_norm_across_heads", True, config.eps
+    )
+    t, h, w = grid
+    turn = WanRotaryPosEmbed(config.attention_head_dim, (1, 2, 2), 1024)
+    theirs_rope = turn(torch.zeros(1, 16, t, 2 * h, 2 * w))
+    inputs = [torch.from_numpy(a) for a in (x, text, modulation)]
+
+    def torch_forward():
+        with torch.no_grad():
+            return theirs(inputs[0], inputs[1], inputs[2], theirs_rope)
+
+    def torch_gradient():
+        theirs.zero_grad()
+        start = inputs[0].clone().requires_grad_()
+        theirs(start, inputs[1], inputs[2], theirs_rope).sum().backward()
+
+    return {
+        f"block {tokens} forward": versus(lambda: forward(state, x), torch_forward, rounds),
+        f"block {tokens} forward+backward": versus(
+            lambda: gradient(state, x), torch_gradient, rounds
+        ),
+    }
+
+
+def vae_decode(rounds: int) -> dict[str, dict[str, float]]:
+    """Wan2.1's VAE, latents to 17 frames of 128x128."""
+    ours = wan_vae.WanVAE(wan_vae.Config.wan2_1(), nnx.Rngs(0))
+    graph, state = nnx.split(ours)
+    decode = jax.jit(lambda state, z: nnx.merge(graph, state).decode(z))
+    theirs = AutoencoderKLWan().eval()
+    latents = np.random.default_rng(0).normal(size=(1, 5, 16, 16, 16)).astype(np.float32)
+    channels_first = torch.from_numpy(latents.transpose(0, 4, 1, 2, 3).copy())
+
+    def torch_decode():
+        with torch.no_grad():
+            return theirs.decode(channels_first).sample
+
+    return {"vae decode 17x128x128": versus(lambda: decode(state, latents), torch_decode, rounds)}
+
+
+def versus(ours, theirs, rounds: int) -> dict[str, float]:
+    """Median seconds of each over alternating rounds, after one that compiles; and the ratio."""
+    seconds: dict[str, list[float]] = {"ours": [], "torch": []}
+    for _ in range(rounds + 1):
+        for name, call in (("ours", ours), ("torch", theirs)):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: float(np.median(values[1:])) for name, values in seconds.items()}
+    return {**median, "torch_over_ours": median["torch"] / median["ours"]}
+
+
+if __name__ == "__main__":
+    main()
