@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
+from worldr1_jax import sharding
 from worldr1_jax.metrics import contact_sheet, paired_bootstrap_ci95, write_atomically
 from worldr1_jax.pipeline import Pipeline
 from worldr1_jax.rewards import NEEDS_3D, Reward
@@ -62,9 +63,9 @@ def measure(
         )
         videos = pipeline.decode(trajectory.latents)
         scores = reward(videos, repeated, paths)
-        parts = {name: _gather(values) for name, values in scores.parts.items()}
+        parts = {name: sharding.to_host(values) for name, values in scores.parts.items()}
         parts["total_3d"] = np.sum([parts[name] for name in NEEDS_3D], axis=0)
-        grouped = _gather(videos).reshape(batch, samples, *videos.shape[1:])
+        grouped = sharding.to_host(videos).reshape(batch, samples, *videos.shape[1:])
         shown.append(grouped[: len(chosen), 0])
         rows = {name: v.reshape(batch, samples).mean(1) for name, v in parts.items()}
         if samples > 1:
@@ -141,12 +142,3 @@ def _diversity(videos: Float[np.ndarray, "N S F H W 3"]) -> Float[np.ndarray, " 
     pairs = [(i, j) for i in range(samples) for j in range(i)]
     axes = tuple(range(1, videos.ndim - 1))
     return np.mean([np.sqrt(((videos[:, i] - videos[:, j]) ** 2).mean(axes)) for i, j in pairs], 0)
-
-
-def _gather(array: Array) -> np.ndarray:
-    """The whole array on every host."""
-    if jax.process_count() == 1:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

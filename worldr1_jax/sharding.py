@@ -188,3 +188,12 @@ def each_device(function: Callable[..., Any]) -> Callable[..., Any]:
 def to_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A global array from a host array that every process holds whole."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array on every host."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
