@@ -16,7 +16,7 @@ s_recon = jax.jit(recon.s_recon, static_argnames=("views", "perceptual", "textur
 def ideal(batch=2):
     """Videos of two frames that are renders of their own Gaussians."""
     gaussians, poses, matrices = scene(count=200, opacity=(0.5, 1.0), size=SIZE)
-    video, depth, _ = splat.render(gaussians, poses, matrices, SIZE)
+    video, depth, _, _ = splat.render(gaussians, poses, matrices, SIZE)
     found = Reconstruction(depth, jnp.ones_like(depth), poses, matrices, gaussians)
     stack = lambda leaf: jnp.stack([leaf] * batch)  # noqa: E731
     video = jnp.clip(video, 0, 1)

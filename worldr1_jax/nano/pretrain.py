@@ -434,7 +434,7 @@ def render_terms(
     intrinsics = jnp.broadcast_to(matrix, (*camtoworld.shape[:2], 3, 3))
     gaussians = network.gaussians_from(raw, camtoworld, intrinsics)
     chosen = jax.random.choice(key, camtoworld.shape[1], (views,), replace=False)
-    render = partial(splat.render_tiled, size=size, capacity=768)
+    render = partial(splat.render, size=size)
     image = sharding.each_device(render)(gaussians, camtoworld[:, chosen], intrinsics[:, chosen])
     difference = image.rgb - video[:, chosen]
     error = jnp.mean(difference**2)

@@ -12,7 +12,8 @@ from worldr1_jax.types import Gaussians
 
 EPS2D = 0.3  # px^2, added to the projected covariance: a low-pass of about half a pixel
 NEAR = 0.01  # world units
-ALPHA_MIN = 1.0 / 255.0
+ALPHA_MIN, ALPHA_MAX = 1.0 / 255.0, 0.999  # below, a Gaussian is skipped; above, it is cut off
+TRANSMITTANCE_MIN = 1e-4  # a pixel stops before its transmittance would reach this
 EXTENT_MAX = 3.33  # standard deviations
 # Columns of a projected row.
 MEAN_X, MEAN_Y, CONIC_XX, CONIC_XY, CONIC_YY, OPACITY, FEATURES = 0, 1, 2, 3, 4, 5, 6

@@ -67,13 +67,13 @@ def s_recon(
     size = reconstruction.depth.shape[2:]
     chosen = frame_indices(video.shape[1], views)
     frames = reconstruct.resize_frames(video[:, chosen], (size[0], size[1]))
-    image, _, alpha = splat.render(
+    rendered = splat.render(
         reconstruction.gaussians,
         reconstruction.camtoworld[:, chosen],
         reconstruction.intrinsics[:, chosen],
         (size[0], size[1]),
     )
-    image = jnp.clip(image, 0.0, 1.0)
+    image = jnp.clip(rendered.rgb, 0.0, 1.0)
     similarity = jnp.mean(ssim(image, frames), axis=1)
     likeness = similarity
     if perceptual is not None:
@@ -85,7 +85,7 @@ def s_recon(
     parts = {
         "psnr": jnp.mean(psnr(image, frames), axis=1),
         "ssim": similarity,
-        "coverage": jnp.mean(alpha, axis=(1, 2, 3)),
+        "coverage": jnp.mean(rendered.alpha, axis=(1, 2, 3)),
         "texture": detail,
     }
     # The renderer leaves out a Gaussian that is not finite, which would hide the failure.

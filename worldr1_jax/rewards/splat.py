@@ -1,4 +1,4 @@
-"""Renders 3D Gaussians: projection, per-tile lists in depth order, front-to-back compositing.
+"""Renders 3D Gaussians: projection, depth order, front-to-back compositing.
 
 The semantics are those of gsplat 1.5.3 (pinhole, EWA): `EPS2D` is added to the projected
 covariance, an alpha is at most `ALPHA_MAX` and is skipped below `ALPHA_MIN`, a pixel stops before
@@ -6,11 +6,11 @@ its transmittance would reach `TRANSMITTANCE_MIN`, the background is black, and 
 max(SH + 0.5, 0). A Gaussian's extent, min(3.33, sqrt(2 ln(255 opacity))) sigma, is the boundary of
 alpha >= 1/255, so lists that are cut by it lose nothing.
 
-    render        per-tile lists in rounds, until every tile is exhausted or opaque; forward only
-    render_tiled  one list of static capacity per tile, differentiable; `overflow` counts the rest
-    render_exact  the oracle: every Gaussian against every pixel, differentiable, any size, slow
+    render(..., method="tiled")    lists of the tiles, in rounds (`tiles`); the default
+    render(..., method="pallas")   the same, with a kernel for TPUs (`tile_kernel`)
+    render(..., method="exact")    the oracle: every Gaussian against every pixel, any size, slow
 
-All three share the projection and one compositing step. Depth is the expected depth,
+All are differentiable and share the projection. Depth is the expected depth,
 sum(w z) / sum(w), and 0 where alpha is 0.
 """
 
@@ -25,7 +25,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from worldr1_jax.rewards import tiles
 from worldr1_jax.rewards.projection import (
+    ALPHA_MAX,
     ALPHA_MIN,
     CONIC_XX,
     CONIC_XY,
@@ -35,13 +37,12 @@ from worldr1_jax.rewards.projection import (
     MEAN_Y,
     NUM_FEATURES,
     OPACITY,
+    TRANSMITTANCE_MIN,
     Projected,
     project,
 )
 from worldr1_jax.types import Gaussians
 
-ALPHA_MAX = 0.999
-TRANSMITTANCE_MIN = 1e-4
 STEPS_PER_CHECK = 32  # compositing steps between two looks at whether every pixel is finished
 
 
@@ -51,7 +52,7 @@ class Rendered(NamedTuple):
     rgb: Float[Array, "V H W 3"]  # >= 0, on black; not clipped at 1
     depth: Float[Array, "V H W"]  # expected, along the optical axis, world units; 0 if alpha is
     alpha: Float[Array, "V H W"]  # in [0, 1]
-    overflow: Int[Array, " V"]  # entries that tiles not yet opaque could not take
+    overflow: Int[Array, " V"]  # what a bound on rounds left out of tiles not yet opaque
 
 
 class _Canvas(NamedTuple):
@@ -191,63 +192,13 @@ def _blend_backward(residuals, cotangents):
 _blend.defvjp(_blend_forward, _blend_backward)
 
 
-# ---- Lists ---------------------------------------------------------------------------------------
+# ---- Images --------------------------------------------------------------------------------------
 
 
-def _grid(size: tuple[int, int], step: int) -> Float[Array, "L 2"]:
-    """x and y of every `step`-th pixel corner, row by row: the origins of tiles."""
-    height, width = size
-    y, x = jnp.meshgrid(jnp.arange(0, height, step), jnp.arange(0, width, step), indexing="ij")
-    return jnp.stack([x.ravel(), y.ravel()], axis=-1).astype(jnp.float32)
-
-
-class _List(NamedTuple):
-    """The next Gaussians of every tile of a view, in depth order: S slots for each of L tiles."""
-
-    rows: Int[Array, "L S"]  # into N
-    used: Bool[Array, "L S"]  # a prefix of the slots
-    candidates: Int[Array, " L"]  # how many there were to choose from
-    last: tuple[Float[Array, " L"], Int[Array, " L"]]  # depth and index of the last one taken
-
-
-def _lists(
-    view: Projected,
-    size: tuple[int, int],
-    tile: int,
-    capacity: int,
-    after: tuple[Float[Array, " L"], Int[Array, " L"]] | None = None,
-) -> _List:
-    """The `capacity` nearest Gaussians of each tile, of those behind `after` where it is given.
-
-    A Gaussian is in a tile's list when its box holds one of the tile's pixel centres (a thousandth
-    of a pixel of slack for rounding). Equal depths are taken in the order of their indices.
-    """
-    rows, radii, visible = jax.tree.map(lax.stop_gradient, view)
-    origins = _grid(size, tile)
-    first, last = origins[:, None] + 0.5, origins[:, None] + tile - 0.5
-    mean, reach, depth = rows[:, :2], radii + 1e-3, rows[:, -1]
-    box = (mean + reach >= first) & (mean - reach <= last)
-    candidates = box[..., 0] & box[..., 1] & visible
-    if after is not None:
-        depth_taken, index_taken = after[0][:, None], after[1][:, None]
-        beyond = (depth == depth_taken) & (jnp.arange(depth.shape[0]) > index_taken)
-        candidates = candidates & ((depth > depth_taken) | beyond)
-    key, index = lax.top_k(jnp.where(candidates, -depth, -jnp.inf), capacity)
-    used = key > -jnp.inf
-    # By a reduction, not key[:, -1]: XLA's CPU compiler turns a top_k that is sliced into a full
-    # sort, six times slower.
-    final = jnp.arange(capacity) == jnp.sum(used, axis=-1, keepdims=True) - 1
-    index_taken = jnp.sum(jnp.where(final, index, 0), axis=-1)
-    return _List(index, used, jnp.sum(candidates, axis=-1), (depth[index_taken], index_taken))
-
-
-def _gather(
-    view: Projected, lists: _List, size: tuple[int, int], tile: int
-) -> Float[Array, "S L 10"]:
-    """Rows of the lists, slot by slot: means relative to the tile's origin, unused slots clear."""
-    rows = view.rows[lists.rows.T]
-    shift = jnp.pad(_grid(size, tile), ((0, 0), (0, rows.shape[-1] - 2)))
-    return _whole_blocks(_clear(rows - shift, ~lists.used.T))
+def _pixels(size: tuple[int, int]) -> Float[Array, "P 2"]:
+    """x and y of every pixel centre, row by row."""
+    y, x = jnp.meshgrid(jnp.arange(size[0]) + 0.5, jnp.arange(size[1]) + 0.5, indexing="ij")
+    return jnp.stack([x.ravel(), y.ravel()], axis=-1)
 
 
 def _clear(
@@ -261,18 +212,12 @@ def _whole_blocks(rows: Float[Array, "S L 10"]) -> Float[Array, "S L 10"]:
     return jnp.pad(rows, ((0, -rows.shape[0] % STEPS_PER_CHECK), (0, 0), (0, 0)))
 
 
-def _image(
-    features: Float[Array, "4 L P"],
-    transmittance: Float[Array, "L P"],
-    size: tuple[int, int],
-    tile: int,
-) -> Float[Array, "H W 5"]:
+def _untiled(features: Float[Array, "L 5 P"], grid: tiles.Grid) -> Float[Array, "H W 5"]:
     """r, g, b, depth times alpha, and alpha, from tiles."""
-    height, width = size
-    across, down = -(-width // tile), -(-height // tile)
-    image = jnp.concatenate([features, 1.0 - transmittance[None]])
-    image = image.reshape(5, down, across, tile, tile).transpose(1, 3, 2, 4, 0)
-    return image.reshape(down * tile, across * tile, 5)[:height, :width]
+    (down, across), tile, (height, width) = grid.shape, grid.tile, grid.size
+    image = features[: grid.tiles].reshape(down, across, features.shape[1], tile, tile)
+    image = image.transpose(0, 3, 1, 4, 2).reshape(down * tile, across * tile, -1)
+    return image[:height, :width]
 
 
 # ---- Renderers -----------------------------------------------------------------------------------
@@ -316,115 +261,69 @@ def _each_view(
     return Rendered(image[..., :3], depth, alpha, overflow.reshape(leading))
 
 
-@partial(jax.jit, static_argnames=("size", "tile", "round_size"))
+METHODS = ("tiled", "pallas", "exact")
+
+
+@partial(jax.jit, static_argnames=("size", "method", "tile", "pairs", "rounds", "interpret"))
 def render(
     gaussians: Gaussians,
     camtoworld: Float[Array, "*batch V 4 4"],
     intrinsics: Float[Array, "*batch V 3 3"],
     size: tuple[int, int],
     *,
-    tile: int = 8,
-    round_size: int = 512,
-) -> tuple[
-    Float[Array, "*batch V H W 3"], Float[Array, "*batch V H W"], Float[Array, "*batch V H W"]
-]:
-    """rgb, expected depth and alpha of every view; no Gaussian that contributes is dropped.
+    method: str = "tiled",
+    tile: int | None = None,
+    pairs: int | None = None,
+    rounds: int | None = None,
+    interpret: bool = False,
+) -> Rendered:
+    """Images of every view of every scene; differentiable, whatever the method.
 
-    Tiles take their next `round_size` nearest Gaussians in rounds, until each is exhausted or
-    opaque. Any batch axes. Forward only, because the number of rounds depends on the data:
-    differentiate `render_tiled`.
+    Gradients reach means, scales, quaternions, opacities, sh, camtoworld and intrinsics. Which
+    Gaussians a tile lists, the skip below 1/255 and the stop have none, as in gsplat.
 
     Args:
-        gaussians: N Gaussians a scene, in world axes.
+        gaussians: N Gaussians a scene, in world axes; any batch axes.
         camtoworld: OpenCV poses of V views a scene.
         intrinsics: px of the image rendered, pixel centres at +0.5. Skew moves the means only.
         size: height and width of the images, px.
-        tile: side of the square tiles, px; speed only.
-        round_size: Gaussians per tile and round; speed only.
-
-    Returns:
-        rgb >= 0 on black (not clipped at 1), depth in world units (0 where alpha is 0), alpha in
-        [0, 1].
+        method: "tiled" on any device; "pallas", the same with a kernel for TPUs; "exact", every
+            Gaussian against every pixel, the oracle: slow.
+        tile: side of the square tiles, px; speed only. None: 8, and 16 with "pallas".
+        pairs: room of a round, in Gaussians times the tiles that they touch; speed and memory only.
+            None: `tiles.PAIRS_PER_TILE` a tile.
+        rounds: at most so many rounds, for a bound on the time; what is then missing is counted in
+            `overflow`. None: until nothing is left, and `overflow` is 0.
+        interpret: run the TPU kernel without a TPU, slowly.
 
     Raises:
-        ValueError: leading axes that disagree, or spherical harmonics of degree above 2.
+        ValueError: an unknown method, leading axes that disagree, spherical harmonics of degree
+            above 2, or a room that is too small.
     """
-    pixels = _grid((tile, tile), 1) + 0.5
-
-    def one_view(view: Projected) -> tuple[Array, Array]:
-        capacity = min(round_size, view.rows.shape[0])
-
-        def one_round(state):
-            canvas, after, _ = state
-            lists = _lists(view, size, tile, capacity, after)
-            length = jnp.max(jnp.sum(lists.used, axis=-1))
-            canvas = _composite(_gather(view, lists, size, tile), length, pixels, canvas)
-            # A tile that is opaque or exhausted asks for nothing more, in any later round.
-            asks = jnp.any(canvas.stop == _RUNNING, axis=-1) & (lists.candidates > capacity)
-            after = (jnp.where(asks, lists.last[0], jnp.inf), lists.last[1])
-            return canvas, after, jnp.any(asks)
-
-        tiles = _grid(size, tile).shape[0]
-        nothing = (jnp.full(tiles, -jnp.inf), jnp.zeros(tiles, jnp.int32))
-        state = (_blank(tiles, pixels.shape[0]), nothing, jnp.bool_(True))
-        canvas = lax.while_loop(lambda state: state[2], one_round, state)[0]
-        return _image(canvas.features, canvas.transmittance, size, tile), jnp.int32(0)
-
-    rendered = _each_view(one_view, gaussians, camtoworld, intrinsics, size)
-    return rendered.rgb, rendered.depth, rendered.alpha
-
-
-@partial(jax.jit, static_argnames=("size", "capacity", "tile"))
-def render_tiled(
-    gaussians: Gaussians,
-    camtoworld: Float[Array, "*batch V 4 4"],
-    intrinsics: Float[Array, "*batch V 3 3"],
-    size: tuple[int, int],
-    *,
-    capacity: int = 768,
-    tile: int = 8,
-) -> Rendered:
-    """As `render`, differentiable, with at most `capacity` Gaussians a tile.
-
-    Gradients reach means, scales, quaternions, opacities, sh, camtoworld and intrinsics. Which
-    Gaussians a tile lists, the skip below 1/255 and the stop have none, as in gsplat. What a tile
-    could not take while it was still transparent is counted in `overflow`; where that is 0 the
-    images are exact.
-    """
-    pixels = _grid((tile, tile), 1) + 0.5
-
-    def one_view(view: Projected) -> tuple[Array, Array]:
-        lists = _lists(view, size, tile, min(capacity, view.rows.shape[0]))
-        length = jnp.max(jnp.sum(lists.used, axis=-1))
-        rows = _gather(view, lists, size, tile)
-        features, transmittance, stop = _blend(rows, length, pixels)
-        running = jnp.any(stop == _RUNNING, axis=-1)
-        dropped = jnp.sum(jnp.where(running, jnp.maximum(lists.candidates - capacity, 0), 0))
-        return _image(features, transmittance, size, tile), dropped
-
+    if method not in METHODS:
+        raise ValueError(f"method is '{method}': it is {', '.join(METHODS)}")
+    if method == "exact":
+        one_view = partial(_exact_view, size=size)
+    else:
+        kernel = "xla" if method == "tiled" else "interpret" if interpret else "pallas"
+        side = tile or (8 if method == "tiled" else 16)
+        one_view = partial(_tiled_view, grid=tiles.make_grid(size, side, pairs, rounds, kernel))
     return _each_view(one_view, gaussians, camtoworld, intrinsics, size)
 
 
-@partial(jax.jit, static_argnames=("size",))
-def render_exact(
-    gaussians: Gaussians,
-    camtoworld: Float[Array, "*batch V 4 4"],
-    intrinsics: Float[Array, "*batch V 3 3"],
-    size: tuple[int, int],
-) -> Rendered:
-    """As `render`, by the definition: every Gaussian in depth order against every pixel, no lists.
+def _tiled_view(view: Projected, grid: tiles.Grid) -> tuple[Array, Array]:
+    features, missed = tiles.blend(grid, view)
+    return _untiled(features, grid), missed
 
-    The oracle of the tests: differentiable, memory for the rows and a few numbers a pixel, time
-    N x H x W a view.
+
+def _exact_view(view: Projected, size: tuple[int, int]) -> tuple[Array, Array]:
+    """By the definition: every Gaussian in depth order against every pixel, no lists.
+
+    Memory for the rows and a few numbers a pixel, time N x H x W.
     """
-    pixels = _grid(size, 1) + 0.5
-
-    def one_view(view: Projected) -> tuple[Array, Array]:
-        depth = jnp.where(view.visible, lax.stop_gradient(view.rows[:, -1]), jnp.inf)
-        rows = _clear(view.rows, ~view.visible)[jnp.argsort(depth, stable=True)]
-        length = jnp.sum(view.visible)
-        features, transmittance, _ = _blend(_whole_blocks(rows[:, None]), length, pixels)
-        image = jnp.concatenate([features, 1.0 - transmittance[None]]).reshape(5, *size)
-        return jnp.moveaxis(image, 0, -1), jnp.int32(0)
-
-    return _each_view(one_view, gaussians, camtoworld, intrinsics, size)
+    depth = jnp.where(view.visible, lax.stop_gradient(view.rows[:, -1]), jnp.inf)
+    rows = _clear(view.rows, ~view.visible)[jnp.argsort(depth, stable=True)]
+    length = jnp.sum(view.visible)
+    features, transmittance, _ = _blend(_whole_blocks(rows[:, None]), length, _pixels(size))
+    image = jnp.concatenate([features, 1.0 - transmittance[None]]).reshape(5, *size)
+    return jnp.moveaxis(image, 0, -1), jnp.int32(0)
