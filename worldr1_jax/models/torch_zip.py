@@ -1,20 +1,18 @@
-"""Reads tensors from torch's .pth files (a zip archive with a pickle) without running any of it.
+"""Reads tensors from torch's .pth files: zip archives whose table of tensors is written as pickle
+opcodes.
 
-The pickle can name nothing but what a table of tensors is made of: OrderedDict, the function that
-puts a tensor together, and names of dtypes. Here each of these is a value that cannot be changed
-or a function that only notes shapes; anything else is refused by name. Tensors are views into the
-mapped file. The interface is that of `safetensors.safe_open`: keys, get_slice, get_tensor.
+Nothing is unpickled. `_interpret` follows the few opcodes that a table of tensors needs, on a stack
+of plain values; the names in it stand for entries of `_ADMITTED`, and no name is imported or
+called. Anything else is refused, saying what it was. Tensors are views into the mapped file. The
+interface is that of `safetensors.safe_open`: keys, get_slice, get_tensor.
 
 Facts of the format: torch.save and torch/_utils.py (_rebuild_tensor_v2, _rebuild_tensor_v3).
 """
 
 from __future__ import annotations
 
-import collections
-import io
 import math
 import mmap
-import pickle
 import pickletools
 import struct
 import zipfile
@@ -59,11 +57,11 @@ _NAMED_DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
 class _Storage(NamedTuple):
-    """A record of the archive: its name, the dtype (or _UNTYPED) and the number of elements."""
+    """A record of the archive: its name, the dtype (or _UNTYPED) and how many elements it has."""
 
     record: str
     dtype: str
-    count: int
+    size: int
 
 
 class _Tensor(NamedTuple):
@@ -77,52 +75,132 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Rebuild:
-    """Stands for torch's functions that rebuild a tensor. No attributes, so none can be set."""
+class _Name(NamedTuple):
+    """A name that the table may hold: of a dtype, or of something that makes part of the table."""
 
-    __slots__ = ()
-
-    def __call__(self, *args: Any) -> _Tensor:
-        storage, offset, shape, strides = args[:4]
-        # v2: ..., requires_grad, backward_hooks; v3: and then the dtype.
-        dtype = args[6] if len(args) > 6 else getattr(storage, "dtype", None)
-        if not (
-            isinstance(storage, _Storage)
-            and dtype in DTYPES
-            and storage.dtype in (_UNTYPED, dtype)
-            and _are_counts((offset,))
-            and _are_counts(shape)
-            and _are_counts(strides)
-            and len(shape) == len(strides)
-        ):
-            raise ValueError("a tensor is not described by a storage, an offset, a shape, strides")
-        itemsize = 1 if storage.dtype == _UNTYPED else DTYPES[dtype].itemsize
-        return _Tensor(storage.record, dtype, storage.count * itemsize, offset, shape, strides)
+    kind: str  # "dtype", "tensor" or "dict"
+    value: str = ""
 
 
-_REBUILD = _Rebuild()
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _REBUILD,
-    ("torch._utils", "_rebuild_tensor_v3"): _REBUILD,
-    ("torch.storage", "UntypedStorage"): _UNTYPED,
-    **{("torch", name): dtype for name, dtype in (_STORAGES | _NAMED_DTYPES).items()},
+_ADMITTED: dict[str, _Name] = {
+    "collections OrderedDict": _Name("dict"),
+    "torch._utils _rebuild_tensor_v2": _Name("tensor"),
+    "torch._utils _rebuild_tensor_v3": _Name("tensor"),
+    "torch.storage UntypedStorage": _Name("dtype", _UNTYPED),
+    **{f"torch {n}": _Name("dtype", dtype) for n, dtype in (_STORAGES | _NAMED_DTYPES).items()},
 }
+_MARK = object()
+# Opcodes that push a value: what genops gives as the argument, or a constant.
+_PUSH_ARGUMENT = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
+_PUSH: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_IDLE = {"PROTO", "FRAME"}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Admits what _ADMITTED names. All of it is immutable, so that BUILD has nothing to change."""
+def _interpret(data: bytes) -> Any:
+    """The value that the opcodes put together: dicts, tuples, numbers, texts, tensors, storages.
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
-            raise ValueError(f"its pickle asks for {module}.{name}, which is not part of a tensor")
-        return _ADMITTED[module, name]
+    Raises:
+      ValueError: an opcode or a name that a table of tensors does not need, or a broken stream.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name == "STOP":
+            return stack.pop()
+        if name in _PUSH_ARGUMENT:
+            stack.append(argument)
+        elif name in _PUSH:
+            stack.append(_PUSH[name])
+        elif name in _TUPLES:
+            stack.append(tuple(_take(stack, _TUPLES[name])))
+        elif name == "TUPLE":
+            stack.append(tuple(_take_to_mark(stack)))
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "GLOBAL":
+            if argument not in _ADMITTED:
+                asked = argument.replace(" ", ".")
+                raise ValueError(f"its table asks for {asked}, which is not part of a tensor")
+            stack.append(_ADMITTED[argument])
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name == "REDUCE":
+            callee, arguments = _take(stack, 2)
+            stack.append(_make(callee, arguments))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = _take(stack, 2) if name == "SETITEM" else _take_to_mark(stack)
+            _dict(stack[-1]).update(zip(items[::2], items[1::2], strict=True))
+        elif name == "BUILD":
+            stack.pop()  # attributes of an OrderedDict: versions of modules, which are no tensors
+            _dict(stack[-1])
+        elif name not in _IDLE:
+            raise ValueError(f"its table has the opcode {name}, which tensors do not need")
+    raise ValueError("its table ends without an end")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        match pid:
-            case ("storage", str(dtype), str(record), str(), int(count)) if count >= 0:
-                return _Storage(record, dtype, count)
-        raise ValueError("its pickle refers to something that is not a storage")
+
+def _take(stack: list[Any], count: int) -> list[Any]:
+    """Pops the last `count` values, in the order in which they were pushed."""
+    taken = stack[len(stack) - count :] if 0 < count <= len(stack) else []
+    if len(taken) != count or any(value is _MARK for value in taken):
+        raise ValueError("its table is broken: values are missing")
+    del stack[len(stack) - count :]
+    return taken
+
+
+def _take_to_mark(stack: list[Any]) -> list[Any]:
+    places = [i for i, value in enumerate(stack) if value is _MARK]
+    if not places:
+        raise ValueError("its table is broken: a mark is missing")
+    taken = stack[places[-1] + 1 :]
+    del stack[places[-1] :]
+    return taken
+
+
+def _dict(value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("its table changes something that is no dict")
+    return value
+
+
+def _storage(pid: Any) -> _Storage:
+    match pid:
+        case ("storage", _Name("dtype", dtype), str(record), str(), int(size)) if size >= 0:
+            return _Storage(record, dtype, size)
+    raise ValueError("its table refers to something that is not a storage")
+
+
+def _make(callee: Any, arguments: Any) -> Any:
+    """What a call in the table stands for: an empty dict, or a tensor."""
+    if callee == _Name("dict") and arguments == ():
+        return {}
+    if callee != _Name("tensor") or not isinstance(arguments, tuple) or len(arguments) < 4:
+        raise ValueError("its table calls something that makes neither a dict nor a tensor")
+    storage, offset, shape, strides = arguments[:4]
+    # v2: ..., requires_grad, backward_hooks; v3: and then the dtype.
+    dtype = getattr(storage, "dtype", None)
+    if len(arguments) > 6:
+        dtype = arguments[6].value if isinstance(arguments[6], _Name) else None
+    if not (
+        isinstance(storage, _Storage)
+        and dtype in DTYPES
+        and storage.dtype in (_UNTYPED, dtype)
+        and _are_counts((offset,))
+        and _are_counts(shape)
+        and _are_counts(strides)
+        and len(shape) == len(strides)
+    ):
+        raise ValueError("a tensor is not described by a storage, an offset, a shape, strides")
+    itemsize = 1 if storage.dtype == _UNTYPED else DTYPES[dtype].itemsize
+    return _Tensor(storage.record, dtype, storage.size * itemsize, offset, shape, strides)
 
 
 class TorchZip:
@@ -130,7 +208,7 @@ class TorchZip:
 
     Raises:
       ValueError: a file that is truncated, of torch's older format, compressed, or big-endian; a
-        pickle that holds or asks for anything but named tensors; a tensor outside of its record.
+        table that holds or asks for anything but named tensors; a tensor outside of its record.
     """
 
     def __init__(self, path: str | Path):
@@ -186,27 +264,20 @@ class TorchZip:
         order = entries.get(f"{roots[0]}byteorder")
         if order is not None and archive.read(order) != b"little":
             raise ValueError(f"{self._path} was written on a big-endian machine: save it anew")
-        tensors = self._unpickle(archive.read(f"{roots[0]}data.pkl"))
+        tensors = self._table(archive.read(f"{roots[0]}data.pkl"))
         data = f"{roots[0]}data/"
         records = {n.removeprefix(data): i for n, i in entries.items() if n.startswith(data)}
         for key, tensor in tensors.items():
             self._check(key, tensor, records.get(tensor.record))
         return tensors, records
 
-    def _unpickle(self, data: bytes) -> dict[str, _Tensor]:
+    def _table(self, data: bytes) -> dict[str, _Tensor]:
         try:
-            # A memo index far beyond the file would make the unpickler allocate that much.
-            for opcode, argument, _ in pickletools.genops(data):
-                if opcode.name.endswith("PUT") and argument > len(data):
-                    raise ValueError("its pickle has a memo larger than itself")
-            root = _Unpickler(io.BytesIO(data)).load()
-        except (
-            pickle.UnpicklingError, ValueError, TypeError, AttributeError, LookupError, EOFError,
-            OverflowError, struct.error,
-        ) as error:  # fmt: skip
+            tensors = _interpret(data)
+        except (ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+            # genops has ValueError for a broken stream; the others are of a broken stack or memo
             raise ValueError(f"{self._path} is refused: {error}") from error
-        # dict.items, because an OrderedDict may carry attributes, even one called items.
-        tensors = dict(dict.items(root)) if isinstance(root, dict) else {}
+        tensors = tensors if isinstance(tensors, dict) else {}
         wrong = [k for k, v in tensors.items() if not (isinstance(k, str) and type(v) is _Tensor)]
         if wrong or not tensors:
             what = f"'{wrong[0]}' is no tensor" if wrong else "it is no table of tensors"

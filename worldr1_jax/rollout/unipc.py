@@ -15,6 +15,7 @@ What diffusers' UniPCMultistepScheduler does with Wan's scheduler_config.json is
 flow sigmas and flow prediction, "bh2", data prediction, lower orders at both ends.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def step(
 
 
 def _sum(weights: Float[Array, " n"], values: tuple[Array, ...]) -> Array:
-    return sum(weights[k] * value for k, value in enumerate(values))
+    return functools.reduce(jnp.add, [weights[k] * value for k, value in enumerate(values)])
 
 
 def _weights(
