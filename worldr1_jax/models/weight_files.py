@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,7 @@ class Tensor:
         itemsize = torch_zip.DTYPES[self.dtype].itemsize
         rows = range(*index[0].indices(self.shape[0])) if index else range(1)
         # A part of a row maps the whole row.
-        handle = self._mapping.handle(
-            self._path, len(rows) * math.prod(self.shape[1:]) * itemsize
-        )
+        handle = self._mapping.handle(self._path, len(rows) * math.prod(self.shape[1:]) * itemsize)
         return handle.get_slice(self.key)[index] if index else handle.get_tensor(self.key)
 
 
@@ -77,8 +75,8 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
         index or one .safetensors file.
 
     Raises:
-      ValueError: a missing, truncated or unreadable file; a name in two files; an index and files
-        that do not agree.
+      ValueError: a missing, truncated or unreadable file; an index and files that do not agree, as
+        when a name is in two files.
     """
     path = Path(path)
     files, listed = _files(path)
@@ -87,9 +85,6 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     for file in files:
         names = list(mapping.handle(file, 0).keys())
         found = {key: Tensor(mapping, file, key) for key in names}
-        doubled = sorted(found.keys() & tensors.keys())
-        if doubled:
-            raise ValueError(f"the key '{doubled[0]}' is in more than one file of {path}")
         if listed is not None:
             _compare_index(path, file.name, listed, found)
         tensors |= found
@@ -141,15 +136,11 @@ def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
         raise ValueError(f"{index} names the shard '{outside[0]}', which is not a file beside it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise ValueError(
-            f"{index.parent} lacks the shard {missing[0]}, which {index.name} names"
-        )
+        raise ValueError(f"{index.parent} lacks the shard {missing[0]}, which {index.name} names")
     return [index.parent / name for name in names], listed
 
 
-def _compare_index(
-    path: Path, name: str, listed: dict[str, str], found: Sequence[str] | dict[str, Tensor]
-) -> None:
+def _compare_index(path: Path, name: str, listed: dict[str, str], found: Collection[str]) -> None:
     here = {key for key, file in listed.items() if file == name}
     for keys, text in (
         (here - set(found), "is in the index, but not in the shard"),
