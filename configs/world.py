@@ -48,7 +48,12 @@ def _paper() -> ml_collections.ConfigDict:
     c.prompts = ""
 
     c.policy = ml_collections.ConfigDict()
-    c.policy.weights = ""  # folder in diffusers' layout: transformer, vae, text_encoder, tokenizer
+    # folder in diffusers' layout, of Wan-Video's own release, or of launch/convert_weights.py
+    c.policy.weights = ""
+    # folder of launch/encode_prompts.py, with which the text encoder is not loaded; "": encode
+    c.policy.text_cache = ""
+    # decode by chunks of frames: memory that does not grow with their number
+    c.policy.chunked_vae = True
     c.policy.lora_rank, c.policy.lora_alpha = 32, 64.0  # [paper]
     c.policy.dtype = (
         "bfloat16"  # of matmuls and resting weights; adapters, norms and softmax stay float32
@@ -136,6 +141,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     c.frames, c.height, c.width, c.fps = 17, 64, 64, 8
     c.prompts = "nano"
     c.policy.weights = "nano"
+    c.policy.chunked_vae = False  # 17 frames of 64 pixels: the whole fits, and is faster
     c.policy.lora_rank, c.policy.lora_alpha = 16, 32.0
     c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "dots", 32
     c.sample.steps, c.sample.guidance = 10, 1.0

@@ -1,7 +1,9 @@
 """A model small enough for tests of the whole loop: random weights in the publishers' files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -10,8 +12,8 @@ from worldr1_jax.models import da3, umt5, wan_dit, wan_vae
 from worldr1_jax.nano import tokenizer
 
 
-def save_weights(folder: Path) -> Path:
-    """Writes transformer, vae, text_encoder, tokenizer and da3."""
+def save_weights(folder: Path, with_da3: bool = True) -> Path:
+    """Writes transformer, vae, text_encoder, tokenizer and da3, which takes as long as the rest."""
     dit = wan_dit.Config(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -33,12 +35,22 @@ def save_weights(folder: Path) -> Path:
         True), latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, in_channels=12, out_channels=12,
         patch_size=2,
     )  # fmt: skip
-    wan_dit.save(wan_dit.WanDiT(dit, nnx.Rngs(0)), folder / "transformer")
-    umt5.save(umt5.UMT5Encoder(text, nnx.Rngs(1)), folder / "text_encoder")
-    wan_vae.save(wan_vae.WanVAE(vae, nnx.Rngs(2)), folder / "vae")
-    da3.save(da3.DA3(da3.Config.nano(), nnx.Rngs(3)), folder / "da3")
+    wan_dit.save(fresh(lambda: wan_dit.WanDiT(dit, nnx.Rngs(0))), folder / "transformer")
+    umt5.save(fresh(lambda: umt5.UMT5Encoder(text, nnx.Rngs(1))), folder / "text_encoder")
+    wan_vae.save(fresh(lambda: wan_vae.WanVAE(vae, nnx.Rngs(2))), folder / "vae")
+    if with_da3:
+        da3.save(fresh(lambda: da3.DA3(da3.Config.nano(), nnx.Rngs(3))), folder / "da3")
     tokenizer.save(folder / "tokenizer")
     return folder
+
+
+def fresh(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """The network that `make` gives, made in one program without LLVM's optimiser: eagerly, the
+    initial values of each leaf's shape are compiled by themselves, which takes three times as
+    long."""
+    graph, _ = nnx.split(nnx.eval_shape(make))
+    options = {"xla_backend_optimization_level": 0}
+    return nnx.merge(graph, jax.jit(lambda: nnx.split(make())[1], compiler_options=options)())
 
 
 def config(folder: Path, **changes):
@@ -63,6 +75,4 @@ def config(folder: Path, **changes):
 
 def leaves(tree) -> list[np.ndarray]:
     """The leaves as host arrays."""
-    import jax
-
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]

@@ -128,6 +128,38 @@ class Checkpointer:
         self.close()
 
 
+def read_state(workdir: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
+    """Step and state of a run's newest checkpoint, as nested dicts of arrays on one device.
+
+    For what needs neither the run's model nor its mesh, such as exporting adapters.
+
+    Raises:
+      ValueError: no checkpoint there, or one that is damaged.
+    """
+    folder = _local(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{workdir} holds no checkpoints/: it is no folder of a run")
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"{folder} holds no checkpoint yet")
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        with _damage_named(folder / str(step)):
+            meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+            wanted = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                manager.item_metadata(step)["state"].tree,
+            )
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            state = manager.restore(step, args=args)["state"]
+    saved = list(meta["meta"]["leaves"].values())
+    found = list(_describe(state, digests=True).values())
+    if sorted(saved) != sorted(found):  # dicts' paths are not those of the run's own types
+        reason = "the bits of its state are not those that were saved"
+        raise ValueError(_damaged(folder / str(step), reason))
+    return step, state
+
+
 @contextlib.contextmanager
 def _damage_named(folder: Path) -> Iterator[None]:
     """Turns what orbax and tensorstore raise at unreadable files into one that names the folder."""

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from worldr1_jax import sharding
 from worldr1_jax.pipeline import Pipeline
+from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler
 
 
@@ -65,6 +66,7 @@ def generate(
     guidance: float = 1.0,
     negative_prompt: str = "",
     adapters: Any = None,
+    solver: unipc.UniPC | None = None,
 ) -> Iterator[Generated]:
     """Videos in the order of the prompts, `samples` each.
 
@@ -81,6 +83,7 @@ def generate(
       guidance: classifier-free guidance scale; 1 is off.
       negative_prompt: what guidance leads away from.
       adapters: LoRA leaves as `pipeline.adapters`; None is the pipeline's own.
+      solver: UniPC (`unipc.make`); None is Euler on the pipeline's sigmas.
 
     Raises:
       ValueError: samples or batch below 1, or a batch that the mesh does not divide.
@@ -101,7 +104,7 @@ def generate(
         texts = [prompt for prompt, _ in filled]
         trajectory = pipeline.rollout(
             adapters, pipeline.encode(texts), pipeline.paths(texts), _keys(seed, filled),
-            sampler=sampler, text_null=text_null,
+            sampler=sampler, text_null=text_null, solver=solver,
         )  # fmt: skip
         videos = sharding.to_host(pipeline.decode(trajectory.latents))
         for (prompt, number), video in zip(chosen, videos, strict=False):

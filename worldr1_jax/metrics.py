@@ -195,12 +195,17 @@ class Progress:
       num_updates: updates of the whole run.
       first_update: where this process begins, after a resume.
       stream: where to; standard error by default. Silent off process 0.
+      unit: what is counted.
     """
 
     def __init__(
-        self, num_updates: int, first_update: int = 0, stream: TextIO | None = None
+        self,
+        num_updates: int,
+        first_update: int = 0,
+        stream: TextIO | None = None,
+        unit: str = "update",
     ) -> None:
-        self._num_updates, self._update = num_updates, first_update
+        self._num_updates, self._update, self._unit = num_updates, first_update, unit
         self._stream = sys.stderr if stream is None else stream
         self._rewrites = self._stream.isatty()
         self._began = time.perf_counter()
@@ -209,16 +214,19 @@ class Progress:
     def stage(self, name: str) -> None:
         """Says which stage runs now (terminals only: elsewhere it would flood the log)."""
         if self._rewrites:
-            self._print(f"update {self._update + 1}/{self._num_updates}  {name}{self._pace()}")
+            self._print(
+                f"{self._unit} {self._update + 1}/{self._num_updates}  {name}{self._pace()}"
+            )
 
     def update(self, update: int, scalars: Mapping[str, float] | None = None) -> None:
         """Says that `update` is done, with the scalars given and the time left."""
         now = time.perf_counter()
-        self._seconds.append(now - self._began)
+        advanced = max(update + 1 - self._update, 1)  # several at a time where they come in batches
+        self._seconds.append((now - self._began) / advanced)
         self._began, self._update = now, update + 1
         shown = "".join(f"  {name} {float(value):.4g}" for name, value in (scalars or {}).items())
         end = "" if self._rewrites else "\n"
-        self._print(f"update {self._update}/{self._num_updates}{shown}{self._pace()}{end}")
+        self._print(f"{self._unit} {self._update}/{self._num_updates}{shown}{self._pace()}{end}")
 
     def close(self) -> None:
         """Leaves the last line on a terminal standing."""

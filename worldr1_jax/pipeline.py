@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from worldr1_jax import sharding
 from worldr1_jax.camera import commands, noise_warp, trajectory
+from worldr1_jax.data.text_cache import TextCache
 from worldr1_jax.models import umt5, wan_dit, wan_vae
-from worldr1_jax.models.wan import Wan
+from worldr1_jax.models.wan import Wan, tokenize
 from worldr1_jax.rollout import sample as sampling
 from worldr1_jax.rollout import unipc
 from worldr1_jax.types import Trajectory
@@ -57,6 +58,32 @@ class Camera:
                 )
 
 
+class TextStage:
+    """Prompts to embeddings `[B N D]` float32 over the mesh, padded places at zero; compiled once
+    per batch size."""
+
+    def __init__(
+        self, encoder: umt5.UMT5Encoder, tokenizer: Any, tokens: int, mesh: jax.sharding.Mesh
+    ):
+        self._tokenizer, self._tokens, self._mesh = tokenizer, tokens, mesh
+        self._graph, self._state = nnx.split(encoder)
+        self._run = jax.jit(self._embed)
+
+    def __call__(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
+        """The embeddings; the mesh has to divide the number of prompts."""
+        arrays = (batched(a, self._mesh) for a in tokenize(self._tokenizer, prompts, self._tokens))
+        with sharding.on(self._mesh):
+            return self._run(self._state, *arrays)
+
+    def _embed(self, state, ids, mask):
+        return umt5.zero_padding(nnx.merge(self._graph, state)(ids, mask), mask)
+
+
+def batched(array: np.ndarray, mesh: jax.sharding.Mesh) -> Array:
+    """A host array over the mesh, split as a batch of videos is."""
+    return sharding.to_global(np.asarray(array), sharding.batched(mesh))
+
+
 class Pipeline:
     """The compiled stages of one model at one video size."""
 
@@ -68,9 +95,12 @@ class Pipeline:
         size: tuple[int, int, int],
         sigmas: Float[Array, " T+1"],
         camera: Camera,
+        text_cache: TextCache | None = None,
+        chunked_vae: bool = False,
     ):
-        """Args: `size` is (frames, height, width) of the videos in pixels, `sigmas` the
-        schedule."""
+        """Args: `size` is (frames, height, width) of the videos in pixels, `sigmas` the schedule;
+        `text_cache` gives the embeddings in place of the text encoder; with `chunked_vae` videos
+        are decoded by chunks of frames, in memory that does not grow with their number."""
         self.wan, self.mesh, self.size, self.camera = wan, mesh, size, camera
         self.latent_shape = latent_shape(wan.vae.config, wan.dit.config, size)
         parts: Any = nnx.split(wan.dit, nnx.LoRAParam, ...)
@@ -78,9 +108,12 @@ class Pipeline:
         self._treedef = jax.tree.structure(adapters)
         self.adapters = nnx.to_pure_dict(adapters)
         self.sigmas = jax.device_put(sigmas, sharding.replicated(mesh))
-        self._text_graph, self._text_state = nnx.split(wan.text_encoder)
+        self._text_cache, self._chunked_vae = text_cache, chunked_vae
+        if text_cache is None:
+            if wan.text_encoder is None:
+                raise ValueError("the model was loaded without text encoder: give a text_cache")
+            self._text = TextStage(wan.text_encoder, wan.tokenizer, wan.tokens, mesh)
         self._vae_graph, self._vae_state = nnx.split(wan.vae)
-        self._encode = jax.jit(self._encode_tokens)
         self._decode = jax.jit(self._decode_latents)
         self._rollout = jax.jit(self._rollout_batch, static_argnames=("sampler", "width"))
 
@@ -92,9 +125,9 @@ class Pipeline:
 
     def encode(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
         """Text embeddings with padded places at zero, over the mesh."""
-        arrays = (self._batched(a) for a in self.wan.tokenize(prompts))
-        with sharding.on(self.mesh):
-            return self._encode(self._text_state, *arrays)
+        if self._text_cache is not None:
+            return batched(self._text_cache(prompts).astype(np.float32), self.mesh)
+        return self._text(prompts)
 
     def encode_one(self, prompt: str) -> Float[Array, "N D"]:
         """One embedding that every device holds, for the negative prompt."""
@@ -144,9 +177,9 @@ class Pipeline:
         keys = jax.device_put(keys, sharding.batched(self.mesh))
         with sharding.on(self.mesh):
             return self._rollout(
-                adapters, self.base, text, text_null, self._batched(paths), keys,
+                adapters, self.base, text, text_null, batched(paths, self.mesh), keys,
                 jnp.asarray(start, jnp.int32), solver,
-                noise if noise is None else self._batched(noise), sampler=sampler, width=width,
+                noise if noise is None else batched(noise, self.mesh), sampler=sampler, width=width,
             )  # fmt: skip
 
     def decode(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
@@ -154,14 +187,8 @@ class Pipeline:
         with sharding.on(self.mesh):
             return self._decode(self._vae_state, latents)
 
-    def _batched(self, array: np.ndarray) -> Array:
-        return sharding.to_global(np.asarray(array), sharding.batched(self.mesh))
-
-    def _encode_tokens(self, state, ids, mask):
-        return umt5.zero_padding(nnx.merge(self._text_graph, state)(ids, mask), mask)
-
     def _decode_latents(self, state, latents):
-        return nnx.merge(self._vae_graph, state).decode(latents)
+        return nnx.merge(self._vae_graph, state).decode(latents, chunked=self._chunked_vae)
 
     def _rollout_batch(
         self, adapters, base, text, text_null, paths, keys, start, solver, noise, *, sampler, width

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from worldr1_jax import nano, rewards, sharding
+from worldr1_jax import nano, rewards, sharding, trained
 from worldr1_jax.data import prompts as prompt_files
+from worldr1_jax.data import text_cache
 from worldr1_jax.data.loader import Loader
 from worldr1_jax.grpo import update as grpo
-from worldr1_jax.models import wan, wan_dit, wan_vae
-from worldr1_jax.models.convert import read_config
+from worldr1_jax.models import wan
+from worldr1_jax.models.lora import Adapters
 from worldr1_jax.nano import captions
 from worldr1_jax.pipeline import MAGNITUDES, Camera, Pipeline, latent_shape
 from worldr1_jax.rollout import schedule
@@ -29,6 +30,7 @@ MAY_CHANGE = (
     "videos_every",
     "evaluate",
     "mesh",
+    "policy.text_cache",
 )
 
 
@@ -50,11 +52,10 @@ def load_prompts(config: ml_collections.ConfigDict) -> prompt_files.PromptSets:
 
 def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
-    folder = nano.resolve(config.policy.weights)
-    wan.check(folder)
-    vae = wan_vae.Config.from_dict(read_config(folder / "vae"))
-    dit = wan_dit.Config.from_dict(read_config(folder / "transformer"))
-    latent_shape(vae, dit, (config.frames, config.height, config.width))
+    check_policy(config)
+    cache = open_text_cache(config)
+    if cache is not None:
+        cache.check(texts(config, load_prompts(config)))
     schedule.check_window(config.sample.steps, config.sample.window, *config.sample.window_range)
     parts = sharding.batch_parts(mesh)
     for name, videos in (
@@ -69,7 +70,7 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(
             f"sample.window_place is '{config.sample.window_place}': it is random or progressive"
         )
-    for make in (make_camera, make_sampler, make_rules):
+    for make in (make_sampler, make_rules):
         make(config)  # each refuses what it cannot honour
     rewards.check(config.rewards.weights, config.rewards.da3)
     if config.rewards.general != "palette":
@@ -82,6 +83,34 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     for name in ("num_updates", "checkpoint_every", "videos_every"):
         if config[name] < 1:
             raise ValueError(f"{name} is {config[name]}: it has to be at least 1")
+
+
+def check_policy(config: ml_collections.ConfigDict) -> None:
+    """The part of `check` that sampling videos depends on."""
+    dit, vae = wan.read_configs(nano.resolve(config.policy.weights))
+    latent_shape(vae, dit, (config.frames, config.height, config.width))
+    make_camera(config)
+
+
+def texts(config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets) -> list[str]:
+    """Every text that a run encodes."""
+    return [*prompts.train, *prompts.dynamic, *prompts.test, config.sample.negative_prompt]
+
+
+def text_fingerprint(config: ml_collections.ConfigDict) -> str:
+    """What the embeddings of a cache depend on: encoder, tokenizer, padded length and dtype."""
+    found = wan.parts(nano.resolve(config.policy.weights))
+    return text_cache.fingerprint(
+        [found["text_encoder"], found["tokenizer"]], config.policy.text_tokens, config.policy.dtype
+    )
+
+
+def open_text_cache(config: ml_collections.ConfigDict) -> text_cache.TextCache | None:
+    """The cache that policy.text_cache names; ValueError for a stale one, None for an empty
+    name."""
+    if not config.policy.text_cache:
+        return None
+    return text_cache.TextCache(config.policy.text_cache, made_by=text_fingerprint(config))
 
 
 def make_loader(config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets) -> Loader:
@@ -127,18 +156,37 @@ def make_camera(config: ml_collections.ConfigDict) -> Camera:
 
 
 def build_pipeline(
-    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, key: jax.Array
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    key: jax.Array | None,
+    adapters: Adapters | None = None,
 ) -> Pipeline:
-    """Loads the policy with fresh adapters, and prepares its stages."""
+    """Loads the policy and prepares its stages; its adapters are fresh ones drawn from `key`, or
+    the given ones, or, with neither, none."""
+    cache = open_text_cache(config)
     model = wan.load(
         nano.resolve(config.policy.weights), mesh=mesh, tokens=config.policy.text_tokens,
         dtype=jnp.dtype(config.policy.dtype), remat=config.policy.remat,
-        lora_rank=config.policy.lora_rank, lora_alpha=config.policy.lora_alpha, key=key,
+        lora_rank=0 if key is None else config.policy.lora_rank,
+        lora_alpha=config.policy.lora_alpha, key=key, adapters=adapters, text=cache is None,
     )  # fmt: skip
     s = config.sample
-    camera = make_camera(config)
-    size = (config.frames, config.height, config.width)
-    return Pipeline(model, mesh, size=size, sigmas=schedule.sigmas(s.steps, s.shift), camera=camera)
+    return Pipeline(
+        model, mesh, size=(config.frames, config.height, config.width),
+        sigmas=schedule.sigmas(s.steps, s.shift), camera=make_camera(config),
+        text_cache=cache, chunked_vae=config.policy.chunked_vae,
+    )  # fmt: skip
+
+
+def load_adapters(
+    config: ml_collections.ConfigDict, path: str, kind: str = "ema"
+) -> Adapters | None:
+    """Adapters of a run or of a LoRA file for the policy that the config names (see trained.py);
+    None for an empty path."""
+    if not path:
+        return None
+    dit, _ = wan.read_configs(nano.resolve(config.policy.weights))
+    return trained.load(path, dit, kind)
 
 
 def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> rewards.Reward:

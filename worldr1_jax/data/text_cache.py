@@ -30,21 +30,23 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # of a large file, read for the fingerpri
 Encode = Callable[[Sequence[str]], tuple[Float[np.ndarray, "B N D"], Int[np.ndarray, " B"]]]
 
 
-def fingerprint(folders: Iterable[str | Path], tokens: int) -> str:
-    """Hash of tokenizer and text encoder (every file below `folders`) and of the padded length.
+def fingerprint(paths: Iterable[str | Path], *settings: object) -> str:
+    """Hash of what embeddings depend on: tokenizer and text encoder (files, and every file below
+    folders), and settings such as the padded length and the dtype.
 
     Files up to 4 MiB count whole; of larger ones, name, size and 64 pieces of 64 KiB evenly spaced,
     so that the check costs seconds on UMT5-XXL's 11 GB. Other weights differ in every piece; a file
     changed in one place only may pass.
 
     Raises:
-      ValueError: a folder that is missing or holds no file.
+      ValueError: a path that is missing, or a folder without a file.
     """
-    digest = hashlib.sha256(str(tokens).encode())
-    for folder in map(Path, folders):
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
+    digest = hashlib.sha256(json.dumps([str(value) for value in settings]).encode())
+    for path in map(Path, paths):
+        folder = path.parent if path.is_file() else path
+        files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
         if not files:
-            raise ValueError(f"{folder} holds no file: text embeddings depend on what is in it")
+            raise ValueError(f"{path} holds no file: text embeddings depend on what is in it")
         for file in files:
             size = file.stat().st_size
             digest.update(f"{file.relative_to(folder)} {size}\n".encode())

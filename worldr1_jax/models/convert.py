@@ -49,9 +49,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Source(NamedTuple):
-    """A tensor that fills a leaf, or one layer of a stacked leaf (then `index` is its number)."""
+    """A tensor that fills a leaf, or one layer of a stacked leaf (then `layer` is its number)."""
 
-    index: int | None
+    layer: int | None
     tensor: Tensor
     axes: tuple[int, ...] | None
 
@@ -153,14 +153,25 @@ def save(
         tensors[key] = np.ascontiguousarray(value.astype(dtype) if dtype else value)
     save_file(tensors, folder / filename, metadata={"format": "pt"})
     if config is not None:
-        (folder / "config.json").write_text(
-            json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-        )
+        _write_config(folder, config)
+
+
+def store(model: nnx.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json and an Orbax folder that `load` restores onto any mesh (see stored.py);
+    adapters are not written. Every process of a mesh has to call it."""
+    leaves = _leaves(model, nnx.LoRAParam)
+    stored.save(folder, {name: leaf.get_raw_value() for name, leaf in leaves.items()})
+    if jax.process_index() == 0:
+        _write_config(Path(folder), config)
 
 
 def leaf_path(path: Sequence[Any]) -> str:
     """('blocks', 0, 'kernel') -> 'blocks.0.kernel'."""
     return ".".join(str(part) for part in path)
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
 
 
 def _leaves(model: nnx.Module, skip: type[nnx.Variable] | None) -> dict[str, nnx.Variable]:
@@ -230,7 +241,7 @@ def _match(
     for leaf, target in targets.items():
         if leaf not in sources:
             raise ValueError(f"no key of {path} fills the leaf '{leaf}'")
-        layers = [source.index for source in sources[leaf]]
+        layers = [source.layer for source in sources[leaf]]
         if layers not in ([None], list(range(target.shape[0] if target.shape else 0))):
             raise ValueError(f"{path} fills layers {layers} of '{leaf}', {list(target.shape)}")
     return sources
@@ -241,13 +252,11 @@ def _check_dtype(path: Path, tensor: Tensor) -> None:
         names = {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U8": "uint8"}
         raise ValueError(
             f"{path}: '{tensor.key}' is stored as {names.get(tensor.dtype, tensor.dtype)}, not as "
-            "a float of 16 bits or more"
+            "a float of 16 bits or more: give the release in bf16, fp16 or fp32"
         )
 
 
-def _check_shape(
-    path: Path, tensor: Tensor, leaf: str, shape: tuple[int, ...], kind: str
-) -> None:
+def _check_shape(path: Path, tensor: Tensor, leaf: str, shape: tuple[int, ...], kind: str) -> None:
     axes = _AXES[kind]
     if axes is not None and len(axes) == len(shape):
         shape = tuple(shape[axes.index(axis)] for axis in range(len(axes)))
@@ -281,10 +290,10 @@ def _fill(sources: Sequence[Source], target: jax.ShapeDtypeStruct) -> jax.Array:
 def _read(sources: Sequence[Source], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
     """One part of a leaf on the host, in its own memory, cast to `dtype`."""
     out = np.empty([s.stop - s.start for s in index], dtype)
-    stacked = sources[0].index is not None
+    stacked = sources[0].layer is not None
     for source in sources[index[0]] if stacked else sources:
         part = index[1:] if stacked else index
-        place = out if source.index is None else out[source.index - index[0].start, ...]
+        place = out if source.layer is None else out[source.layer - index[0].start, ...]
         if source.axes is None:
             place[...] = source.tensor.read(part)
         else:

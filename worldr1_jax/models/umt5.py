@@ -218,25 +218,35 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     return bucket.astype(np.int32)
 
 
-_LAYER = "encoder.block.{i}.layer"
-TABLE: convert.Table = (
-    ("shared.weight", "token_embedding.embedding", "copy"),
-    (f"{_LAYER}.0.layer_norm.weight", "blocks.norm1.scale", "copy"),
-    (f"{_LAYER}.0.SelfAttention.q.weight", "blocks.q.kernel", "linear"),
-    (f"{_LAYER}.0.SelfAttention.k.weight", "blocks.k.kernel", "linear"),
-    (f"{_LAYER}.0.SelfAttention.v.weight", "blocks.v.kernel", "linear"),
-    (f"{_LAYER}.0.SelfAttention.o.weight", "blocks.o.kernel", "linear"),
+_BLOCK = "encoder.block.{i}.layer"
+_NAMES = (  # leaf, transformers' name, name in Wan-Video's own release, kind; without ".weight"
+    ("token_embedding.embedding", "shared", "token_embedding", "copy"),
+    ("blocks.norm1.scale", f"{_BLOCK}.0.layer_norm", "blocks.{i}.norm1", "copy"),
+    ("blocks.q.kernel", f"{_BLOCK}.0.SelfAttention.q", "blocks.{i}.attn.q", "linear"),
+    ("blocks.k.kernel", f"{_BLOCK}.0.SelfAttention.k", "blocks.{i}.attn.k", "linear"),
+    ("blocks.v.kernel", f"{_BLOCK}.0.SelfAttention.v", "blocks.{i}.attn.v", "linear"),
+    ("blocks.o.kernel", f"{_BLOCK}.0.SelfAttention.o", "blocks.{i}.attn.o", "linear"),
     (
-        f"{_LAYER}.0.SelfAttention.relative_attention_bias.weight",
         "blocks.relative_bias.embedding",
+        f"{_BLOCK}.0.SelfAttention.relative_attention_bias",
+        "blocks.{i}.pos_embedding.embedding",
         "copy",
     ),
-    (f"{_LAYER}.1.layer_norm.weight", "blocks.norm2.scale", "copy"),
-    (f"{_LAYER}.1.DenseReluDense.wi_0.weight", "blocks.wi_0.kernel", "linear"),
-    (f"{_LAYER}.1.DenseReluDense.wi_1.weight", "blocks.wi_1.kernel", "linear"),
-    (f"{_LAYER}.1.DenseReluDense.wo.weight", "blocks.wo.kernel", "linear"),
-    ("encoder.final_layer_norm.weight", "norm_out.scale", "copy"),
+    ("blocks.norm2.scale", f"{_BLOCK}.1.layer_norm", "blocks.{i}.norm2", "copy"),
+    ("blocks.wi_0.kernel", f"{_BLOCK}.1.DenseReluDense.wi_0", "blocks.{i}.ffn.gate.0", "linear"),
+    ("blocks.wi_1.kernel", f"{_BLOCK}.1.DenseReluDense.wi_1", "blocks.{i}.ffn.fc1", "linear"),
+    ("blocks.wo.kernel", f"{_BLOCK}.1.DenseReluDense.wo", "blocks.{i}.ffn.fc2", "linear"),
+    ("norm_out.scale", "encoder.final_layer_norm", "norm", "copy"),
 )
+
+
+def table(layout: str = "diffusers") -> convert.Table:
+    """Rows for convert.load and convert.save; layout is "diffusers" (transformers' names) or "wan"
+    (Wan-Video's own)."""
+    column = {"diffusers": 1, "wan": 2}[layout]
+    return tuple((f"{names[column]}.weight", names[0], names[3]) for names in _NAMES)
+
+
 # Files of transformers < 5 hold the token table twice, under its two names.
 IGNORE = (r"encoder\.embed_tokens\.weight",)
 
@@ -249,10 +259,11 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
 ) -> UMT5Encoder:
-    """Reads a folder with config.json and safetensors of transformers' UMT5EncoderModel.
+    """Reads a folder of transformers' UMT5EncoderModel, or the file of Wan-Video's own release.
 
     Args:
-      path: the folder, e.g. Wan2.1-T2V-1.3B-Diffusers/text_encoder.
+      path: the folder, with config.json, e.g. Wan2.1-T2V-1.3B-Diffusers/text_encoder; or one file,
+        e.g. Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth, which is taken for UMT5-XXL.
       dtype: compute dtype (see UMT5Encoder).
       param_dtype: dtype in which kernels and the token table rest; None means `dtype`.
       mesh, shardings: where the leaves go as they stream in (see convert.load).
@@ -260,18 +271,26 @@ def load(
     Raises:
       ValueError: a config this network cannot honour, or files that do not fit it.
     """
-    config = Config.from_dict(convert.read_config(path))
+    config = read_config(path)
     kernels = dtype if param_dtype is None else param_dtype
     model = nnx.eval_shape(
         lambda: UMT5Encoder(config, nnx.Rngs(0), dtype=dtype, param_dtype=kernels)
     )
+    layout = "wan" if convert.holds(path, "token_embedding.weight") else "diffusers"
     repeats = {"i": config.num_layers}
-    convert.load(model, path, TABLE, repeats, mesh=mesh, shardings=shardings, ignore=IGNORE)
+    convert.load(model, path, table(layout), repeats, mesh=mesh, shardings=shardings, ignore=IGNORE)
     return model
+
+
+def read_config(path: str | Path) -> Config:
+    """The config of a folder; a single file has none and is UMT5-XXL, as Wan-Video releases it."""
+    if Path(path).is_file():
+        return Config.xxl()
+    return Config.from_dict(convert.read_config(path))
 
 
 def save(model: UMT5Encoder, path: str | Path) -> None:
     """Writes the folder that transformers' UMT5EncoderModel.from_pretrained reads."""
     config = model.config
     repeats = {"i": config.num_layers}
-    convert.save(model, path, TABLE, repeats, config.to_dict(), filename="model.safetensors")
+    convert.save(model, path, table(), repeats, config.to_dict(), filename="model.safetensors")

@@ -456,8 +456,7 @@ def load(
     Raises:
       ValueError: a config this network cannot honour, or files that do not fit it.
     """
-    values = convert.read_config(path)
-    config = Config.from_dict(values)
+    config = read_config(path)
     kernels = dtype if param_dtype is None else param_dtype
     model = nnx.eval_shape(
         lambda: WanDiT(
@@ -469,10 +468,15 @@ def load(
             implementation=implementation,
         )
     )
-    rows = table(config, "wan" if "dim" in values else "diffusers")
+    layout = "wan" if convert.holds(path, "head.head.weight") else "diffusers"
     repeats = {"i": config.num_layers}
-    convert.load(model, path, rows, repeats, mesh=mesh, shardings=shardings)
+    convert.load(model, path, table(config, layout), repeats, mesh=mesh, shardings=shardings)
     return model
+
+
+def read_config(path: str | Path) -> Config:
+    """The config of a folder, of either layout."""
+    return Config.from_dict(convert.read_config(path))
 
 
 def save(model: WanDiT, path: str | Path) -> None:

@@ -1,8 +1,8 @@
 """The Wan2.1 video VAE: video [B F H W 3] in [0, 1] <-> latents [B f h w C], f = 1 + (F - 1) / 4.
 
 Whole videos by default, differentiable; `chunked=True` gives the same result with activations that
-do not grow with the number of frames. Files and names are those of diffusers' AutoencoderKLWan
-(config.json + safetensors).
+do not grow with the number of frames. Names of modules are those of diffusers' AutoencoderKLWan;
+its files and the one of Wan-Video's own release are read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from worldr1_jax.models.wan_vae_layers import (
     CausalConv3d,
     Downsample,
     DType,
+    MidBlock,
     ResidualBlock,
     RMSNorm,
     Stream,
-    Upsample,
+    UpBlock,
     apply,
+    patchify,
+    unpatchify,
 )
 
 # Per-channel statistics of Wan2.1's latents, as published in its config.json.
@@ -165,52 +168,6 @@ class Config:
         return {"_class_name": "AutoencoderKLWan", **values, **scales}
 
 
-class MidBlock(nnx.Module):
-    """Residual block, attention, residual block."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: DType):
-        self.resnets = nnx.List(
-            [ResidualBlock(channels, channels, rngs=rngs, dtype=dtype) for _ in range(2)]
-        )
-        self.attentions = nnx.List([AttentionBlock(channels, rngs=rngs, dtype=dtype)])
-
-    def layers(self) -> list[nnx.Module]:
-        """The layers in the order in which they run."""
-        return [self.resnets[0], self.attentions[0], self.resnets[1]]
-
-
-class UpBlock(nnx.Module):
-    """Residual blocks of one decoder level, and the upsampling to the next one."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        blocks: int,
-        *,
-        temporal: bool | None,
-        rngs: nnx.Rngs,
-        dtype: DType,
-    ):
-        self.resnets = nnx.List(
-            [
-                ResidualBlock(channels if i else in_channels, channels, rngs=rngs, dtype=dtype)
-                for i in range(blocks)
-            ]
-        )
-        # temporal is None at the last level, which is not upsampled.
-        upsamplers = (
-            []
-            if temporal is None
-            else [Upsample(channels, temporal=temporal, rngs=rngs, dtype=dtype)]
-        )
-        self.upsamplers = nnx.List(upsamplers)
-
-    def layers(self) -> list[nnx.Module]:
-        """The layers in the order in which they run."""
-        return [*self.resnets, *self.upsamplers]
-
-
 class Encoder(nnx.Module):
     """Patched video -> moments before `quant_conv`."""
 
@@ -319,7 +276,7 @@ class WanVAE(nnx.Module):
     ) -> tuple[Float[Array, "B f h w C"], Float[Array, "B f h w C"]]:
         """Mean and log-variance (clipped to [-30, 20]), not normalised; arguments as `encode`."""
         self._check_video(video)
-        x = _patchify(2.0 * video.astype(jnp.float32) - 1.0, self.config.patch_size or 1)
+        x = patchify(2.0 * video.astype(jnp.float32) - 1.0, self.config.patch_size or 1)
         moments = self._run(self._encode_chunk, x, self.config.temporal_compression, chunked)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
@@ -346,7 +303,7 @@ class WanVAE(nnx.Module):
         shift, scale = self._statistics()
         x = latents.astype(jnp.float32) * scale + shift
         x = self._run(self._decode_chunk, x, 1, chunked)
-        return 0.5 * _unpatchify(x.astype(jnp.float32), self.config.patch_size or 1) + 0.5
+        return 0.5 * unpatchify(x.astype(jnp.float32), self.config.patch_size or 1) + 0.5
 
     def _check_video(self, video: Array) -> None:
         step, size = self.config.temporal_compression, self.config.spatial_compression
@@ -398,47 +355,67 @@ class WanVAE(nnx.Module):
         return jnp.concatenate([first, ys.reshape(batch, -1, *ys.shape[3:])], axis=1)
 
 
-def _patchify(x: Array, size: int) -> Array:
-    """[B F H W C] -> [B F H/p W/p C p p]; the publisher's channel order is (C, column, row)."""
-    if size == 1:
-        return x
-    batch, frames, height, width, channels = x.shape
-    x = x.reshape(batch, frames, height // size, size, width // size, size, channels)
-    return x.transpose(0, 1, 2, 4, 6, 5, 3).reshape(
-        batch, frames, height // size, width // size, -1
-    )
+# Layers within a residual block: our name -> the one of Wan-Video's own release.
+_ORIGINAL_LAYERS = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
 
 
-def _unpatchify(x: Array, size: int) -> Array:
-    """The inverse of `_patchify`."""
-    if size == 1:
-        return x
-    batch, frames, height, width, channels = x.shape
-    x = x.reshape(batch, frames, height, width, channels // size**2, size, size)
-    return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(batch, frames, height * size, width * size, -1)
+def table(config: Config, layout: str = "diffusers") -> convert.Table:
+    """Rows for convert.load and convert.save; layout is "diffusers" or "wan" (Wan-Video's own).
 
-
-def table(config: Config) -> list[tuple[str, str, str]]:
-    """Rows of (publisher's key, leaf, kind).
-
-    Modules bear the publisher's names, so that the table follows from the leaves; what differs is
-    said here.
+    Modules bear diffusers' names, so that the table follows from the leaves; what differs is said
+    here.
     """
     shapes = nnx.state(nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0))), nnx.Param)
     kinds = {5: "conv3d", 4: "conv2d"}
     rows = []
     for path, leaf in nnx.to_flat_state(shapes):
         *modules, name = (str(part) for part in path)
-        if (
-            modules[-1] == "resample"
-        ):  # The publisher's is a Sequential of padding or upsampling, and the convolution.
+        if modules[-1] == "resample":
+            # A Sequential of padding or upsampling, and the convolution.
             modules.append("1")
-        if name == "kernel":
-            row = (".".join([*modules, "weight"]), kinds[len(leaf.get_raw_value().shape)])
-        else:
-            row = (".".join([*modules, name]), "copy")
-        rows.append((row[0], convert.leaf_path(path), row[1]))
-    return rows
+        if layout == "wan":
+            modules = _original(modules, config.num_res_blocks)
+        kind = kinds[len(leaf.get_raw_value().shape)] if name == "kernel" else "copy"
+        key = ".".join([*modules, "weight" if name == "kernel" else name])
+        rows.append((key, convert.leaf_path(path), kind))
+    return tuple(rows)
+
+
+def _original(modules: list[str], blocks: int) -> list[str]:
+    """A module's path in Wan-Video's own release, whose decoder numbers its levels in one list of
+    `blocks` + 1 residual blocks and the upsampling each."""
+    level_length = blocks + 2
+    layer: list[str] = []
+    match modules:
+        case ["quant_conv"]:
+            place = ["conv1"]
+        case ["post_quant_conv"]:
+            place = ["conv2"]
+        case [half, "conv_in"]:
+            place = [half, "conv1"]
+        case [half, "norm_out"]:
+            place = [half, "head", "0"]
+        case [half, "conv_out"]:
+            place = [half, "head", "2"]
+        case [half, "mid_block", "attentions", "0", *layer]:
+            place = [half, "middle", "1"]
+        case [half, "mid_block", "resnets", number, *layer]:
+            place = [half, "middle", str(2 * int(number))]
+        case [half, "down_blocks", number, *layer]:
+            place = [half, "downsamples", number]
+        case [half, "up_blocks", level, "resnets", number, *layer]:
+            place = [half, "upsamples", str(int(level) * level_length + int(number))]
+        case [half, "up_blocks", level, "upsamplers", "0", *layer]:
+            place = [half, "upsamples", str((int(level) + 1) * level_length - 1)]
+        case _:
+            raise ValueError(f"the VAE's module {'.'.join(modules)} has no name in Wan's release")
+    return [*place, *(_ORIGINAL_LAYERS.get(part, part) for part in layer)]
 
 
 def load(
@@ -448,10 +425,11 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     remat: bool = False,
 ) -> WanVAE:
-    """Reads a publisher's folder (config.json + safetensors), strictly.
+    """Reads diffusers' folder (config.json + safetensors), or the file of Wan-Video's own release.
 
     Args:
-      path: the folder.
+      path: the folder, e.g. Wan2.1-T2V-1.3B-Diffusers/vae; or one file, e.g.
+        Wan2.1-T2V-1.3B/Wan2.1_VAE.pth, which is taken for Wan2.1's VAE.
       dtype: of the weights and of the convolutions.
       mesh: mesh over which the weights are replicated.
       remat: as in `WanVAE`.
@@ -459,10 +437,19 @@ def load(
     Raises:
       ValueError: the config is another network's, or a key is unknown, missing or of a wrong shape.
     """
-    config = Config.from_dict(convert.read_config(path))
+    config = read_config(path)
     model = nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0), dtype=dtype, remat=remat))
-    convert.load(model, path, table(config), dtype=dtype, mesh=mesh)
+    layout = "wan" if convert.holds(path, "encoder.conv1.weight") else "diffusers"
+    convert.load(model, path, table(config, layout), dtype=dtype, mesh=mesh)
     return model
+
+
+def read_config(path: str | Path) -> Config:
+    """The config of a folder; a single file has none and is Wan2.1's VAE as Wan-Video releases
+    it."""
+    if Path(path).is_file():
+        return Config.wan2_1()
+    return Config.from_dict(convert.read_config(path))
 
 
 def save(model: WanVAE, path: str | Path) -> None:

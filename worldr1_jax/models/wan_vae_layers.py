@@ -299,3 +299,69 @@ class Upsample(nnx.Module):
         batch, frames, height, width, channels = x.shape
         y = self.time_conv(x, stream).reshape(batch, frames, height, width, 2, channels)
         return jnp.moveaxis(y, 4, 2).reshape(batch, 2 * frames, height, width, channels)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: DType):
+        self.resnets = nnx.List(
+            [ResidualBlock(channels, channels, rngs=rngs, dtype=dtype) for _ in range(2)]
+        )
+        self.attentions = nnx.List([AttentionBlock(channels, rngs=rngs, dtype=dtype)])
+
+    def layers(self) -> list[nnx.Module]:
+        """The layers in the order in which they run."""
+        return [self.resnets[0], self.attentions[0], self.resnets[1]]
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks of one decoder level, and the upsampling to the next one."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        *,
+        temporal: bool | None,
+        rngs: nnx.Rngs,
+        dtype: DType,
+    ):
+        self.resnets = nnx.List(
+            [
+                ResidualBlock(channels if i else in_channels, channels, rngs=rngs, dtype=dtype)
+                for i in range(blocks)
+            ]
+        )
+        # temporal is None at the last level, which is not upsampled.
+        upsamplers = (
+            []
+            if temporal is None
+            else [Upsample(channels, temporal=temporal, rngs=rngs, dtype=dtype)]
+        )
+        self.upsamplers = nnx.List(upsamplers)
+
+    def layers(self) -> list[nnx.Module]:
+        """The layers in the order in which they run."""
+        return [*self.resnets, *self.upsamplers]
+
+
+def patchify(x: Array, size: int) -> Array:
+    """[B F H W C] -> [B F H/p W/p C p p]; the publisher's channel order is (C, column, row)."""
+    if size == 1:
+        return x
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 2, 4, 6, 5, 3).reshape(
+        batch, frames, height // size, width // size, -1
+    )
+
+
+def unpatchify(x: Array, size: int) -> Array:
+    """The inverse of `patchify`."""
+    if size == 1:
+        return x
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height, width, channels // size**2, size, size)
+    return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(batch, frames, height * size, width * size, -1)

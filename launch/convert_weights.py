@@ -1,0 +1,39 @@
+"""Published weights, of either layout, to one folder that later starts restore onto any mesh.
+
+python launch/convert_weights.py --config=configs/world.py:small \\
+    --config.policy.weights=Wan2.1-T2V-1.3B --workdir=weights/wan-1.3b
+python launch/tpu_train.py --config=configs/world.py:small --config.policy.weights=weights/wan-1.3b
+
+--adapters folds trained adapters into the kernels. --form=diffusers writes safetensors that
+diffusers reads instead of Orbax.
+"""
+
+import cli
+from absl import flags
+
+ADAPTERS = flags.DEFINE_string(
+    "adapters", "", "workdir of a run, or LoRA, to fold into the transformer; empty: none"
+)
+KIND = flags.DEFINE_enum("kind", "ema", ("ema", "last"), "which adapters of a run")
+FORM = flags.DEFINE_enum("form", "orbax", ("orbax", "diffusers"), "what is written")
+
+
+def main() -> None:
+    """Writes transformer, vae, text_encoder and tokenizer to workdir."""
+    import jax.numpy as jnp
+
+    from worldr1_jax import nano, settings, sharding
+    from worldr1_jax.models import wan
+
+    config = cli.CONFIG.value
+    folder = nano.resolve(config.policy.weights)
+    wan.store(
+        folder, cli.WORKDIR.value, mesh=sharding.make_mesh(config.mesh),
+        dtype=jnp.dtype(config.policy.dtype), form=FORM.value,
+        adapters=settings.load_adapters(config, ADAPTERS.value, KIND.value),
+    )  # fmt: skip
+    print(f"--config.policy.weights={cli.WORKDIR.value} starts from these weights")
+
+
+if __name__ == "__main__":
+    cli.run(main)

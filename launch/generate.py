@@ -1,0 +1,71 @@
+"""Prompts to videos: base model or trained adapters, one mp4 each.
+
+python launch/generate.py --config=configs/world.py --prompt="Camera push in. A red sphere."
+python launch/generate.py --config=configs/world.py --prompts=prompts.txt --adapters=runs/world
+python launch/generate.py --config=configs/world.py:small --config.policy.weights=Wan2.1-T2V-1.3B \\
+    --prompts=- --adapters=someones_lora.safetensors --sampler=unipc --workdir=videos < prompts.txt
+
+Whatever the config says can be set: --config.seed, --config.sample.steps, .shift, .guidance,
+.negative_prompt, .camera (initial, step or none), .camera_strength, --config.frames, .height,
+.width, --config.mesh.fsdp. The same prompt, seed and batch give the same bytes.
+"""
+
+from pathlib import Path
+
+import cli
+from absl import flags
+
+PROMPT = flags.DEFINE_multi_string("prompt", [], "a prompt; may be given more than once")
+PROMPTS = flags.DEFINE_string("prompts", "", "text file with a prompt a line; -: standard input")
+ADAPTERS = flags.DEFINE_string(
+    "adapters", "", "workdir of a run, or a file or folder of LoRA; empty: the base model"
+)
+KIND = flags.DEFINE_enum("kind", "ema", ("ema", "last"), "which adapters of a run")
+SAMPLER = flags.DEFINE_enum("sampler", "euler", ("euler", "unipc"), "solver of the flow's ODE")
+ORDER = flags.DEFINE_integer("order", 2, "of unipc: 1, 2 or 3")
+SAMPLES = flags.DEFINE_integer("samples", 1, "videos per prompt")
+BATCH = flags.DEFINE_integer("batch", 0, "videos at a time; 0: one for each part of the mesh")
+
+
+def main() -> None:
+    """Writes workdir/<words of the prompt>-<hash>-<number>.mp4, each as soon as it is made."""
+    import jax
+
+    from worldr1_jax import generate, settings, sharding
+    from worldr1_jax.metrics import Progress, write_mp4
+    from worldr1_jax.rollout import unipc
+
+    config = cli.CONFIG.value
+    prompts = [*PROMPT.value, *(generate.read_prompts(PROMPTS.value) if PROMPTS.value else [])]
+    if not prompts:
+        raise ValueError("there is no prompt: give --prompt='...' or --prompts=file (-: stdin)")
+    wanted = len(prompts) * SAMPLES.value
+    if config.mesh.data == -1:
+        cli.use_cpu_well(BATCH.value or max(wanted, 1))
+    mesh = sharding.make_mesh(config.mesh)
+    settings.check_policy(config)
+    solver = None
+    if SAMPLER.value == "unipc":
+        if config.sample.camera == "step":
+            raise ValueError("--sampler=unipc undoes --config.sample.camera=step: use initial")
+        solver = unipc.make(config.sample.steps, config.sample.shift, ORDER.value)
+    adapters = settings.load_adapters(config, ADAPTERS.value, KIND.value)
+    pipeline = settings.build_pipeline(config, mesh, None, adapters)
+    progress = Progress(wanted, unit="video")
+    videos = generate.generate(
+        pipeline, prompts, seed=config.seed, samples=SAMPLES.value,
+        batch=BATCH.value or sharding.batch_parts(mesh), guidance=config.sample.guidance,
+        negative_prompt=config.sample.negative_prompt, solver=solver,
+    )  # fmt: skip
+    for done, made in enumerate(videos):
+        path = Path(cli.WORKDIR.value) / f"{made.name}.mp4"
+        if jax.process_index() == 0:
+            write_mp4(path, made.video, config.fps)
+        progress.update(done)
+        if jax.process_index() == 0:
+            print(path, flush=True)
+    progress.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)
