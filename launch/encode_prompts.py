@@ -45,9 +45,14 @@ def main() -> None:
 
     unique = len(set(texts))
     progress = Progress(unique, unit="prompt")
+
+    def show(done):
+        if done == unique or done * 20 // unique > (done - BATCH.value) * 20 // unique:
+            progress.update(done - 1)
+
     count = text_cache.write(
         cli.WORKDIR.value, texts, rows, made_by=made_by, tokens=config.policy.text_tokens,
-        batch=BATCH.value, progress=lambda done: progress.update(done - 1),
+        batch=BATCH.value, progress=show,
     )  # fmt: skip
     progress.close()
     print(f"{count} prompts: train with --config.policy.text_cache={cli.WORKDIR.value}")

@@ -141,22 +141,26 @@ def read_state(workdir: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"{workdir} holds no checkpoints/: it is no folder of a run")
     with ocp.CheckpointManager(folder) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"{folder} holds no checkpoint yet")
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        with _damage_named(folder / str(step)):
-            meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-            wanted = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-                manager.item_metadata(step)["state"].tree,
-            )
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-            state = manager.restore(step, args=args)["state"]
-    saved = list(meta["meta"]["leaves"].values())
+    if step is None:
+        raise ValueError(f"{folder} holds no checkpoint yet")
+    item = folder / str(step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with (
+        _damage_named(item),
+        ocp.StandardCheckpointer() as arrays,
+        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as texts,
+    ):
+        meta = texts.restore(item / "meta")
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            arrays.metadata(item / "state").item_metadata.tree,
+        )
+        state = arrays.restore(item / "state", wanted)
+    saved = list(meta["leaves"].values())
     found = list(_describe(state, digests=True).values())
     if sorted(saved) != sorted(found):  # dicts' paths are not those of the run's own types
         reason = "the bits of its state are not those that were saved"
-        raise ValueError(_damaged(folder / str(step), reason))
+        raise ValueError(_damaged(item, reason))
     return step, state
 
 
