@@ -36,6 +36,7 @@ setup(
             "torch==2.13.0",
             "diffusers>=0.42",
             "accelerate",
+            "peft",
             "einops",
             "omegaconf",
             "addict",
