@@ -272,7 +272,7 @@ def chunk_rows(
     return jnp.where(hidden, 0.0, rows - shift), index
 
 
-def _features(rows: Float[Array, "G C 10"]) -> Float[Array, "G C 5"]:
+def features(rows: Float[Array, "G C 10"]) -> Float[Array, "G C 5"]:
     return jnp.concatenate([rows[..., FEATURES:], jnp.ones_like(rows[..., :1])], axis=-1)
 
 
@@ -306,13 +306,13 @@ def _draw(
     drawn = before * (1.0 - alpha) > TRANSMITTANCE_MIN
     weight = jnp.where(drawn, alpha * before, 0.0)
     exact = lax.Precision.HIGHEST
-    features = jnp.einsum("gcf,cgp->gfp", _features(rows), weight, precision=exact)
+    painted = jnp.einsum("gcf,cgp->gfp", features(rows), weight, precision=exact)
     stop = canvas.stop
     if record:
         many = jnp.sum(drawn, axis=0, dtype=jnp.int32)
         stops = (canvas.transmittance > 0) & (behind < 0)
         stop = jnp.where(stops, place + many, stop)
-    return Canvas(canvas.features + features, behind, stop)
+    return Canvas(canvas.features + painted, behind, stop)
 
 
 # ---- A round -------------------------------------------------------------------------------------
@@ -365,9 +365,9 @@ def _draw_backward(
     first = behind_all / jnp.prod(1.0 - alpha, axis=0)
     before = lax.scan(lambda t, a: (t * (1.0 - a), t), first, alpha)[1]
     weight = alpha * before
-    features = _features(rows)
+    shown = features(rows)
     exact = lax.Precision.HIGHEST
-    value = jnp.einsum("gcf,gfp->cgp", features, cotangent, precision=exact)
+    value = jnp.einsum("gcf,gfp->cgp", shown, cotangent, precision=exact)
     later, behind = lax.scan(lambda s, x: (s + x, s), later, weight * value, reverse=True)
     d_alpha = jnp.where(drawn, before * value - behind / (1.0 - alpha), 0.0)
     d_features = jnp.einsum("cgp,gfp->gcf", weight, cotangent, precision=exact)
