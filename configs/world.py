@@ -88,6 +88,9 @@ def _paper() -> ml_collections.ConfigDict:
         {"recon": 1.0, "trajectory": 1.0, "general": 1.0}
     )  # 0 drops a reward
     c.rewards.da3 = ""  # folder of Depth Anything 3 with Gaussian head
+    c.rewards.likeness = "lpips"  # what S_recon compares with: lpips [paper], or ssim
+    c.rewards.lpips = ""  # folder of LPIPS (AlexNet v0.1); see models/lpips.py
+    c.rewards.mode = "paper"  # or "released": S_traj by the formula of World-R1's code
     c.rewards.frame_stride = 1  # the 3D network sees every so many frames
     c.rewards.views = (
         0  # frames that S_recon renders again, evenly spaced; 0: all that were reconstructed
@@ -149,6 +152,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     c.sample.flow_scale, c.sample.magnitudes = 4, "nano"
     c.rewards.da3, c.rewards.frame_stride = "nano", 4  # one frame for each latent frame
     c.rewards.depth_scale = 4.0
+    c.rewards.likeness = "ssim"  # LPIPS means little at 64 pixels
     # Within a group S_recon spreads by 0.024, S_traj by 0.17 and R_gen by 0.09: with equal weights
     # S_recon would be 2% of the variance that the policy learns from.
     c.rewards.weights.recon = 6.0

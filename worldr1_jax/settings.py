@@ -5,6 +5,8 @@ Nothing here compiles before `check` has passed; below this module, functions ta
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -72,7 +74,8 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         )
     for make in (make_sampler, make_rules):
         make(config)  # each refuses what it cannot honour
-    rewards.check(config.rewards.weights, config.rewards.da3)
+    rewards.check(config.rewards.weights, config.rewards.da3, config.rewards.mode)
+    lpips_folder(config)
     if config.rewards.general != "palette":
         raise ValueError(
             f"rewards.general is '{config.rewards.general}': palette is the only one there is"
@@ -195,11 +198,28 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     return rewards.build(
         dict(r.weights),
         da3=r.da3,
+        lpips=lpips_folder(config),
+        mode=r.mode,
         mesh=mesh,
         frame_stride=r.frame_stride,
         views=r.views or None,
         depth_scale=r.depth_scale,
     )
+
+
+def lpips_folder(config: ml_collections.ConfigDict) -> str | None:
+    """Where LPIPS is, or None when S_recon compares by SSIM."""
+    r = config.rewards
+    if r.likeness not in ("lpips", "ssim"):
+        raise ValueError(f"rewards.likeness is '{r.likeness}': it is lpips or ssim")
+    if r.likeness == "ssim":
+        return None
+    if not Path(r.lpips).is_dir() or not r.lpips:
+        raise ValueError(
+            f"rewards.lpips is '{r.lpips}', which is no folder: give LPIPS, or set "
+            "rewards.likeness=ssim"
+        )
+    return r.lpips
 
 
 def window_start(config: ml_collections.ConfigDict, update: int, key: jax.Array) -> jax.Array:

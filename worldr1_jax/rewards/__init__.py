@@ -22,18 +22,22 @@ from jaxtyping import Array, Float
 from worldr1_jax import nano, sharding
 from worldr1_jax.metrics import StageTimer
 from worldr1_jax.models import da3 as depth_anything
+from worldr1_jax.models import lpips as perceptual
 from worldr1_jax.models.convert import read_config
-from worldr1_jax.rewards import combine, general, recon, reconstruct, trajectory
+from worldr1_jax.rewards import combine, general, recon, reconstruct, released, trajectory
 from worldr1_jax.types import Reconstruction, Scores
 
 NEEDS_3D = ("recon", "trajectory")
 NAMES = (*NEEDS_3D, "general")
+MODES = ("paper", "released")
 
 
 def build(
     weights: Mapping[str, float],
     *,
     da3: str | Path = "nano",
+    lpips: str | Path | None = None,
+    mode: str = "paper",
     mesh: jax.sharding.Mesh | None = None,
     frame_stride: int = 1,
     views: int | None = None,
@@ -45,6 +49,8 @@ def build(
       weights: reward -> weight in the sum; a weight of 0 keeps the part as a measurement only.
       da3: folder of a Depth Anything 3 with Gaussian head, or "nano" for the one that ships with
         the package.
+      lpips: folder of LPIPS, S_recon's measure at full size; None takes SSIM, for nano's 64 pixels.
+      mode: "paper", or "released" for S_traj by the formula of World-R1's code.
       mesh: videos are split over its data and fsdp axes; None uses one device.
       frame_stride: the 3D network sees every so many frames.
       views: frames that S_recon renders again, evenly spaced; None takes all that were
@@ -54,15 +60,20 @@ def build(
     Raises:
       ValueError: an unknown reward, or weights that cannot be read.
     """
-    folder = check(weights, da3)
+    folder = check(weights, da3, mode)
     if mesh is None:
         mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    return Reward(dict(weights), folder, mesh, frame_stride, views, depth_scale)
+    distance = None if lpips is None else perceptual.load(lpips, mesh=mesh)
+    return Reward(
+        dict(weights), folder, mesh, frame_stride, views, depth_scale, distance, mode
+    )  # fmt: skip
 
 
-def check(weights: Mapping[str, float], da3: str | Path) -> Path:
-    """The folder of the 3D network; raises ValueError for an unknown reward, no reward, or no such
-    network."""
+def check(weights: Mapping[str, float], da3: str | Path, mode: str = "paper") -> Path:
+    """The folder of the 3D network; raises ValueError for an unknown reward or mode, no reward, or
+    no such network."""
+    if mode not in MODES:
+        raise ValueError(f"rewards.mode is '{mode}': it is {' or '.join(MODES)}")
     unknown = [name for name in weights if name not in NAMES]
     if unknown:
         raise ValueError(f"rewards.weights names '{unknown[0]}': it knows {', '.join(NAMES)}")
@@ -85,21 +96,18 @@ class Reward:
         frame_stride: int,
         views: int | None,
         depth_scale: float,
+        distance: perceptual.LPIPS | None = None,
+        mode: str = "paper",
     ):
         self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
         network = sharding.place(depth_anything.load(folder), "da3", mesh)
         self._graph, self._state = nnx.split(network)
         self._reconstruct = jax.jit(self._reconstruct_videos)
-        self._recon = jax.jit(
-            sharding.each_device(
-                lambda video, found: recon.s_recon(video[:, ::frame_stride], found, views=views)
-            )
-        )
-        self._trajectory = jax.jit(
-            lambda asked, found: trajectory.s_traj(
-                asked[:, ::frame_stride], found, depth_scale=depth_scale
-            )
-        )
+        self._lpips = None if distance is None else nnx.split(distance)
+        self._views, self._depth_scale, self._mode = views, depth_scale, mode
+        self._recon = jax.jit(self._recon_of_videos)
+        self._trajectory = jax.jit(self._trajectory_of_videos)
+        self._mvcs = jax.jit(recon.mvcs)
         self._palette = jax.jit(general.palette)
 
     def __call__(
@@ -133,15 +141,17 @@ class Reward:
             return self._reconstruct(self._state, videos)
 
     def geometry(self, videos, found: Reconstruction, camtoworld) -> dict[str, Array]:
-        """S_recon (with PSNR and SSIM beside it) and S_traj."""
+        """S_recon (with PSNR and SSIM beside it) and S_traj (with its two factors and its errors)."""
         asked = sharding.to_global(np.asarray(camtoworld, np.float32), sharding.batched(self.mesh))
         with sharding.on(self.mesh):
             score, extra = self._recon(videos, found)
-            return {
-                "recon": score,
-                "trajectory": self._trajectory(asked, found.camtoworld),
-                **extra,
-            }
+            paths = self._trajectory(asked, found.camtoworld)
+            return {"recon": score, **paths, **extra}
+
+    def consistency(self, found: Reconstruction) -> Array:
+        """MVCS, a measure beside the rewards: see `recon.mvcs`."""
+        with sharding.on(self.mesh):
+            return self._mvcs(found.depth, found.camtoworld, found.intrinsics)
 
     def general(self, videos, prompts: Sequence[str]) -> Array:
         """R_gen: see `general.palette`."""
@@ -155,6 +165,28 @@ class Reward:
         weights = {name: 0.0 if name in off else weight for name, weight in self.weights.items()}
         with sharding.on(self.mesh):
             return combine.combine(parts, weights)
+
+    def _recon_of_videos(self, videos: Array, found: Reconstruction):
+        measure: Any = nnx.merge(*self._lpips) if self._lpips else None
+
+        def own(video: Array, found: Reconstruction):
+            frames = video[:, :: self.frame_stride]
+            return recon.s_recon(frames, found, views=self._views, perceptual=measure)
+
+        return sharding.each_device(own)(videos, found)
+
+    def _trajectory_of_videos(self, asked: Array, found: Array) -> dict[str, Array]:
+        asked = asked[:, :: self.frame_stride]
+        factors = trajectory.parts(asked, found, depth_scale=self._depth_scale)
+        if self._mode == "released":
+            score = released.s_traj(asked, found)
+        else:
+            score = trajectory.s_traj(asked, found, depth_scale=self._depth_scale)
+        return {
+            "trajectory": score,
+            **{f"trajectory_{name}": value for name, value in factors.items()},
+            **trajectory.errors(asked, found, depth_scale=self._depth_scale),
+        }
 
     def _reconstruct_videos(self, state: Any, videos: Array) -> Reconstruction:
         network: Any = nnx.merge(self._graph, state)

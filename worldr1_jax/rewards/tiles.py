@@ -434,12 +434,10 @@ def _run(grid: Grid, view: Projected, record: bool) -> tuple[_Rounds, Int[Array,
 
     def one_round(state: _Rounds) -> _Rounds:
         lists = take(grid, view, order, visible, state.cursor, state.canvas.open)
-        if grid.kernel == "xla":
-            canvas = composite(grid, lists, state.canvas, state.count, record)
-        else:
-            from worldr1_jax.rewards import tile_kernel  # Pallas takes a second to import
-
-            canvas = tile_kernel.composite(grid, lists, state.canvas, state.count, record)
+        draw = composite
+        if grid.kernel != "xla":
+            from worldr1_jax.rewards.tile_kernel import composite as draw  # imports Pallas
+        canvas = draw(grid, lists, state.canvas, state.count, record)
         cursors = state.cursors.at[state.count].set(state.cursor)
         return _Rounds(canvas, state.cursor + lists.taken, state.count + 1, cursors)
 

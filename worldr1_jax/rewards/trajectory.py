@@ -66,15 +66,24 @@ def s_traj(
     Raises:
         ValueError: shapes that are not two equal [B F 4 4].
     """
-    paths = _align(asked, recovered, depth_scale)
-    depth = jnp.broadcast_to(jnp.asarray(depth_scale, jnp.float32), asked.shape[:1])
-    length, moves = _length(paths)
-    off_path = _rms(jnp.linalg.norm(paths.aligned - paths.asked, axis=-1)) / length
-    drift = _rms(jnp.linalg.norm(paths.recovered, axis=-1)) / (TRANSLATION_TOLERANCE * depth)
-    translation = jnp.where(moves, off_path, drift)
-    unit = jnp.maximum(_rms(paths.turned), jnp.deg2rad(ROTATION_TOLERANCE))
-    rotation = _rms(paths.angles) / unit
+    translation, rotation = _relative_errors(asked, recovered, depth_scale)
     return jnp.exp(-sharpness * (translation**2 + rotation**2))
+
+
+def parts(
+    asked: Float[Array, "B F 4 4"],
+    recovered: Float[Array, "B F 4 4"],
+    *,
+    depth_scale: float | Float[Array, " B"] = 1.0,
+    sharpness: float = SHARPNESS,
+) -> dict[str, Float[Array, " B"]]:
+    """The two factors of `s_traj`: translation exp(-sharpness e_t^2), rotation exp(-sharpness
+    e_r^2)."""
+    translation, rotation = _relative_errors(asked, recovered, depth_scale)
+    return {
+        "translation": jnp.exp(-sharpness * translation**2),
+        "rotation": jnp.exp(-sharpness * rotation**2),
+    }
 
 
 def errors(
@@ -136,6 +145,35 @@ def relative_to_first(
     rotations = jnp.einsum("bij,bfjk->bfik", to_first, camtoworld[..., :3, :3], precision=exact)
     offsets = camtoworld[..., :3, 3] - camtoworld[:, :1, :3, 3]
     return rotations, jnp.einsum("bij,bfj->bfi", to_first, offsets, precision=exact)
+
+
+def _relative_errors(
+    asked: Array, recovered: Array, depth_scale: float | Array
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """e_t and e_r of `s_traj`."""
+    paths = _align(asked, recovered, depth_scale)
+    depth = jnp.broadcast_to(jnp.asarray(depth_scale, jnp.float32), asked.shape[:1])
+    length, moves = _length(paths)
+    off_path = _rms(jnp.linalg.norm(paths.aligned - paths.asked, axis=-1)) / length
+    drift = _rms(jnp.linalg.norm(paths.recovered, axis=-1)) / (TRANSLATION_TOLERANCE * depth)
+    unit = jnp.maximum(_rms(paths.turned), jnp.deg2rad(ROTATION_TOLERANCE))
+    return jnp.where(moves, off_path, drift), _rms(paths.angles) / unit
+
+
+def aligned_positions(
+    asked: Float[Array, "B F 4 4"],
+    recovered: Float[Array, "B F 4 4"],
+    *,
+    depth_scale: float | Float[Array, " B"] = 1.0,
+) -> tuple[Float[Array, "B F 3"], Float[Array, "B F 3"]]:
+    """Positions asked for and recovered, relative to the first camera, in asked units; for
+    pictures. A recovered path whose scale cannot be known (nothing is asked for) is in units of
+    `depth_scale`."""
+    paths = _align(asked, recovered, depth_scale)
+    _, moves = _length(paths)
+    depth = jnp.broadcast_to(jnp.asarray(depth_scale, jnp.float32), asked.shape[:1])
+    alone = paths.recovered / depth[:, None, None]
+    return paths.asked, jnp.where(moves[:, None, None], paths.aligned, alone)
 
 
 def _align(asked: Array, recovered: Array, depth_scale: float | Array) -> _Alignment:
