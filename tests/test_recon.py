@@ -82,6 +82,23 @@ def test_perceptual_distance_replaces_ssim():
     np.testing.assert_allclose(score, 0.7, atol=1e-6)
 
 
+def test_mvcs_of_a_plane_by_hand():
+    """A wall at depth 2, and a camera that has come 0.5 closer: depths 2 and 1.5 agree fully.
+
+    With the second depth a tenth too large, the 56 pixels of the first frame that the second one
+    sees agree by 1.5 / 1.65, and the 108 of the second by 2 / 2.15.
+    """
+    depth = jnp.stack([jnp.full((9, 12), 2.0), jnp.full((9, 12), 1.5)])[None]
+    poses = jnp.tile(jnp.eye(4), (1, 2, 1, 1)).at[0, 1, 2, 3].set(0.5)
+    matrix = jnp.array([[10.0, 0, 6], [0, 10, 4.5], [0, 0, 1]])
+    matrices = jnp.tile(matrix, (1, 2, 1, 1))
+    np.testing.assert_allclose(recon.mvcs(depth, poses, matrices), 1.0, atol=1e-5)
+    wrong = recon.mvcs(depth.at[:, 1].multiply(1.1), poses, matrices)
+    expected = (56 / 1.1 + 108 * 2 / 2.15) / (56 + 108)
+    np.testing.assert_allclose(wrong, expected, atol=1e-4)
+    assert np.isnan(recon.mvcs(depth[:, :1], poses[:, :1], matrices[:, :1])[0])
+
+
 def test_failures_stay_nan():
     video, found = ideal()
     broken = found.gaussians.replace(means=found.gaussians.means.at[1, 3, 0].set(jnp.nan))

@@ -32,7 +32,7 @@ def test_a_similarity_is_undone():
 
 
 def test_a_perfect_push_in_is_not_scaled():
-    """Why it is not the default: the path recovered in the network's own units scores about half."""
+    """Why it is not the default: a path in the network's own units scores about half."""
     asked = jnp.asarray(trajectory.path(("push_in",), FRAMES))
     found = asked.at[:, :3, 3].multiply(1 / 300)
     assert float(released.s_traj(asked[None], found[None])[0]) < 0.65

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from worldr1_jax.camera import commands, trajectory
-from worldr1_jax.rewards.trajectory import errors, rotation_angle, s_traj
+from worldr1_jax.rewards.trajectory import errors, parts, rotation_angle, s_traj
 
 FRAMES = 17
 NANO = trajectory.Magnitudes.nano()
@@ -154,3 +154,14 @@ def test_errors_by_hand():
     assert result["cam_mc"] == pytest.approx(8**0.5 * np.sin(np.deg2rad(5)), rel=1e-3)
     found[:, :3, 3] = found[:, [2, 0, 1], 3]  # sideways: no scale helps, so it is left out
     assert float(errors(asked[None], found[None])["trans_err"][0]) == pytest.approx(1.5, rel=1e-3)
+
+
+def test_parts_say_which_half_is_wrong():
+    """A pan where a move was asked for: no translation, and rotation where there was none."""
+    asked, turned = jnp.asarray(path("move_left"))[None], jnp.asarray(path("pan_left"))[None]
+    right = parts(asked, asked, depth_scale=DEPTH)
+    wrong = parts(asked, turned, depth_scale=DEPTH)
+    product = wrong["translation"] * wrong["rotation"]
+    np.testing.assert_allclose(product, s_traj(asked, turned, depth_scale=DEPTH), rtol=1e-5)
+    assert right["translation"][0] > 0.99 and right["rotation"][0] > 0.99
+    assert wrong["translation"][0] < 0.3 and wrong["rotation"][0] < 0.3

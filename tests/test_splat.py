@@ -121,6 +121,16 @@ def test_tiles_are_exact(opacity, pairs):
     assert images.overflow.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("pairs", [200, None])
+def test_the_kernel_equals_the_tiles(pairs):
+    gaussians, poses, matrices = scene(count=300, opacity=(0.1, 1.0))
+    ours = splat.render(gaussians, poses, matrices, SIZE, pairs=pairs)
+    options = {"method": "pallas", "interpret": True, "pairs": pairs}
+    images = splat.render(gaussians, poses, matrices, SIZE, **options)
+    same(images, ours)
+    assert images.overflow.tolist() == [0, 0]
+
+
 def test_a_bound_on_rounds_counts_what_it_leaves_out():
     gaussians, poses, matrices = scene(count=300, opacity=(0.02, 0.2))
     wanted = exact(gaussians, poses, matrices, SIZE)
@@ -160,7 +170,7 @@ def test_both_ways_to_sort_by_tile_agree():
         np.testing.assert_array_equal(a[:kept], b[:kept])
 
 
-@pytest.mark.parametrize("renderer", [splat.render, in_rounds, exact])
+@pytest.mark.parametrize("renderer", [splat.render, exact])
 def test_gradients_match_finite_differences(renderer):
     size = (10, 12)
     gaussians, poses, matrices = scene(count=25, opacity=(0.3, 0.8), size=size)
@@ -195,7 +205,10 @@ def test_gradients_match_finite_differences(renderer):
         assert np.median(errors) < 0.03, (name, errors)
 
 
-@pytest.mark.parametrize("renderer", [splat.render, in_rounds])
+kernel = partial(splat.render, method="pallas", interpret=True, pairs=200)
+
+
+@pytest.mark.parametrize("renderer", [in_rounds, kernel])
 def test_gradients_of_lists_match_the_oracle(renderer):
     gaussians, poses, matrices = scene(count=120, opacity=(0.3, 1.0))
     target = jax.random.normal(jax.random.key(1), (2, *SIZE, 3))

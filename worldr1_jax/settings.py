@@ -74,18 +74,23 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         )
     for make in (make_sampler, make_rules):
         make(config)  # each refuses what it cannot honour
-    rewards.check(config.rewards.weights, config.rewards.da3, config.rewards.mode)
-    lpips_folder(config)
-    if config.rewards.general != "palette":
-        raise ValueError(
-            f"rewards.general is '{config.rewards.general}': palette is the only one there is"
-        )
+    check_rewards(config)
     unknown = [name for name in config.dynamic.off if name not in rewards.NAMES]
     if unknown:
         raise ValueError(f"dynamic.off names '{unknown[0]}': it knows {', '.join(rewards.NAMES)}")
     for name in ("num_updates", "checkpoint_every", "videos_every"):
         if config[name] < 1:
             raise ValueError(f"{name} is {config[name]}: it has to be at least 1")
+
+
+def check_rewards(config: ml_collections.ConfigDict) -> None:
+    """The part of `check` that scoring videos depends on."""
+    rewards.check(config.rewards.weights, config.rewards.da3, config.rewards.mode)
+    lpips_folder(config)
+    if config.rewards.general != "palette":
+        raise ValueError(
+            f"rewards.general is '{config.rewards.general}': palette is the only one there is"
+        )
 
 
 def check_policy(config: ml_collections.ConfigDict) -> None:

@@ -25,27 +25,26 @@ def alexnet(seed):
     return torch.nn.Sequential(*layers)
 
 
-@pytest.fixture
-def package(monkeypatch):
-    """The package's network; torchvision is replaced by what it needs of it."""
-    trunk = alexnet(0)
+def package_on(trunk):
+    """The package's network with its own heads; torchvision is replaced by what it needs of it."""
     vision = types.ModuleType("torchvision")
     vision.models = types.ModuleType("torchvision.models")
     vision.models.alexnet = lambda pretrained: types.SimpleNamespace(features=trunk)
-    monkeypatch.setitem(sys.modules, "torchvision", vision)
-    monkeypatch.setitem(sys.modules, "torchvision.models", vision.models)
-    for name in [n for n in sys.modules if n.split(".")[0] == "lpips"]:
-        monkeypatch.delitem(sys.modules, name)
-    lpips = pytest.importorskip("lpips")
-    network = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
-    return network, trunk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchvision", vision)
+        patch.setitem(sys.modules, "torchvision.models", vision.models)
+        lpips = pytest.importorskip("lpips")
+        return lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (47, 90)])
-def test_distances(package, size, tmp_path):
-    network, trunk = package
+def test_distances(size, tmp_path):
+    trunk = alexnet(0)
+    network = package_on(trunk)
     state = {f"features.{k}": v for k, v in trunk.state_dict().items()}
-    state |= {k: v for k, v in network.state_dict().items() if k.startswith("lin") and "s." not in k}
+    state |= {
+        k: v for k, v in network.state_dict().items() if k.startswith("lin") and "s." not in k
+    }
     state["classifier.1.weight"] = torch.zeros(2, 2)  # the rest of AlexNet may be in the file
     from safetensors.numpy import save_file
 

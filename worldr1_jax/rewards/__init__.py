@@ -141,7 +141,7 @@ class Reward:
             return self._reconstruct(self._state, videos)
 
     def geometry(self, videos, found: Reconstruction, camtoworld) -> dict[str, Array]:
-        """S_recon (with PSNR and SSIM beside it) and S_traj (with its two factors and its errors)."""
+        """S_recon (PSNR and SSIM beside it) and S_traj (its factors and its errors beside it)."""
         asked = sharding.to_global(np.asarray(camtoworld, np.float32), sharding.batched(self.mesh))
         with sharding.on(self.mesh):
             score, extra = self._recon(videos, found)

@@ -1,7 +1,7 @@
 """S_traj as World-R1's released code computes it, for comparisons; the default is `trajectory`.
 
-Not a better measure: a perfect straight push-in scores 0.52, because a fit of a straight path leaves
-its rotation open and the release then does not scale at all.
+Not a better measure: a perfect straight push-in scores 0.52, because a fit of a straight path
+leaves its rotation open and the release then does not scale at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Composites projected Gaussians over square tiles, in rounds: static shapes, nothing dropped.
 
-A round takes the next Gaussians in depth order, as many as touch PAIRS tiles in all (one pair is one
-Gaussian in one tile), groups the pairs by tile, and composites every tile's list front to back, a
+A round takes the next Gaussians in depth order, as many as make `pairs` pairs of a Gaussian and a
+tile that it touches, groups the pairs by tile, and composites every tile's list front to back, a
 chunk of CHUNK Gaussians at a time. A tile is left as soon as each of its pixels is opaque, and
 rounds end when every tile is opaque or no Gaussian is left. So the memory is that of one round,
 whatever the scene, and no tile has a longest list: a tile of real footage takes thousands of
@@ -81,7 +81,7 @@ class Grid:
         y, x = np.mgrid[: self.tile, : self.tile] + 0.5 - self.tile / 2
         return np.stack([x.ravel(), y.ravel()], -1).astype(np.float32)
 
-    def centres(self, tiles: Int[Array, "..."]) -> Float[Array, "... 2"]:
+    def centres(self, tiles: Int[Array, "*b"]) -> Float[Array, "*b 2"]:
         """x and y of tiles' centres in the image; px."""
         corner = jnp.stack([tiles % self.shape[1], tiles // self.shape[1]], -1)
         return (corner.astype(jnp.float32) + 0.5) * self.tile
@@ -91,7 +91,7 @@ def make_grid(
     size: tuple[int, int], tile: int, pairs: int | None, rounds: int | None, kernel: str
 ) -> Grid:
     """A grid; raises ValueError for a round that could not hold one Gaussian over all tiles."""
-    made = Grid(tuple(size), tile, 0, rounds, kernel)
+    made = Grid((size[0], size[1]), tile, 0, rounds, kernel)
     wanted = PAIRS_PER_TILE * made.tiles if pairs is None else pairs
     if wanted < made.tiles:
         raise ValueError(
@@ -120,8 +120,8 @@ class Lists(NamedTuple):
 
     rows: Float[Array, "S 10"]  # of the S Gaussians from the cursor on
     source: Int[Array, " S"]  # which Gaussians of the view these are
-    index: Int[Array, " M"]  # into S, tile after tile
-    start: Int[Array, " L"]  # first place of each tile in `index`
+    member: Int[Array, " M"]  # into S, tile after tile
+    start: Int[Array, " L"]  # first place of each tile in `member`
     length: Int[Array, " L"]
     taken: Int[Array, ""]  # Gaussians that this round covers; the rest of S waits
 
@@ -265,7 +265,7 @@ def chunk_rows(
     place = chunk[..., None] * width + jnp.arange(width)
     place = jnp.broadcast_to(place, (tiles.shape[0], width))
     inside = place < lists.length[tiles][:, None]
-    index = lists.index[jnp.where(inside, lists.start[tiles][:, None] + place, 0)]
+    index = lists.member[jnp.where(inside, lists.start[tiles][:, None] + place, 0)]
     rows = lists.rows[index]
     shift = jnp.pad(grid.centres(tiles), ((0, 0), (0, rows.shape[-1] - 2)))[:, None]
     hidden = ~inside[..., None] & (jnp.arange(rows.shape[-1]) == OPACITY)
@@ -415,7 +415,7 @@ class _Rounds(NamedTuple):
 
     canvas: Canvas
     cursor: Int[Array, ""]  # Gaussians done, in depth order
-    count: Int[Array, ""]  # rounds done
+    number: Int[Array, ""]  # rounds done
     cursors: Int[Array, " R"]  # the cursor before each round
 
 
@@ -437,13 +437,13 @@ def _run(grid: Grid, view: Projected, record: bool) -> tuple[_Rounds, Int[Array,
         draw = composite
         if grid.kernel != "xla":
             from worldr1_jax.rewards.tile_kernel import composite as draw  # imports Pallas
-        canvas = draw(grid, lists, state.canvas, state.count, record)
-        cursors = state.cursors.at[state.count].set(state.cursor)
-        return _Rounds(canvas, state.cursor + lists.taken, state.count + 1, cursors)
+        canvas = draw(grid, lists, state.canvas, state.number, record)
+        cursors = state.cursors.at[state.number].set(state.cursor)
+        return _Rounds(canvas, state.cursor + lists.taken, state.number + 1, cursors)
 
     def unfinished(state: _Rounds) -> Array:
         is_open = jnp.any(state.canvas.open[: grid.tiles])
-        return (state.cursor < visible) & (state.count < most) & is_open
+        return (state.cursor < visible) & (state.number < most) & is_open
 
     zero = jnp.int32(0)
     canvas = blank(grid.padded, grid.tile**2)
@@ -490,9 +490,9 @@ def _blend_backward(grid: Grid, residuals, cotangents):
 
     transmittance = jnp.abs(done.canvas.transmittance)
     carry = (transmittance, jnp.zeros_like(transmittance), cotangents[0])
-    state = (done.count - 1, carry, jnp.zeros_like(view.rows))
+    state = (done.number - 1, carry, jnp.zeros_like(view.rows))
     d_rows = lax.while_loop(lambda state: state[0] >= 0, one_round, state)[2]
-    return (Projected(d_rows, jnp.zeros_like(view.radii), None),)
+    return (view._replace(rows=d_rows, radii=jnp.zeros_like(view.radii), visible=None),)
 
 
 blend.defvjp(_blend_forward, _blend_backward)

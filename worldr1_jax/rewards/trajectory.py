@@ -131,9 +131,7 @@ def rotation_angle(matrix: Float[Array, "*batch 3 3"]) -> Float[Array, "*batch"]
         ],
         axis=-1,
     )
-    return jnp.arctan2(
-        jnp.linalg.norm(skew, axis=-1), jnp.trace(matrix, axis1=-2, axis2=-1) - 1.0
-    )
+    return jnp.arctan2(jnp.linalg.norm(skew, axis=-1), jnp.trace(matrix, axis1=-2, axis2=-1) - 1.0)
 
 
 def relative_to_first(
@@ -184,9 +182,7 @@ def _align(asked: Array, recovered: Array, depth_scale: float | Array) -> _Align
         )
     turns, positions = relative_to_first(jnp.asarray(asked, jnp.float32))
     found_turns, found = relative_to_first(jnp.asarray(recovered, jnp.float32))
-    between = jnp.einsum(
-        "bfji,bfjk->bfik", turns, found_turns, precision=lax.Precision.HIGHEST
-    )
+    between = jnp.einsum("bfji,bfjk->bfik", turns, found_turns, precision=lax.Precision.HIGHEST)
     noise = asked.shape[1] * (STILL * jnp.asarray(depth_scale, jnp.float32)) ** 2
     scale = jnp.sum(found * positions, axis=(1, 2)) / (jnp.sum(found**2, axis=(1, 2)) + noise)
     aligned = jnp.maximum(scale, 0.0)[:, None, None] * found

@@ -1,0 +1,58 @@
+"""Scores videos: a table on the screen, and everything in workdir/scores.json.
+
+python launch/score.py --config=configs/world.py --video=a.mp4 --prompt="Camera push in. A sphere."
+python launch/score.py --config=configs/world.py --list=videos.jsonl --pictures --workdir=scores
+
+The list has a line {"video": "a.mp4", "prompt": "..."} for each video. Videos of any size and of up
+to --config.frames frames. --pictures writes workdir/<video>.png: frames, their re-renders, depth,
+and the camera path asked for against the one recovered.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import cli
+from absl import flags
+
+VIDEO = flags.DEFINE_multi_string("video", [], "an mp4 file; may be given more than once")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "the prompt of each --video, in the same order")
+LIST = flags.DEFINE_string("list", "", ".jsonl file of videos and prompts")
+PICTURES = flags.DEFINE_bool("pictures", False, "write a picture for each video")
+
+SHOWN = ("total", "recon", "trajectory", "general", "psnr", "ssim", "mvcs", "rot_err", "trans_err")
+
+
+def main() -> None:
+    """Scores one video after the other; those that cannot be judged say why."""
+    from worldr1_jax import scoring, settings, sharding
+    from worldr1_jax.metrics import write_atomically, write_summary
+
+    config = cli.CONFIG.value
+    if len(VIDEO.value) != len(PROMPT.value):
+        raise ValueError(
+            f"there are {len(VIDEO.value)} --video and {len(PROMPT.value)} --prompt: give one "
+            "prompt a video"
+        )
+    pairs = list(zip(VIDEO.value, PROMPT.value, strict=True))
+    pairs += scoring.read_list(LIST.value) if LIST.value else []
+    if not pairs:
+        raise ValueError("there is no video: give --video and --prompt, or --list=file.jsonl")
+    settings.check_rewards(config)
+    reward = settings.build_reward(config, sharding.make_mesh(config.mesh))
+    magnitudes = settings.make_camera(config).magnitudes
+    folder, rows = Path(cli.WORKDIR.value), []
+    for row in scoring.score(
+        reward, pairs, magnitudes=magnitudes, most_frames=config.frames,
+        depth_scale=config.rewards.depth_scale, with_pictures=PICTURES.value,
+    ):  # fmt: skip
+        rows.append(row)
+        if row.picture:
+            name = f"{len(rows):03d}-{Path(row.path).stem}.png"
+            write_atomically(folder / name, row.picture)
+    print(scoring.table(rows, SHOWN), flush=True)
+    records = [dataclasses.asdict(row) | {"picture": bool(row.picture)} for row in rows]
+    write_summary(folder / "scores.json", {"videos": records})
+
+
+if __name__ == "__main__":
+    cli.run(main)

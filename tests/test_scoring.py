@@ -1,0 +1,80 @@
+"""Files to scores: what is measured, what is refused, and in which words."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from worldr1_jax import rewards, scoring
+from worldr1_jax.camera import trajectory
+from worldr1_jax.metrics import write_mp4
+
+PROMPT = "Camera push in. A red sphere."
+NANO = trajectory.Magnitudes.nano()
+
+
+@pytest.fixture(scope="module")
+def reward():
+    return rewards.build({"recon": 1.0, "trajectory": 1.0, "general": 1.0}, da3="nano")
+
+
+def noise(*shape):
+    return np.random.default_rng(0).random((*shape, 3))
+
+
+def rows(reward, pairs, **options):
+    return list(scoring.score(reward, pairs, magnitudes=NANO, most_frames=4, **options))
+
+
+def test_read_video_gives_frames(tmp_path):
+    video = np.zeros((3, 256, 320, 3))
+    video[1, :, :, 0] = 1.0
+    write_mp4(tmp_path / "a.mp4", video, 8)
+    got = scoring.read_video(tmp_path / "a.mp4", 3)
+    assert got.shape == (3, 256, 320, 3)
+    np.testing.assert_allclose(got, video, atol=0.02)  # H.264 in 4:2:0, flat colours
+
+
+def test_scores_and_picture(reward, tmp_path):
+    write_mp4(tmp_path / "a.mp4", noise(3, 32, 32), 8)
+    pairs = [(str(tmp_path / "a.mp4"), PROMPT)]
+    (row,) = rows(reward, pairs, with_pictures=True)
+    assert not row.error
+    for name in ("total", "recon", "trajectory", "general", "psnr", "ssim", "mvcs", "rot_err"):
+        assert np.isfinite(row.scores[name]), name
+    factors = row.scores["trajectory_translation"] * row.scores["trajectory_rotation"]
+    assert row.scores["trajectory"] == pytest.approx(factors, rel=1e-5)
+    (tmp_path / "a.png").write_bytes(row.picture)
+    assert Image.open(tmp_path / "a.png").size[1] > 256
+    assert "a.mp4" in scoring.table([row], ["total"])
+
+
+def test_what_cannot_be_judged_says_why(reward, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    write_mp4(tmp_path / "one.mp4", noise(1, 32, 32), 8)
+    write_mp4(tmp_path / "long.mp4", noise(5, 32, 32), 8)
+    write_mp4(tmp_path / "black.mp4", noise(3, 32, 32) * 0, 8)
+    names = {
+        "none": "does not exist",
+        "bad": "no video that ffmpeg can read",
+        "one": "a camera path needs 2",
+        "long": "more than 4 frames",
+        "black": "shows next to nothing",
+    }
+    found = rows(reward, [(str(tmp_path / f"{name}.mp4"), PROMPT) for name in names])
+    for row, text in zip(found, names.values(), strict=True):
+        assert text in row.error and not row.scores
+    assert "shows next to nothing" in scoring.table(found, ["total"])
+
+
+def test_lists(tmp_path):
+    path = tmp_path / "videos.jsonl"
+    path.write_text(json.dumps({"video": "a.mp4", "prompt": "b"}) + "\n\n")
+    assert scoring.read_list(path) == [(str(tmp_path / "a.mp4"), "b")]
+    for text, error in (("", "names no video"), ('{"video": 1}', "line 1 is no record")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=error):
+            scoring.read_list(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        scoring.read_list(tmp_path / "none.jsonl")
