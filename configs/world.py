@@ -90,6 +90,7 @@ def _paper() -> ml_collections.ConfigDict:
     c.rewards.da3 = ""  # folder of Depth Anything 3 with Gaussian head
     c.rewards.likeness = "lpips"  # what S_recon compares with: lpips [paper], or ssim
     c.rewards.lpips = ""  # folder of LPIPS (AlexNet v0.1); see models/lpips.py
+    c.rewards.change_floor = 0.0  # S_recon counts only what standing still cannot explain; try 0.1
     c.rewards.mode = "paper"  # or "released": S_traj by the formula of World-R1's code
     c.rewards.frame_stride = 1  # the 3D network sees every so many frames
     c.rewards.views = (

@@ -1,5 +1,7 @@
 """S_recon: hand numbers for SSIM, an ideal reconstruction, and videos that must not win."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,23 @@ def test_mvcs_of_a_plane_by_hand():
     expected = (56 / 1.1 + 108 * 2 / 2.15) / (56 + 108)
     np.testing.assert_allclose(wrong, expected, atol=1e-4)
     assert np.isnan(recon.mvcs(depth[:, :1], poses[:, :1], matrices[:, :1])[0])
+
+
+def test_flaws_weigh_more_when_nothing_moves():
+    """With a floor of the change, a flaw in the re-render of one frame over and over costs more
+    where a movement is asked for than where none is; a video that is explained keeps its 1."""
+    video, found = ideal()
+    still = jnp.repeat(video[:, :1], 2, axis=1)
+    poses = jnp.repeat(found.camtoworld[:, :1], 2, axis=1)
+    moves = jnp.array([True, False])
+    moving = jax.jit(partial(recon.s_recon, change_floor=0.1))
+    score, _ = moving(still, found.replace(camtoworld=poses), moves=moves)
+    assert score[1] > 0.99
+    slightly_off = jnp.clip(still + 0.15 * jax.random.normal(jax.random.key(0), still.shape), 0, 1)
+    score, _ = moving(slightly_off, found.replace(camtoworld=poses), moves=moves)
+    assert score[0] < score[1]
+    right, _ = moving(video, found, moves=moves)
+    np.testing.assert_allclose(right, 1.0, atol=2e-2)
 
 
 def test_failures_stay_nan():

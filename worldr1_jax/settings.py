@@ -205,6 +205,7 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         da3=r.da3,
         lpips=lpips_folder(config),
         mode=r.mode,
+        change_floor=r.change_floor,
         mesh=mesh,
         frame_stride=r.frame_stride,
         views=r.views or None,
@@ -215,6 +216,8 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
 def lpips_folder(config: ml_collections.ConfigDict) -> str | None:
     """Where LPIPS is, or None when S_recon compares by SSIM."""
     r = config.rewards
+    if r.change_floor < 0:
+        raise ValueError(f"rewards.change_floor is {r.change_floor}: it has to be 0 or more")
     if r.likeness not in ("lpips", "ssim"):
         raise ValueError(f"rewards.likeness is '{r.likeness}': it is lpips or ssim")
     if r.likeness == "ssim":

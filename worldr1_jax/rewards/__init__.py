@@ -42,6 +42,7 @@ def build(
     frame_stride: int = 1,
     views: int | None = None,
     depth_scale: float = 1.0,
+    change_floor: float = 0.0,
 ) -> Reward:
     """Loads what the named rewards need onto the mesh.
 
@@ -56,6 +57,7 @@ def build(
       views: frames that S_recon renders again, evenly spaced; None takes all that were
         reconstructed.
       depth_scale: typical depth in the 3D network's units (see `trajectory.s_traj`).
+      change_floor: what S_recon asks of a video that is to move (see `recon.s_recon`); 0 nothing.
 
     Raises:
       ValueError: an unknown reward, or weights that cannot be read.
@@ -65,7 +67,7 @@ def build(
         mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     distance = None if lpips is None else perceptual.load(lpips, mesh=mesh)
     return Reward(
-        dict(weights), folder, mesh, frame_stride, views, depth_scale, distance, mode
+        dict(weights), folder, mesh, frame_stride, views, depth_scale, distance, mode, change_floor
     )  # fmt: skip
 
 
@@ -98,6 +100,7 @@ class Reward:
         depth_scale: float,
         distance: perceptual.LPIPS | None = None,
         mode: str = "paper",
+        change_floor: float = 0.0,
     ):
         self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
         network = sharding.place(depth_anything.load(folder), "da3", mesh)
@@ -105,6 +108,7 @@ class Reward:
         self._reconstruct = jax.jit(self._reconstruct_videos)
         self._lpips = None if distance is None else nnx.split(distance)
         self._views, self._depth_scale, self._mode = views, depth_scale, mode
+        self._change_floor = change_floor
         self._recon = jax.jit(self._recon_of_videos)
         self._trajectory = jax.jit(self._trajectory_of_videos)
         self._mvcs = jax.jit(recon.mvcs)
@@ -144,7 +148,7 @@ class Reward:
         """S_recon (PSNR and SSIM beside it) and S_traj (its factors and its errors beside it)."""
         asked = sharding.to_global(np.asarray(camtoworld, np.float32), sharding.batched(self.mesh))
         with sharding.on(self.mesh):
-            score, extra = self._recon(videos, found)
+            score, extra = self._recon(videos, found, asked)
             paths = self._trajectory(asked, found.camtoworld)
             return {"recon": score, **paths, **extra}
 
@@ -166,14 +170,16 @@ class Reward:
         with sharding.on(self.mesh):
             return combine.combine(parts, weights)
 
-    def _recon_of_videos(self, videos: Array, found: Reconstruction):
+    def _recon_of_videos(self, videos: Array, found: Reconstruction, asked: Array):
         measure: Any = nnx.merge(*self._lpips) if self._lpips else None
 
-        def own(video: Array, found: Reconstruction):
-            frames = video[:, :: self.frame_stride]
-            return recon.s_recon(frames, found, views=self._views, perceptual=measure)
+        def own(video: Array, found: Reconstruction, asked: Array):
+            return recon.s_recon(
+                video[:, :: self.frame_stride], found, views=self._views, perceptual=measure,
+                change_floor=self._change_floor, moves=trajectory.moves(asked),
+            )  # fmt: skip
 
-        return sharding.each_device(own)(videos, found)
+        return sharding.each_device(own)(videos, found, asked)
 
     def _trajectory_of_videos(self, asked: Array, found: Array) -> dict[str, Array]:
         asked = asked[:, :: self.frame_stride]

@@ -1,7 +1,9 @@
 """S_recon: do the 3D Gaussians found in a video, seen from its recovered cameras, look like it?
 
 What the score cannot see, and what sees it instead:
-  - A still video is easy to explain. S_traj charges for the missing movement.
+  - A still or blurred video is easy to explain: S_recon RISES when a video gets stiller or softer
+    (tests/truth_of_rewards.py). S_traj charges for the missing movement; `change_floor` makes
+    S_recon itself ask for more than standing still explains.
   - A blank video is explained perfectly by a blank scene (SSIM 1, LPIPS 0). `texture` gates it: the
     score is multiplied by min(1, texture / TEXTURE_MIN).
   - Moving objects lower it; it is off in the dynamic phase.
@@ -15,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from worldr1_jax.rewards import reconstruct, splat
 from worldr1_jax.types import Reconstruction
@@ -35,6 +37,8 @@ def s_recon(
     views: int | None = None,
     perceptual: Perceptual | None = None,
     texture_min: float = TEXTURE_MIN,
+    change_floor: float = 0.0,
+    moves: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Renders the Gaussians at the recovered cameras and compares with the same frames.
 
@@ -45,12 +49,19 @@ def s_recon(
     of frame k, with the intrinsics of the image that the network was given, to which the video is
     resized: the released code compares other instants and squeezes its renders.
 
+    With a `change_floor` c > 0, likeness is instead 1 - (1 - likeness) / (change + c), where change
+    is the mean unlikeness of the middle frame to the others: the part of what happens in the video
+    that the re-render explains. Where `moves` is False (the prompt asks for a fixed camera) it
+    stays as it was.
+
     Args:
         video: in [0, 1], exactly the frames that were reconstructed.
         reconstruction: of the same videos and frames.
         views: compare only so many frames, evenly spaced, ends included; None takes all.
         perceptual: distance of two batches of images in [0, 1], one number an image, 0 = same.
         texture_min: see above; 0 leaves the gate out.
+        change_floor: see above; 0 leaves it out. 0.1 in the table of tests/truth_of_rewards.py.
+        moves: see above; None takes all as moving.
 
     Returns:
         The scores [B] in [0, 1], NaN where the video or its reconstruction is not finite; and
@@ -75,10 +86,13 @@ def s_recon(
     )
     image = jnp.clip(rendered.rgb, 0.0, 1.0)
     similarity = jnp.mean(ssim(image, frames), axis=1)
-    likeness = similarity
-    if perceptual is not None:
-        flat = (image.reshape(-1, *image.shape[2:]), frames.reshape(-1, *image.shape[2:]))
-        likeness = 1.0 - jnp.mean(perceptual(*flat).reshape(image.shape[:2]), axis=1)
+    likeness = similarity if perceptual is None else _likeness(image, frames, perceptual)
+    if change_floor > 0:
+        middle = jnp.broadcast_to(frames[:, len(chosen) // 2, None], frames.shape)
+        others = len(chosen) / max(len(chosen) - 1, 1)  # the middle frame is like itself
+        change = others * (1.0 - _likeness(middle, frames, perceptual))
+        explained = 1.0 - (1.0 - likeness) / (change + change_floor)
+        likeness = explained if moves is None else jnp.where(moves, explained, likeness)
     detail = texture(frames)
     gate = jnp.minimum(1.0, detail / texture_min) if texture_min > 0 else 1.0
     score = jnp.clip(likeness, 0.0, 1.0) * gate
@@ -93,6 +107,18 @@ def s_recon(
     return jnp.where(sound, score, jnp.nan), {
         name: jnp.where(sound, part, jnp.nan) for name, part in parts.items()
     }
+
+
+def _likeness(
+    image: Float[Array, "B V H W 3"],
+    frames: Float[Array, "B V H W 3"],
+    perceptual: Perceptual | None,
+) -> Float[Array, " B"]:
+    """Mean over views of SSIM, or of 1 - a perceptual distance."""
+    if perceptual is None:
+        return jnp.mean(ssim(image, frames), axis=1)
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (image, frames))
+    return 1.0 - jnp.mean(perceptual(*flat).reshape(image.shape[:2]), axis=1)
 
 
 def mvcs(

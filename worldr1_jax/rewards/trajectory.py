@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 SHARPNESS = 1.5  # score = exp(-SHARPNESS * squared relative error): a still camera gets 0.22
 ROTATION_TOLERANCE = 6.0  # degrees; the unit of rotation errors on paths that turn less than this
@@ -156,6 +156,11 @@ def _relative_errors(
     drift = _rms(jnp.linalg.norm(paths.recovered, axis=-1)) / (TRANSLATION_TOLERANCE * depth)
     unit = jnp.maximum(_rms(paths.turned), jnp.deg2rad(ROTATION_TOLERANCE))
     return jnp.where(moves, off_path, drift), _rms(paths.angles) / unit
+
+
+def moves(asked: Float[Array, "B F 4 4"]) -> Bool[Array, " B"]:
+    """Whether a path asks for any movement; `camera.trajectory` gives exact identities for none."""
+    return jnp.max(jnp.abs(asked - jnp.eye(4)), axis=(1, 2, 3)) > _NO_TRANSLATION
 
 
 def aligned_positions(
