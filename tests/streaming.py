@@ -1,7 +1,7 @@
 """Peak memory of loading a checkpoint of the 1.3B's shapes onto 8 emulated devices.
 
-    python tests/streaming.py               # all 30 layers: 5.7 GB of float32 on disk, sparse
-    python tests/streaming.py --layers=3
+    python -m tests.streaming               # all 30 layers: 5.7 GB of float32 on disk, sparse
+    python -m tests.streaming --layers=3
 
 On the CPU the devices' memory is this process's, so that the growth of its high-water mark while
 loading is what the devices hold and whatever the loader needs beside it, mapped pages of the file

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("streaming.py")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ def test_the_peak_is_under_1_3_times_what_the_devices_hold(layers):
     """Wan2.1-1.3B's shapes in float32 on disk, in bfloat16 on eight devices. Seen: 1.18 with 3 of
     its 30 layers, where the mapped 64 MB weigh ten times as much as with all of them."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), f"--layers={layers}"],
-        cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=600, check=False,
+        [sys.executable, "-m", "tests.streaming", f"--layers={layers}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout)

@@ -7,6 +7,7 @@ Every stage is compiled once per batch size; batches lie over the mesh's data an
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from worldr1_jax import sharding
@@ -188,6 +190,7 @@ class Pipeline:
             return self._decode(self._vae_state, latents)
 
     def _decode_latents(self, state, latents):
+        latents = spread(latents, self.mesh)
         return nnx.merge(self._vae_graph, state).decode(latents, chunked=self._chunked_vae)
 
     def _rollout_batch(
@@ -225,6 +228,19 @@ class Pipeline:
             depth=self.camera.magnitudes.scene_depth,
         )  # fmt: skip
         return sharding.each_device(warp)(keys, paths)
+
+
+def spread(latents: Float[Array, "B f h w C"], mesh: jax.sharding.Mesh) -> Array:
+    """Asks the compiler to split the columns of videos over the mesh's context and tensor axes.
+
+    They would do the same work otherwise. The VAE's convolutions then exchange the columns at their
+    edges; a width that these axes do not divide is left whole.
+    """
+    axes = tuple(name for name in ("context", "tensor") if mesh.shape[name] > 1)
+    if not axes or latents.shape[3] % math.prod(mesh.shape[name] for name in axes):
+        return latents
+    spec = PartitionSpec(*sharding.BATCH, None, None, axes)
+    return jax.lax.with_sharding_constraint(latents, NamedSharding(mesh, spec))
 
 
 def latent_shape(

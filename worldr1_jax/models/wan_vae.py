@@ -8,7 +8,7 @@ its files and the one of Wan-Video's own release are read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ _WAN_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+
+
+Chunk = Callable[[Array, Stream], Array]  # frames, and the frames before them -> what they give
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +279,8 @@ class WanVAE(nnx.Module):
     ) -> tuple[Float[Array, "B f h w C"], Float[Array, "B f h w C"]]:
         """Mean and log-variance (clipped to [-30, 20]), not normalised; arguments as `encode`."""
         self._check_video(video)
-        x = patchify(2.0 * video.astype(jnp.float32) - 1.0, self.config.patch_size or 1)
-        moments = self._run(self._encode_chunk, x, self.config.temporal_compression, chunked)
+        step = self.config.temporal_compression
+        moments = self._run(self._encode_chunk, video, step, 1, chunked)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
@@ -285,7 +288,12 @@ class WanVAE(nnx.Module):
         self, latents: Float[Array, "B f h w C"], *, chunked: bool = False
     ) -> Float[Array, "B F H W 3"]:
         """Normalised latents -> video clipped to [0, 1]; F = 1 + 4 (f - 1), H = 8h, W = 8w."""
-        return jnp.clip(self.decode_raw(latents, chunked=chunked), 0.0, 1.0)
+        self._check_latents(latents)
+
+        def chunk(x: Array, stream: Stream) -> Array:
+            return jnp.clip(self._decode_chunk(x, stream), 0.0, 1.0)
+
+        return self._run(chunk, latents, 1, self.config.temporal_compression, chunked)
 
     def decode_raw(
         self, latents: Float[Array, "B f h w C"], *, chunked: bool = False
@@ -295,15 +303,15 @@ class WanVAE(nnx.Module):
         Raises:
           ValueError: the latents have not the rank or the channels of this VAE.
         """
+        self._check_latents(latents)
+        return self._run(self._decode_chunk, latents, 1, self.config.temporal_compression, chunked)
+
+    def _check_latents(self, latents: Array) -> None:
         if latents.ndim != 5 or latents.shape[-1] != self.config.z_dim or latents.shape[1] < 1:
             raise ValueError(
                 f"latents have shape {list(latents.shape)}, "
                 f"but this VAE takes [B f h w {self.config.z_dim}]"
             )
-        shift, scale = self._statistics()
-        x = latents.astype(jnp.float32) * scale + shift
-        x = self._run(self._decode_chunk, x, 1, chunked)
-        return 0.5 * unpatchify(x.astype(jnp.float32), self.config.patch_size or 1) + 0.5
 
     def _check_video(self, video: Array) -> None:
         step, size = self.config.temporal_compression, self.config.spatial_compression
@@ -322,11 +330,16 @@ class WanVAE(nnx.Module):
             self.config.latents_std, jnp.float32
         )
 
-    def _encode_chunk(self, x: Array, stream: Stream) -> Array:
-        return self.quant_conv(self._trunk(self.encoder, x, stream), stream)
+    def _encode_chunk(self, video: Array, stream: Stream) -> Array:
+        x = patchify(2.0 * video.astype(jnp.float32) - 1.0, self.config.patch_size or 1)
+        x = self.quant_conv(self._trunk(self.encoder, x, stream), stream)
+        return x.astype(jnp.float32)
 
-    def _decode_chunk(self, x: Array, stream: Stream) -> Array:
-        return self._trunk(self.decoder, self.post_quant_conv(x, stream), stream)
+    def _decode_chunk(self, latents: Array, stream: Stream) -> Array:
+        shift, scale = self._statistics()
+        x = latents.astype(jnp.float32) * scale + shift
+        x = self._trunk(self.decoder, self.post_quant_conv(x, stream), stream)
+        return 0.5 * unpatchify(x.astype(jnp.float32), self.config.patch_size or 1) + 0.5
 
     def _trunk(self, network: Encoder | Decoder, x: Array, stream: Stream) -> Array:
         x = network.conv_in(x, stream)
@@ -334,25 +347,33 @@ class WanVAE(nnx.Module):
             x = apply(layer, x, stream, remat=self.remat)
         return network.conv_out(jax.nn.silu(network.norm_out(x)), stream)
 
-    def _run(self, chunk, x: Array, step: int, chunked: bool) -> Array:
-        """Runs `chunk` on all frames, or on the first one and then by `step` frames in a scan."""
-        if not chunked:
-            return chunk(x, Stream())
+    def _run(self, chunk: Chunk, x: Array, taken: int, given: int, chunked: bool) -> Array:
+        """Runs `chunk` on all frames, or on the first one and then, in a scan, on `taken` frames at
+        a time, which give `given` frames.
+
+        The scan reads its frames from x and writes what it gives to their place in the result, so
+        that nothing but these two grows with the number of frames.
+        """
         stream = Stream()
+        if not chunked or x.shape[1] == 1:
+            return chunk(x, stream)
         first = chunk(x[:, :1], stream)
-        if x.shape[1] == 1:
-            return first
+        count = (x.shape[1] - 1) // taken
+        batch, start, *rest = first.shape
+        out = jnp.zeros((batch, start + count * given, *rest), first.dtype)
+        out = lax.dynamic_update_slice_in_dim(out, first, 0, axis=1)
 
-        def body(caches: list[Array], part: Array) -> tuple[list[Array], Array]:
-            stream = Stream(caches)
+        def body(carry: tuple[list[Array], Array], i: Array) -> tuple[tuple, None]:
+            stream = Stream(carry[0])
+            part = lax.dynamic_slice_in_dim(x, 1 + i * taken, taken, axis=1)
+            place = start + i * given
             y = chunk(part, stream)
-            return stream.caches, y
+            return (
+                stream.caches,
+                lax.dynamic_update_slice_in_dim(carry[1], y, place, axis=1),
+            ), None
 
-        batch, frames, *rest = x[:, 1:].shape
-        parts = jnp.moveaxis(x[:, 1:].reshape(batch, frames // step, step, *rest), 1, 0)
-        _, ys = lax.scan(body, stream.caches, parts)
-        ys = jnp.moveaxis(ys, 0, 1)
-        return jnp.concatenate([first, ys.reshape(batch, -1, *ys.shape[3:])], axis=1)
+        return lax.scan(body, (stream.caches, out), jnp.arange(count))[0][1]
 
 
 # Layers within a residual block: our name -> the one of Wan-Video's own release.
