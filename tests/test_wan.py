@@ -77,6 +77,13 @@ def test_the_original_release_gives_the_same_model(original, model, mesh):
     assert_same_model(wan.load(original, mesh=mesh, tokens=8), model)
 
 
+def test_prompts_are_cleaned_before_they_are_tokenized(model):
+    plain, mask = wan.tokenize(model.tokenizer, ["a red sphere", "a red sphere , a box"], 8)
+    again, _ = wan.tokenize(model.tokenizer, [" a\tred \n sphere ", "a red sphere&amp;#44; a box"], 8)
+    np.testing.assert_array_equal(plain, again)
+    assert mask.sum(1).tolist() == [4, 7] and plain.dtype == np.int32
+
+
 def test_names_of_the_original_vae_at_its_published_size():
     """As Wan-Video's own network names them: the first and last of each list, and 194 keys."""
     names = {row[0] for row in wan_vae.table(wan_vae.Config.wan2_1(), "wan")}

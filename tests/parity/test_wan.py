@@ -40,7 +40,7 @@ TEXT = {
     "num_layers": 2,
     "num_heads": 4,
 }
-PROMPTS = ["A red sphere beside a tall blue box.", "A green box."]
+PROMPTS = ["A red sphere beside a tall blue box.", " A  green &amp;amp; box."]
 NEGATIVE = "blue box"
 STEPS, SHIFT, GUIDANCE, TOKENS = 10, 3.0, 4.0, 24
 

@@ -8,6 +8,7 @@ Wan-Video's own release:  config.json and diffusion_pytorch_model*.safetensors, 
 from __future__ import annotations
 
 import dataclasses
+import html
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,9 +52,13 @@ class Wan:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask `[B N]` int32, padded to N = `tokens` and cut there."""
+    """Token ids and mask `[B N]` int32, padded to N = `tokens` and cut there.
+
+    Prompts are cleaned as Wan and diffusers do: HTML entities are resolved, white space is made
+    single. Departure: without ftfy, which mends text of a wrong encoding and straightens quotes.
+    """
     out = tokenizer(
-        list(prompts),
+        [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts],
         padding="max_length",
         max_length=tokens,
         truncation=True,

@@ -289,8 +289,9 @@ class WanDiT(nnx.Module):
         """
         grid = _check_inputs(self.config, latents, timestep, text)
         rope = rotary.tables(grid, self.config.attention_head_dim)
-        temb = self.time_embedder(time_frequencies(timestep, self.config.freq_dim))
-        modulation = self.time_proj(jax.nn.silu(temb)).reshape(temb.shape[0], 6, -1)
+        with jax.default_matmul_precision("float32"):  # which TPUs would round to bfloat16
+            temb = self.time_embedder(time_frequencies(timestep, self.config.freq_dim))
+            modulation = self.time_proj(jax.nn.silu(temb)).reshape(temb.shape[0], 6, -1)
         text = self.text_embedder(text.astype(self.dtype))
         x = self.patch_embedding(latents.astype(self.dtype))
 
