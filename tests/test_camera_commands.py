@@ -64,3 +64,76 @@ def test_unknown_movements_are_reported():
 def test_scene_is_the_prompt_without_its_clause():
     assert commands.scene("Camera pan left. A cat sat. On a mat.") == "A cat sat. On a mat."
     assert commands.scene("A cat.") == "A cat."
+
+
+@pytest.mark.parametrize(
+    ("text", "moves"),
+    [
+        (
+            "Camera pan left 30 degrees, then push in slowly. X",
+            [("pan_left", 30), ("push_in", None, "slowly")],
+        ),
+        (
+            "Camera slowly pan left and tilt up by 7.5°. X",
+            [("pan_left", None, "slowly"), ("tilt_up", 7.5)],
+        ),
+        (
+            "CAMERA: 20-DEGREE ORBIT RIGHT, PULL OUT FAST",
+            [("orbit_right", 20), ("pull_out", None, "quickly")],
+        ),
+        ("Camera rolls to the left 90 deg, moves up", [("roll_left", 90), ("move_up",)]),
+        ("Camera move down, then roll right.", [("move_down",), ("roll_right",)]),
+    ],
+)
+def test_angles_and_speeds(text, moves):
+    expected = tuple(commands.Move(*move) for move in moves)
+    assert commands.moves(text) == expected
+    assert commands.unknown(text) == ()
+    assert commands.moves(commands.text(expected) + " X") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases"),
+    [
+        ("Camera crane up. A crane.", ("crane up",)),
+        ("Camera dolly zoom.", ("dolly zoom",)),
+        ("Camera zooms in, then pan left. X", ("zooms in",)),
+        ("Camera push in 30 degrees. X", ("30 degrees",)),  # what does not turn has no angle
+        ("Camera pan left 400 degrees. X", ("400 degrees",)),
+        ("Camera pan left, then kaleidoscope. X", ("kaleidoscope",)),
+        ("Camera frobnicate left. X", ("frobnicate left",)),
+        ("Camera whip pan left. X", ("whip",)),
+        ("Camera craning down. X", ("craning down",)),
+    ],
+)
+def test_every_unknown_movement_of_the_clause_is_named(text, phrases):
+    assert commands.unknown(text) == phrases
+    assert phrases[0] in commands.complaint(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Camera pan left. A crane lifts a beam, and a truck and a dolly wait by the tracks.",
+        "Camera push in toward the red crane. X",
+        "Camera push in over water and past a crane. X",
+        "A crane rises; zoom lens on a table.",
+        "Camera crane on a film set. X",
+        "Camera shop on a corner. Lenses tilt up.",
+        "Camera track curving through sand. X",
+        "",
+    ],
+)
+def test_things_of_the_scene_are_no_movements(text):
+    assert commands.unknown(text) == () and commands.complaint(text) == ""
+    if not commands.moves(text):
+        assert commands.scene(text) == text
+
+
+def test_wrong_moves_are_refused():
+    for move in (
+        commands.Move("push_in", 30), commands.Move("pan_left", 0),
+        commands.Move("pan_left", 361), commands.Move("pan_left", None, "briskly"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="Camera"):
+            commands.check([move])

@@ -107,3 +107,35 @@ def test_bad_input():
         trajectory.path(("pan_left", "push_in"), 2)
     with pytest.raises(ValueError, match="at least 1 frame"):
         trajectory.path((), 0)
+
+
+def test_a_speed_changes_how_far_a_command_goes():
+    for name in ("push_in", "orbit_left", "tilt_up"):
+        slow = trajectory.path([commands.Move(name, None, "slowly")], 81)
+        usual = trajectory.path([name], 81)
+        # Half the rate: the slow path at frame 80 is where the usual one is at frame 40.
+        np.testing.assert_allclose(slow[80], usual[40], atol=1e-4)  # lengths of hundreds, float32
+    quick = trajectory.path([commands.Move("push_in", None, "quickly")], 9)
+    np.testing.assert_allclose(quick[-1, 2, 3], 900.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pan_right", "tilt_down", "roll_left", "orbit_right"])
+def test_an_angle_is_reached_exactly(name):
+    path = trajectory.path([commands.Move(name, 90)], 17, magnitudes=NANO).astype(np.float64)
+    angle = np.degrees(np.arccos((np.trace(path[-1, :3, :3]) - 1) / 2))
+    assert angle == pytest.approx(90, abs=1e-4)  # float32 entries
+
+
+def test_with_an_angle_a_speed_changes_the_share_of_frames():
+    moves = commands.moves("Camera pan left 30 degrees slowly, then push in.")
+    path = trajectory.path(moves, 81)
+    assert np.count_nonzero(np.abs(np.diff(path[:, 2, 3])) > 1e-3) == 27  # a third of 81
+    turn = np.degrees(np.arcsin(-path[-1, 0, 2]))
+    assert turn == pytest.approx(30, abs=1e-4)
+
+
+def test_moves_without_angle_or_speed_are_names():
+    names = ("move_left", "pull_out", "pan_left")
+    np.testing.assert_array_equal(
+        trajectory.path(commands.check(names), 81), trajectory.path(names, 81)
+    )

@@ -139,12 +139,12 @@ class Pipeline:
 
     def paths(self, prompts: Sequence[str]) -> Float[np.ndarray, "B F 4 4"]:
         """The camera path that each prompt asks for."""
-        known: dict[tuple[str, ...], np.ndarray] = {}
-        for names in {commands.parse(p) for p in prompts}:
-            known[names] = np.asarray(
-                trajectory.path(names, self.size[0], magnitudes=self.camera.magnitudes), np.float32
+        known: dict[tuple[commands.Move, ...], np.ndarray] = {}
+        for moves in {commands.moves(p) for p in prompts}:
+            known[moves] = np.asarray(
+                trajectory.path(moves, self.size[0], magnitudes=self.camera.magnitudes), np.float32
             )
-        return np.stack([known[commands.parse(p)] for p in prompts])
+        return np.stack([known[commands.moves(p)] for p in prompts])
 
     def rollout(
         self,

@@ -10,6 +10,10 @@ What each command does to the camera, in its own frame at the start of its segme
   orbit_right carries the camera to the right (+x at first) around the point `orbit_radius` ahead
   while it faces that point; orbit_left to the left. fixed does nothing.
 
+"slowly" and "quickly" change the rate at which a command moves, see `RATES`: as every command has
+the same share of the frames, it goes half as far, or half as far again. Where an angle is given as
+well, the angle holds and the share of the frames changes instead.
+
 Departures from the released code, each deliberate:
   - Orbits look at their centre. The released ones circle a point BEHIND the start and do not face
     it, so a reconstruction cannot agree with what "orbit" means.
@@ -27,6 +31,9 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from worldr1_jax.camera import commands
+
+# Of the usual rate, by `commands.SPEEDS`. A quick push still ends before `scene_depth`.
+RATES = {"": 1.0, "slowly": 0.5, "quickly": 1.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +115,32 @@ def segments(commands_count: int, frames: int) -> tuple[int, ...]:
     return tuple(short + (index < longer) for index in range(commands_count))
 
 
+def _shares(moves: Sequence[commands.Move], frames: int) -> tuple[int, ...]:
+    """Frames of each move: `segments`, unless an angle at another speed asks for more or fewer."""
+    weights = [1.0 if move.degrees is None else 1.0 / RATES[move.speed] for move in moves]
+    if len(set(weights)) == 1:
+        return segments(len(moves), frames)
+    ends = np.rint(np.cumsum(weights) / sum(weights) * frames).astype(int)
+    return tuple(int(n) for n in np.diff(ends, prepend=0))
+
+
+def _extent(move: commands.Move, magnitudes: Magnitudes) -> float:
+    """How far a move goes, in units of the command's own magnitude."""
+    if move.degrees is None:
+        return RATES[move.speed]
+    usual = magnitudes.orbit if move.name.startswith("orbit") else magnitudes.pan
+    return move.degrees / usual
+
+
 def path(
-    names: Sequence[str], frames: int, *, magnitudes: Magnitudes | None = None
+    names: Sequence[str | commands.Move], frames: int, *, magnitudes: Magnitudes | None = None
 ) -> Float32[np.ndarray, "F 4 4"]:
     """Builds the camera path that the commands ask for.
 
     Args:
-      names: commands in order, out of `commands.NAMES`. None at all is the same as "fixed".
-      frames: F, video frames. Each command reaches its full magnitude on its last frame.
+      names: commands in order, out of `commands.NAMES`, or moves as `commands.moves` reads them.
+        None at all is the same as "fixed".
+      frames: F, video frames. Each command reaches its full extent on its last frame.
       magnitudes: how far each command goes; the released ones when None.
 
     Returns:
@@ -123,21 +148,24 @@ def path(
       fixed path is the identity throughout.
 
     Raises:
-      ValueError: an unknown name, or fewer frames than the commands need to move at all.
+      ValueError: what `commands.check` refuses, or fewer frames than the commands need to move at
+        all.
     """
-    commands.check(tuple(names))
+    moves = commands.check(names) or (commands.Move("fixed"),)
     magnitudes = magnitudes or Magnitudes()
-    names = tuple(names) or ("fixed",)
     if frames < 1:
         raise ValueError(f"A path needs at least 1 frame, and {frames} were asked for.")
-    if frames <= len(names) and set(names) != {"fixed"}:
+    still = all(move.name == "fixed" for move in moves)
+    lengths = segments(len(moves), frames) if still else _shares(moves, frames)
+    if not still and (frames <= len(moves) or min(lengths) < 1):
         raise ValueError(
-            f"{len(names)} camera commands need at least {len(names) + 1} frames, not {frames}."
+            f"{len(moves)} camera commands need at least {len(moves) + 1} frames, not {frames}."
         )
     poses, start = [np.eye(4)], np.eye(4)
-    for index, (name, length) in enumerate(zip(names, segments(len(names), frames), strict=True)):
+    for index, (move, length) in enumerate(zip(moves, lengths, strict=True)):
         steps = length - (index == 0)  # the first segment spends a frame on the identity
+        extent = _extent(move, magnitudes)
         for step in range(1, steps + 1):
-            poses.append(start @ _pose(name, step / steps, magnitudes))
+            poses.append(start @ _pose(move.name, step / steps * extent, magnitudes))
         start = poses[-1]
     return np.stack(poses).astype(np.float32)
