@@ -23,7 +23,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["worldr1_jax", "worldr1_jax.*"]),
-    package_data={"worldr1_jax.nano": ["weights/*/*"]},
+    package_data={
+        "worldr1_jax.nano": ["weights/*/*"],
+        "worldr1_jax.data.world_prompts": ["material/*/*.txt", "checksums.json", "README.md"],
+    },
     python_requires=">=3.11",
     install_requires=requirements(),
     extras_require={

@@ -1,1 +1,2 @@
-"""Prompt files (`prompts`), whose turn it is (`phases`), and batches of prompts (`loader`)."""
+"""Prompt files (`prompts`), our own prompts (`world_prompts`), whose turn it is (`phases`), and
+batches of prompts (`loader`)."""
