@@ -43,9 +43,10 @@ def _paper() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict(
         {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
     )  # -1: what is left
-    # folder with train.txt, dynamic.txt, test.txt, or one .txt or .jsonl; "nano": made from the
-    # seed
-    c.prompts = ""
+    # "world": ours, 60 to 120 words each, the length the release trains on; "world_short": the same
+    # scenes in one sentence; "nano": of the nano world; else a folder with train.txt, dynamic.txt
+    # and test.txt, or one .txt or .jsonl
+    c.prompts = "world"
 
     c.policy = ml_collections.ConfigDict()
     # folder in diffusers' layout, of Wan-Video's own release, or of launch/convert_weights.py

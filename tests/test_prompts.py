@@ -2,8 +2,11 @@
 
 import json
 
+import ml_collections
 import pytest
 
+from worldr1_jax import settings
+from worldr1_jax.camera import commands
 from worldr1_jax.data import prompts
 
 
@@ -73,3 +76,34 @@ def test_unusable_paths(tmp_path, name, content, complaint):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
         prompts.read(tmp_path / name)
+
+
+def test_prompts_with_unknown_camera_movements_are_named_by_line(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(
+        "Camera pan left. A crane.\nCamera crane up. A cat.\n\nCamera crane up. A dog.\n"
+        "Camera push in, then dolly zoom. X\n"
+    )
+    with pytest.raises(ValueError) as error:
+        prompts.read(path, commands.complaint)
+    message = str(error.value)
+    assert '"crane up"' in message and "on lines 2, 4" in message
+    assert '"dolly zoom"' in message and "on line 5" in message
+    assert "blank prompt on line 3" in message
+    lines = tmp_path / "mine.jsonl"
+    lines.write_text('{"prompt": "Camera zoom in. X"}\n{"prompt": "fine"}')
+    with pytest.raises(ValueError, match=r'"zoom in".* on line 1'):
+        prompts.read(lines, commands.complaint)
+
+
+def test_what_is_written_is_read(tmp_path):
+    sets = prompts.PromptSets(("a", "b"), ("c",), ("d\u2028e",))
+    prompts.write(tmp_path / "new", sets)
+    assert prompts.read(tmp_path / "new") == sets
+
+
+@pytest.mark.parametrize(("name", "longer"), [("world", True), ("world_short", False)])
+def test_the_config_field_that_names_ours(name, longer):
+    sets = settings.load_prompts(ml_collections.ConfigDict({"prompts": name}))
+    assert len(sets.train) >= 4000 and len(sets.dynamic) >= 800 and len(sets.test) >= 400
+    assert (len(sets.test[0].split()) > 60) == longer

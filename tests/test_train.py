@@ -210,7 +210,7 @@ def test_a_workdir_of_another_config_is_refused_and_kept(folder, unbroken, monke
         (["--config=configs/world.py", "--config.train.lr=3"], "the config has no field 'lr'"),
         (["--config=configs/nope.py"], "configs/nope.py, which is no file"),
         ([], "--config is missing"),
-        (["--config=configs/world.py:small"], "prompts is empty"),
+        (["--config=configs/world.py:small", "--config.prompts="], "prompts is empty"),
     ],
 )
 def test_the_launcher_answers_in_one_sentence(arguments, message, tmp_path):

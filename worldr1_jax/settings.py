@@ -13,9 +13,11 @@ import ml_collections
 import optax
 
 from worldr1_jax import nano, rewards, sharding, trained
+from worldr1_jax.camera import commands
 from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data import text_cache
 from worldr1_jax.data.loader import Loader
+from worldr1_jax.data.world_prompts import generate as world_prompts
 from worldr1_jax.grpo import update as grpo
 from worldr1_jax.models import wan
 from worldr1_jax.models.lora import Adapters
@@ -37,14 +39,17 @@ MAY_CHANGE = (
 
 
 def load_prompts(config: ml_collections.ConfigDict) -> prompt_files.PromptSets:
-    """The prompt sets that the config names; "nano" makes them from a fixed seed."""
+    """The prompt sets that the config names: ours, those of the nano world, or files."""
     if config.prompts == "nano":
         return captions.prompt_sets()
+    if config.prompts in ("world", "world_short"):
+        return world_prompts.prompt_sets("long" if config.prompts == "world" else "short")
     if not config.prompts:
         raise ValueError(
-            "prompts is empty: give a folder with train.txt, dynamic.txt and test.txt, or one file"
+            "prompts is empty: give world, world_short, a folder with train.txt, dynamic.txt and "
+            "test.txt, or one file"
         )
-    prompts = prompt_files.read(config.prompts)
+    prompts = prompt_files.read(config.prompts, commands.complaint)
     if config.evaluate.prompts and not prompts.test:
         raise ValueError(
             "evaluate.prompts is not 0, but there are no test prompts: add test.txt or set it to 0"

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SPLITS = ("train", "dynamic", "test")
 _BLANK = "blank prompt"
+
+# A prompt -> what is wrong with it, or "".
+Complaint = Callable[[str], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,31 +49,32 @@ class _Problems:
         )
 
 
-def read(path: str | os.PathLike[str]) -> PromptSets:
+def read(path: str | os.PathLike[str], complaint: Complaint = lambda text: "") -> PromptSets:
     """Reads a folder of prompt files, or one file.
 
     Args:
       path: a folder with train.txt, dynamic.txt and test.txt; or one .txt file, all of it
         `train`; or one .jsonl file of {"prompt": str, "split": "train" | "dynamic" | "test"},
         where "split" may be left out and then means "train". Text files hold one prompt a line.
+      complaint: says what else is wrong with a prompt, such as `camera.commands.complaint`.
 
     Returns:
       The prompts of each split in file order, with outer white space removed.
 
     Raises:
-      ValueError: a path or file that is missing or empty, bytes that are not UTF-8, or a blank
-        prompt; one sentence names every file and line at fault.
+      ValueError: a path or file that is missing or empty, bytes that are not UTF-8, a blank
+        prompt or one to which `complaint` objects; one sentence names every file and line at fault.
     """
     path = Path(path)
     problems = _Problems()
     sets: dict[str, list[str]] = {split: [] for split in SPLITS}
     if path.is_dir():
         for split in SPLITS:
-            sets[split] = _read_text(path / f"{split}.txt", problems)
+            sets[split] = _read_text(path / f"{split}.txt", complaint, problems)
     elif path.suffix == ".jsonl":
-        _read_jsonl(path, sets, problems)
+        _read_jsonl(path, sets, complaint, problems)
     elif path.suffix == ".txt":
-        sets["train"] = _read_text(path, problems)
+        sets["train"] = _read_text(path, complaint, problems)
     elif path.exists():
         problems.add(path.name, "neither a folder nor a .txt or .jsonl file")
     else:
@@ -79,20 +83,33 @@ def read(path: str | os.PathLike[str]) -> PromptSets:
     return PromptSets(**{split: tuple(prompts) for split, prompts in sets.items()})
 
 
-def _read_text(path: Path, problems: _Problems) -> list[str]:
+def write(folder: str | os.PathLike[str], prompts: PromptSets) -> None:
+    """Writes the folder that `read` reads: one prompt a line, one file a split."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        lines = "".join(f"{prompt}\n" for prompt in getattr(prompts, split))
+        Path(folder, f"{split}.txt").write_text(lines, encoding="utf-8")
+
+
+def _read_text(path: Path, complaint: Complaint, problems: _Problems) -> list[str]:
     prompts = []
-    for number, text in _lines(path, problems):
-        if not text.strip():
-            problems.add(path.name, _BLANK, number)
-        prompts.append(text.strip())
+    for number, line in _lines(path, problems):
+        text = line.strip()
+        wrong = complaint(text) if text else _BLANK
+        if wrong:
+            problems.add(path.name, wrong, number)
+        prompts.append(text)
     return prompts
 
 
-def _read_jsonl(path: Path, sets: dict[str, list[str]], problems: _Problems) -> None:
+def _read_jsonl(
+    path: Path, sets: dict[str, list[str]], complaint: Complaint, problems: _Problems
+) -> None:
     for number, text in _lines(path, problems):
-        complaint, split, prompt = _parse_record(text)
-        if complaint:
-            problems.add(path.name, complaint, number)
+        wrong, split, prompt = _parse_record(text)
+        wrong = wrong or complaint(prompt)
+        if wrong:
+            problems.add(path.name, wrong, number)
         else:
             sets[split].append(prompt)
     if not sets["train"] and not problems:
