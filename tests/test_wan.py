@@ -78,8 +78,10 @@ def test_the_original_release_gives_the_same_model(original, model, mesh):
 
 
 def test_prompts_are_cleaned_before_they_are_tokenized(model):
-    plain, mask = wan.tokenize(model.tokenizer, ["a red sphere", "a red sphere , a box"], 8)
-    again, _ = wan.tokenize(model.tokenizer, [" a\tred \n sphere ", "a red sphere&amp;#44; a box"], 8)
+    clean = ["a red sphere", "a red sphere , a box"]
+    plain, mask = wan.tokenize(model.tokenizer, clean, 8)
+    dirty = [" a\tred \n sphere ", "a red sphere&amp;#44; a box"]
+    again, _ = wan.tokenize(model.tokenizer, dirty, 8)
     np.testing.assert_array_equal(plain, again)
     assert mask.sum(1).tolist() == [4, 7] and plain.dtype == np.int32
 
