@@ -130,6 +130,14 @@ def test_things_of_the_scene_are_no_movements(text):
         assert commands.scene(text) == text
 
 
+def test_all_prompts_with_unknown_movements_are_named_at_once():
+    commands.check_prompts(["Camera pan left. A crane.", "A crane."])
+    with pytest.raises(
+        ValueError, match=r'prompt 2 "crane up", prompt 3 "zoom in": the camera can'
+    ):
+        commands.check_prompts(["X", "Camera crane up. X", "Camera zoom in. X"])
+
+
 def test_wrong_moves_are_refused():
     for move in (
         commands.Move("push_in", 30), commands.Move("pan_left", 0),

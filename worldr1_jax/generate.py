@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from worldr1_jax import sharding
+from worldr1_jax.camera import commands
 from worldr1_jax.pipeline import Pipeline
 from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler
@@ -86,8 +87,10 @@ def generate(
       solver: UniPC (`unipc.make`); None is Euler on the pipeline's sigmas.
 
     Raises:
-      ValueError: samples or batch below 1, or a batch that the mesh does not divide.
+      ValueError: samples or batch below 1, a batch that the mesh does not divide, or prompts that
+        ask for a camera movement that is none.
     """
+    commands.check_prompts(prompts)
     parts = sharding.batch_parts(pipeline.mesh)
     if samples < 1 or batch < 1 or batch % parts:
         raise ValueError(

@@ -158,6 +158,19 @@ def complaint(text: str) -> str:
     return f'the camera cannot "{phrases[0]}" (it can {_LISTED})' if phrases else ""
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises ValueError, naming every prompt whose camera clause asks for what is not known."""
+    wrong = [
+        f'prompt {number} "{phrases[0]}"'
+        for number, phrases in enumerate(map(unknown, prompts), start=1)
+        if phrases
+    ]
+    if wrong:
+        raise ValueError(
+            f"the camera clause asks in {', '.join(wrong)}: the camera can only {_LISTED}"
+        )
+
+
 def scene(text: str) -> str:
     """The prompt without its camera clause (the whole prompt when it has none)."""
     return _read(text).scene
