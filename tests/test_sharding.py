@@ -1,6 +1,10 @@
 """Tables of rules: complete, used, and equal results on any mesh."""
 
+import types
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -65,3 +69,48 @@ def test_unmatched_leaves_and_unused_rules_are_errors(monkeypatch):
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(sizes)
+
+
+def _devices(platform, count, slices=1):
+    made = []
+    for i in range(count):
+        device = types.SimpleNamespace(platform=platform, id=i, process_index=0)
+        device.slice_index = i * slices // count
+        made.append(device)
+    return made
+
+
+def test_default_meshes_suit_the_devices():
+    tpu, sizes = _devices("tpu", 64), sharding.default_sizes
+    assert sizes(tpu, 384, 40) == {"data": 1, "fsdp": 64, "context": 1, "tensor": 1}
+    # As many devices a video as the machine has more than videos, or as its memory asks for.
+    assert sizes(tpu, 32, 40)["context"] == 2
+    assert sizes(tpu, 384, 40, least_context=3)["context"] == 4
+    two = sizes(_devices("tpu", 64, slices=2), 384, 40)
+    assert two == {"data": 2, "fsdp": 32, "context": 1, "tensor": 1}
+    assert sizes(_devices("cpu", 8), 12, 4) == {"data": 4, "fsdp": 1, "context": 2, "tensor": 1}
+    with pytest.raises(ValueError, match="7 videos do not divide over 64 devices"):
+        sizes(tpu, 7, 40)
+
+
+def test_slices_lie_along_data(monkeypatch):
+    placed = []
+    monkeypatch.setattr(sharding, "Mesh", lambda array, *_, **__: placed.append(array))
+    monkeypatch.setattr(sharding, "_torus", lambda shape, d: np.array(d, object).reshape(shape))
+    sharding.make_mesh({"data": 2, "fsdp": 4}, _devices("tpu", 8, slices=2))
+    assert {d.slice_index for d in placed[0][0].flat} == {0}
+    assert {d.slice_index for d in placed[0][1].flat} == {1}
+    with pytest.raises(ValueError, match="data has to be a multiple"):
+        sharding.make_mesh({"data": 1, "fsdp": 8}, _devices("tpu", 8, slices=2))
+
+
+def test_activations_are_placed_by_what_their_axes_are():
+    mesh = sharding.make_mesh({"fsdp": 4, "context": 2})
+    x = jnp.zeros((8, 6, 3))
+    with jax.set_mesh(mesh):
+        placed = jax.jit(lambda x: sharding.constrain(x, "videos", "tokens", "features"))(x)
+    assert placed.sharding.shard_shape(x.shape) == (2, 3, 3)
+    with pytest.raises(ValueError, match="do not describe"):
+        sharding.constrain(x, "videos", "pixels", None)
+    with pytest.raises(ValueError, match="do not describe"):
+        sharding.constrain(x, "videos")

@@ -9,7 +9,10 @@ uses, is an error, so that a renamed layer cannot become replicated unnoticed.
 Why these places: kernels are split over fsdp on their input axis and over tensor on the axis of
 heads or of hidden units, so that a column-parallel product is followed by a row-parallel one and
 tensor needs one reduction a block. Norms, biases and modulation tables are small and replicated.
-LoRA factors follow the kernel that they are added to.
+LoRA factors follow the kernel that they are added to. Weights are split over context as well as
+fsdp: devices that share the tokens of a video need not hold the same weights twice.
+
+Activations: model code names what an axis is (`constrain`), and ACTIVATIONS says where it lives.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from worldr1_jax.models.convert import leaf_path
@@ -32,9 +36,22 @@ BATCH = PartitionSpec(
     ("data", "fsdp")
 )  # samples: devices that share weights still hold their own videos
 
-Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+Axis = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, tuple[Axis, ...]]]
 
-_COLUMN, _ROW = ("fsdp", "tensor"), ("tensor", "fsdp")
+# What an axis of an activation is -> where it lives.
+ACTIVATIONS: dict[str, Axis] = {
+    "videos": ("data", "fsdp"),
+    "tokens": "context",
+    "heads": "tensor",
+    "hidden": "tensor",  # of the MLP, between its column-parallel and its row-parallel product
+    "features": None,  # of the residual stream
+    "text": None,  # tokens of the prompt
+    "gathered": None,  # input axis of a kernel in use
+}
+
+_SPLIT = ("fsdp", "context")
+_COLUMN, _ROW = (_SPLIT, "tensor"), ("tensor", _SPLIT)
 _SMALL = r"(.*\.)?(bias|scale|gamma|ls[12]|scale_shift_table|embedding|pos_embed|\w+_token)"
 
 RULES: dict[str, Rules] = {
@@ -43,22 +60,22 @@ RULES: dict[str, Rules] = {
         (r"blocks\.attn[12]\.to_out\.kernel", (None, *_ROW)),
         (r"blocks\.ffn\.linear_1\.kernel", (None, *_COLUMN)),
         (r"blocks\.ffn\.linear_2\.kernel", (None, *_ROW)),
-        (r"(text_embedder|time_embedder)\.linear_[12]\.kernel", ("fsdp", None)),
-        (r"time_proj\.kernel", ("fsdp", None)),
-        (r"proj_out\.kernel", ("fsdp", None)),
+        (r"(text_embedder|time_embedder)\.linear_[12]\.kernel", (_SPLIT, None)),
+        (r"time_proj\.kernel", (_SPLIT, None)),
+        (r"proj_out\.kernel", (_SPLIT, None)),
         (r"patch_embedding\.kernel", ()),
         (_SMALL, ()),
     ),
     "lora": (
-        (r"blocks\.attn[12]\.to_[qkv]\.lora_a", (None, "fsdp", None)),
+        (r"blocks\.attn[12]\.to_[qkv]\.lora_a", (None, _SPLIT, None)),
         (r"blocks\.attn[12]\.to_[qkv]\.lora_b", (None, None, "tensor")),
         (r"blocks\.attn[12]\.to_out\.lora_a", (None, "tensor", None)),
-        (r"blocks\.attn[12]\.to_out\.lora_b", (None, None, "fsdp")),
+        (r"blocks\.attn[12]\.to_out\.lora_b", (None, None, _SPLIT)),
     ),
     "umt5": (
         (r"blocks\.([qkv]|wi_[01])\.kernel", (None, *_COLUMN)),
         (r"blocks\.(o|wo)\.kernel", (None, *_ROW)),
-        (r"token_embedding\.embedding", ("fsdp", None)),
+        (r"token_embedding\.embedding", (_SPLIT, None)),
         (_SMALL, ()),
     ),
     "wan_vae": ((r".*", ()),),  # 0.5 GB at full size: replicated, its work is split over samples
@@ -99,7 +116,74 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         raise ValueError(
             f"mesh of {text} needs {math.prod(shape)} devices, but there are {len(devices)}"
         )
-    return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=(AxisType.Auto,) * 4)
+    return _arrange(tuple(shape), devices)
+
+
+def _arrange(shape: tuple[int, ...], devices: list[Any]) -> Mesh:
+    """Slices, which a slow network joins, lie along data only: there one gradient crosses a step.
+
+    Raises:
+      ValueError: slices that do not divide data, or that differ in size.
+    """
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    count = len(slices)
+    if count == 1:
+        return Mesh(_torus(shape, devices), AXES, axis_types=(AxisType.Auto,) * 4)
+    if shape[0] % count or len({len(group) for group in slices.values()}) > 1:
+        raise ValueError(
+            f"mesh has data {shape[0]} on {count} slices of {sorted(map(len, slices.values()))} "
+            "devices: data has to be a multiple of the number of equal slices"
+        )
+    inner = (shape[0] // count, *shape[1:])
+    parts = [_torus(inner, slices[i]) for i in sorted(slices)]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _torus(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Devices in the mesh's shape, neighbours of the chips' network beside each other; a logical
+    axis may be part of a physical one, as 2 of 8."""
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def default_sizes(
+    devices: Sequence[Any], videos: int, heads: int, least_context: int = 1
+) -> dict[str, int]:
+    """Mesh sizes that suit a number of devices, for `videos` of an update and a DiT of `heads`.
+
+    A device takes whole videos where there are enough of them, for then tokens need no exchange;
+    else the fewest devices that fill the machine share one (context), at least `least_context`,
+    as what the backward pass keeps of a video may not fit into one. Weights are split over all
+    devices of a slice (fsdp), because a layer's gather takes less time than one video's work in it.
+    On a CPU host, where devices share their memory, weights are whole and only videos are split.
+
+    Raises:
+      ValueError: no number of devices for each video fits.
+    """
+    count = len(devices)
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if devices[0].platform == "cpu":
+        data = max(n for n in range(1, count + 1) if videos % n == 0 and count % n == 0)
+        return {"data": data, "fsdp": 1, "context": count // data, "tensor": 1}
+    for context in range(least_context, count // slices + 1):
+        per_slice = count // slices // context
+        if count % (slices * context) == 0 and videos % (slices * per_slice) == 0:
+            if heads % context:
+                continue
+            return {"data": slices, "fsdp": per_slice, "context": context, "tensor": 1}
+    raise ValueError(
+        f"{videos} videos do not divide over {count} devices: choose groups so that they do"
+    )
+
+
+class _Any:
+    """A mesh of one device, to check names by when there is none."""
+
+    shape = dict.fromkeys(AXES, 1)
+
+
+_ANY = _Any()
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -117,10 +201,45 @@ def spec_of(
     """
     for index, (pattern, axes) in enumerate(rules):
         if re.fullmatch(pattern, path):
-            sizes = [mesh.shape[a] if a else 1 for a in axes]
-            fits = [a if n % s == 0 else None for a, n, s in zip(axes, shape, sizes, strict=False)]
+            fits = [_fitting(a, n, mesh) for a, n in zip(axes, shape, strict=False)]
             return index, PartitionSpec(*fits)
     raise ValueError(f"no sharding rule matches the leaf '{path}'")
+
+
+def _fitting(axis: Axis, length: int, mesh: Any) -> Axis:
+    """The longest prefix of the mesh axes whose size divides the length, or None."""
+    if axis is None or isinstance(axis, str):
+        return axis if length % mesh.shape.get(axis, 1) == 0 else None
+    names = tuple(name for name in axis if mesh.shape[name] > 1)
+    while names and length % math.prod(mesh.shape[name] for name in names):
+        names = names[:-1]
+    return names[0] if len(names) == 1 else names or None
+
+
+def spec_for(shape: tuple[int, ...], axes: Sequence[str | None], mesh: Any) -> PartitionSpec:
+    """Placement of an activation by what its axes are (keys of ACTIVATIONS, or None: whole).
+
+    Raises:
+      ValueError: a name that ACTIVATIONS lacks, or not one name an axis.
+    """
+    unknown = [name for name in axes if name is not None and name not in ACTIVATIONS]
+    if unknown or len(axes) != len(shape):
+        raise ValueError(
+            f"axes {list(axes)} do not describe {list(shape)}: one of {', '.join(ACTIVATIONS)} "
+            "for each"
+        )
+    places = [ACTIVATIONS[name] if name else None for name in axes]
+    return PartitionSpec(*(_fitting(a, n, mesh) for a, n in zip(places, shape, strict=True)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, placed by what its axes are (see `spec_for`); unchanged without a mesh of ours, or where
+    a device already works on its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = spec_for(x.shape, axes, _ANY if mesh.empty else mesh)
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def shardings_of(state: Any, name: str, mesh: Mesh) -> Any:
@@ -185,9 +304,21 @@ def each_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
 
 
+def everywhere(array: Any, mesh: Mesh) -> Any:
+    """The array on every device of the mesh; as it is when these are only described (plan.py)."""
+    described = mesh.devices.flat[0].client.runtime_type.startswith("compile_only")
+    return array if described else jax.device_put(array, replicated(mesh))
+
+
 def to_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A global array from a host array that every process holds whole."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def keys_to_global(keys: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The same for typed PRNG keys, which jax does not place over several processes itself."""
+    data = to_global(np.asarray(jax.random.key_data(keys)), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -1,14 +1,34 @@
-"""Softmax attention: one function, behind which the implementations for each machine stand."""
+"""Softmax attention: one function, behind which the implementations for each machine stand.
+
+    xla      two einsums; logits in memory            any device, short sequences
+    blocks   xla on blocks of queries                 any device, long sequences
+    splash   jax's TPU kernel                         TPU
+    cudnn    cuDNN's fused attention                  NVIDIA GPU, half precision
+    auto     the one of these that fits the device and the number of tokens
+
+With tokens over the mesh's context axis, "ulysses:NAME" and "ring:NAME" say how devices exchange
+them, NAME being the kernel that each runs (attention_context.py); a bare "ulysses" or "ring" means
+"auto". The same implementation serves rollout and update.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float
 
+from worldr1_jax import sharding
+from worldr1_jax.models import attention_context, attention_kernels
+
 Implementation = str | Callable[..., jax.Array]
+
+NAMES = ("auto", "xla", "blocks", "splash", "cudnn")
+SHORT = 4096  # keys up to which "auto" on a CPU holds all logits
 
 
 def attention(
@@ -19,6 +39,7 @@ def attention(
     *,
     bias: Float[Array, ...] | None = None,
     scale: float | None = None,
+    length: int | None = None,
     implementation: Implementation = "xla",
 ) -> Float[Array, "B N H D"]:
     """softmax(scale q k^T + bias) v over M, with logits and softmax in float32; returns v.dtype.
@@ -26,22 +47,106 @@ def attention(
     Args:
       q, k, v: queries, keys and values, heads before the head dimension.
       mask: True where a query may look; broadcasts to [B, H, N, M]. A query that may look nowhere
-        gets the mean of all values.
-      bias: added to the logits; broadcasts to [B, H, N, M].
+        gets the mean of all values. Only "xla" takes it.
+      bias: added to the logits; broadcasts to [B, H, N, M]. Only "xla" takes it.
       scale: factor on q k^T; None means D ** -0.5.
-      implementation: a name in IMPLEMENTATIONS, or a function with the arguments of this one (less
-        `implementation`), e.g. one that runs under shard_map.
+      length: keys from here on are padding that nobody looks at; None means that all are real.
+      implementation: a name as above, what `build` made of one, or a function with the arguments of
+        this one (less `implementation`).
 
     Raises:
       ValueError: an unknown name.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if callable(implementation):
-        return implementation(q, k, v, mask, bias=bias, scale=scale)
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join(sorted(IMPLEMENTATIONS))
-        raise ValueError(f"attention implementation '{implementation}' is unknown; give {names}")
-    return IMPLEMENTATIONS[implementation](q, k, v, mask, bias=bias, scale=scale)
+    if isinstance(implementation, str):
+        implementation = build(implementation, keys=k.shape[1])
+    extra = {} if length is None else {"length": length}
+    return implementation(q, k, v, mask, bias=bias, scale=scale, **extra)
+
+
+def build(name: str, *, device_kind: str | None = None, keys: int | None = None) -> Callable:
+    """The implementation of a name.
+
+    Args:
+      name: see the module's first lines.
+      device_kind: what it will run on, such as "TPU v5" or "cpu"; None means the default device.
+      keys: length of the sequences, if known, for "auto" on a CPU.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    context, _, local = name.rpartition(":")
+    if local in ("ulysses", "ring") and not context:
+        context, local = local, "auto"
+    if local not in NAMES or context not in ("", "ulysses", "ring"):
+        raise ValueError(
+            f"attention implementation '{name}' is unknown; give {', '.join(NAMES)}, "
+            "or ulysses:NAME or ring:NAME"
+        )
+    if device_kind is None:
+        device_kind = jax.devices()[0].device_kind
+    if local == "auto":
+        local = _fitting(device_kind, keys)
+    if local == "xla" and not context:
+        return _xla
+    if local in ("xla", "blocks"):
+        kernel: Any = attention_kernels.Blocks()
+    elif local == "cudnn":
+        kernel = attention_kernels.CuDnn()
+    else:
+        chip = attention_kernels.generation(device_kind)
+        kernel = attention_kernels.Splash(attention_kernels.BLOCKS[chip])
+    return attention_context.Sharded(kernel, context or "ulysses")
+
+
+def for_short_keys(implementation: Implementation) -> Implementation:
+    """The same for keys that every device holds whole, such as the text's."""
+    if isinstance(implementation, attention_context.Sharded):
+        return dataclasses.replace(implementation, context="whole")
+    return "xla" if isinstance(implementation, str) else implementation
+
+
+def laid_out(
+    x: jax.Array,
+    major_to_minor: tuple[int, ...],
+    axes: Sequence[str | None],
+    implementation: Implementation,
+) -> jax.Array:
+    """`x`, whose axes are `axes` (sharding.spec_for), with them in this order in memory, where a
+    kernel will read it so.
+
+    Left alone, the TPU compiler keeps the tokens of the residual stream minor, and pays for a
+    transposition before and after every kernel. Each device lays out its own part: the compiler
+    would gather the whole for an operation that it cannot split.
+    """
+    if not isinstance(implementation, attention_context.Sharded):
+        return x
+
+    def lay(part: jax.Array) -> jax.Array:
+        return with_layout_constraint(part, Layout(major_to_minor))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return lay(x)
+    spec = sharding.spec_for(x.shape, axes, mesh)
+    return jax.shard_map(lay, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def padded(tokens: int, implementation: Implementation) -> int:
+    """To how many tokens this implementation needs a sequence padded on the current mesh."""
+    if not isinstance(implementation, attention_context.Sharded):
+        return tokens
+    mesh = jax.sharding.get_abstract_mesh()
+    unit = implementation.kernel.multiple * (1 if mesh.empty else mesh.shape["context"])
+    return -(-tokens // unit) * unit
+
+
+def _fitting(device_kind: str, keys: int | None) -> str:
+    if device_kind.startswith("TPU"):
+        return "splash"
+    if device_kind == "cpu":
+        return "xla" if keys is not None and keys <= SHORT else "blocks"
+    return "cudnn"
 
 
 def _xla(
@@ -52,6 +157,7 @@ def _xla(
     *,
     bias: jax.Array | None,
     scale: float,
+    length: int | None = None,
 ) -> jax.Array:
     """Two einsums. Logits of [B H N M] are held in memory: for short sequences."""
     logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
@@ -59,41 +165,8 @@ def _xla(
     if bias is not None:
         logits = logits + bias
     if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(mask, logits, attention_kernels.NOWHERE)
+    if length is not None:
+        logits = jnp.where(jnp.arange(k.shape[1]) < length, logits, attention_kernels.NOWHERE)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
-
-
-def _blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    *,
-    bias: jax.Array | None,
-    scale: float,
-) -> jax.Array:
-    """`_xla` on blocks of queries, one after the other: logits of [B H block M] at a time.
-
-    The backward pass computes them again. For long sequences where there is no kernel; a block's
-    logits are about LOGITS_BYTES, so that they stay near the cores.
-    """
-    if mask is not None or bias is not None:
-        raise ValueError("attention in blocks takes neither mask nor bias: use 'xla'")
-    batch, length, heads, width = q.shape
-    block = LOGITS_BYTES // (4 * batch * heads * k.shape[1]) // 8 * 8
-    block = min(max(block, 8), length)
-    count = -(-length // block)
-    q = jnp.pad(q, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
-    q = q.reshape(batch, count, block, heads, width).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def one(rows: jax.Array) -> jax.Array:
-        return _xla(rows, k, v, None, bias=None, scale=scale)
-
-    out = jax.lax.map(one, q).swapaxes(0, 1)
-    return out.reshape(batch, count * block, heads, v.shape[-1])[:, :length]
-
-
-LOGITS_BYTES = 32 << 20
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "blocks": _blocks}

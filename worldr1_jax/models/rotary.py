@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -37,3 +38,21 @@ def rotate(
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+
+
+def rotate_by_product(
+    x: Float[Array, "B N H D"], cos: Float[Array, "N 1 d"], sin: Float[Array, "N 1 d"]
+) -> Float[Array, "B N H D"]:
+    """`rotate` for TPUs; equal up to rounding, and returns x.dtype.
+
+    The other channel of each pair, with its sign, comes from a product with a matrix of 0, 1 and
+    -1, which is exact: taking every second channel would cost a TPU more than the whole rotation.
+    The turn itself is computed in float32.
+    """
+    width = x.shape[-1]
+    swap = np.zeros((width, width), np.float32)
+    even = np.arange(0, width, 2)
+    swap[even + 1, even], swap[even, even + 1] = -1.0, 1.0
+    other = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST)
+    cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(sin, 2, axis=-1)
+    return (x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x.dtype)

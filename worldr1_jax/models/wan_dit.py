@@ -20,8 +20,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax import sharding
 from worldr1_jax.models import convert, layers, rotary
-from worldr1_jax.models.attention import Implementation, attention
+from worldr1_jax.models.attention import (
+    Implementation,
+    attention,
+    for_short_keys,
+    laid_out,
+    padded,
+)
 
 QK_NORM = "rms_norm_across_heads"
 
@@ -166,16 +173,28 @@ class WanAttention(nnx.Module):
         *,
         implementation: Implementation,
         adapters: bool,
+        length: int,
     ) -> Float[Array, "B N d"]:
-        """Queries from x, keys and values from context; `rope` turns queries and keys."""
-        q = self._heads(self.norm_q(self.to_q(x, adapters)))
-        k = self._heads(self.norm_k(self.to_k(context, adapters)))
+        """Queries from x, keys and values from context, whose first `length` rows are real; `rope`
+        turns queries and keys."""
+        # Rounded to the module's dtype before they turn: no float32 copy of them leaves a fusion.
+        q = self._heads(self.norm_q(self.to_q(x, adapters)).astype(x.dtype))
+        k = self._heads(self.norm_k(self.to_k(context, adapters)).astype(x.dtype))
         v = self._heads(self.to_v(context, adapters))
         if rope is not None:
-            q, k = rotary.rotate(q, *rope), rotary.rotate(k, *rope)
-        q, k = q.astype(x.dtype), k.astype(x.dtype)
-        out = attention(q, k, v, implementation=implementation)
+            turn = rotary.rotate if isinstance(implementation, str) else rotary.rotate_by_product
+            q, k = turn(q, *rope).astype(x.dtype), turn(k, *rope).astype(x.dtype)
+        real = length if length < context.shape[1] else None
+        long = context is x
+        q = self._place(q, True, implementation)
+        k, v = (self._place(y, long, implementation) for y in (k, v))
+        out = attention(q, k, v, length=real, implementation=implementation)
         return self.to_out(out.reshape(x.shape), adapters)
+
+    @staticmethod
+    def _place(x: jax.Array, long: bool, implementation: Implementation) -> jax.Array:
+        axes = ("videos", "tokens" if long else "text", "heads", None)
+        return laid_out(sharding.constrain(x, *axes), (0, 2, 1, 3), axes, implementation)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -206,18 +225,22 @@ class WanBlocks(nnx.Module):
         *,
         implementation: Implementation,
         adapters: bool,
+        length: int,
     ) -> Float[Array, "B N d"]:
-        """One block (the stack axis has been scanned away)."""
+        """One block (the stack axis has been scanned away); tokens from `length` on are padding."""
         dtype = x.dtype
         kwargs: dict[str, Any] = {"implementation": implementation, "adapters": adapters}
+        other = {**kwargs, "implementation": for_short_keys(implementation)}
         rows = jnp.split(self.scale_shift_table[...] + modulation, 6, axis=1)
         shift1, scale1, gate1, shift3, scale3, gate3 = rows
         h = (self.norm1(x) * (1 + scale1) + shift1).astype(dtype)
-        x = (x + self.attn1(h, h, rope, **kwargs) * gate1).astype(dtype)
+        x = (x + self.attn1(h, h, rope, length=length, **kwargs) * gate1).astype(dtype)
         h = x if self.norm2 is None else self.norm2(x).astype(dtype)
-        x = x + self.attn2(h, text, None, **kwargs)
+        x = x + self.attn2(h, text, None, length=text.shape[1], **other)
         h = (self.norm3(x) * (1 + scale3) + shift3).astype(dtype)
-        return (x + self.ffn(h) * gate3).astype(dtype)
+        x = (x + self.ffn(h) * gate3).astype(dtype)
+        axes = ("videos", "tokens", "features")
+        return laid_out(sharding.constrain(x, *axes), (0, 1, 2), axes, implementation)
 
 
 class WanDiT(nnx.Module):
@@ -229,8 +252,8 @@ class WanDiT(nnx.Module):
       dtype: dtype of matmuls and of the residual stream.
       param_dtype: dtype in which matmul kernels rest; all other leaves are float32.
       remat: what the backward pass recomputes: "none", "full" or "dots" (layers.scan_layers).
-      implementation: of self-attention (attention.attention); cross-attention always uses "xla"
-        because its 512 keys are few.
+      implementation: of attention (attention.attention); in cross-attention, whose 512 keys are
+        few, "xla" stands for the names of other implementations.
     """
 
     def __init__(
@@ -294,17 +317,45 @@ class WanDiT(nnx.Module):
             modulation = self.time_proj(jax.nn.silu(temb)).reshape(temb.shape[0], 6, -1)
         text = self.text_embedder(text.astype(self.dtype))
         x = self.patch_embedding(latents.astype(self.dtype))
+        tokens = x.shape[1]
+        x, rope = _pad_tokens(x, rope, padded(tokens, self.implementation))
+        x = sharding.constrain(x, "videos", "tokens", "features")
 
         def block(layer: WanBlocks, x: jax.Array) -> jax.Array:
             return layer(
-                x, text, modulation, rope, implementation=self.implementation, adapters=adapters
-            )
+                x, text, modulation, rope,
+                implementation=self.implementation, adapters=adapters, length=tokens,
+            )  # fmt: skip
 
-        x = layers.scan_layers(self.blocks, x, block, remat=self.remat)
+        x = layers.scan_layers(self.blocks, x, block, remat=self.remat)[:, :tokens]
         shift, scale = jnp.split(self.scale_shift_table[...] + temb[:, None], 2, axis=1)
         x = (self.norm_out(x) * (1 + scale) + shift).astype(self.dtype)
         x = self.proj_out(x).astype(jnp.float32)
         return unpatchify(x, grid, self.config.patch_size)
+
+
+def tokens(config: Config, size: tuple[int, int, int]) -> int:
+    """Tokens of latents of (f, h, w)."""
+    return math.prod(n // p for n, p in zip(size, config.patch_size, strict=True))
+
+
+def flops(config: Config, count: int, text_tokens: int) -> tuple[float, float]:
+    """FLOPs of a forward of one video of `count` tokens: products with weights, and attention."""
+    d, layers_ = config.dim, config.num_layers
+    linear = 2 * count * (6 * d * d + 2 * d * config.ffn_dim) + 2 * text_tokens * 2 * d * d
+    scores = 4 * count * (count + text_tokens) * d
+    return float(layers_ * linear), float(layers_ * scores)
+
+
+def _pad_tokens(
+    x: jax.Array, rope: tuple[jax.Array, jax.Array], tokens: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Zeros behind the sequence, so that it divides as the attention kernel and the mesh need."""
+    more = tokens - x.shape[1]
+    if not more:
+        return x, rope
+    cos, sin = (jnp.pad(table, ((0, more), (0, 0), (0, 0))) for table in rope)
+    return jnp.pad(x, ((0, 0), (0, more), (0, 0))), (cos, sin)
 
 
 class PatchEmbedding(nnx.Module):

@@ -1,0 +1,90 @@
+"""Plans a pod without one: compiles the real programs for a TPU topology and says what they need.
+
+python launch/plan_pod.py --config=configs/world.py:large --topology=v5p:4x4x4 [--json]
+
+Needs `pip install 'jax[tpu]'`, but no TPU and no weights. Bytes are the compiler's; seconds are
+estimates, by the method that worldr1_jax/plan.py states.
+"""
+
+import itertools
+import json
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here holds a chip
+
+import cli
+from absl import flags
+
+TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "such as v6e:8x8, v5e:1x1, 2*v5e:16x16")
+JSON = flags.DEFINE_bool("json", False, "print JSON only")
+PRICE = flags.DEFINE_float("price", 0.0, "of one chip for an hour, for the cost of an update")
+ONLY = flags.DEFINE_list("programs", [], "plan these alone, such as rollout,update")
+EFFICIENCY = flags.DEFINE_float(
+    "kernel_efficiency", 0.0, "share of the peak that attention kernels reach; 0: the table's"
+)
+HLO = flags.DEFINE_string("hlo", "", "folder for the compiled programs' text, to read by eye")
+SWEEP = flags.DEFINE_bool("sweep", False, "try meshes, remat and windows, and rank them")
+CONTEXTS = flags.DEFINE_list("contexts", ["1", "2", "4"], "devices for one video, for --sweep")
+REMATS = flags.DEFINE_list("remats", ["full", "dots"], "remat policies, for --sweep")
+WINDOWS = flags.DEFINE_list("windows", [], "numbers of window steps, for --sweep")
+
+
+def main() -> None:
+    """Prints a table of the programs, or JSON, or with --sweep a ranking of choices."""
+    from worldr1_jax import plan
+
+    config = cli.CONFIG.value
+    devices = plan.topology_devices(TOPOLOGY.value)
+    if SWEEP.value:
+        _sweep(config, devices)
+        return
+    mesh = plan.mesh_for(config, devices)
+    programs = plan.plan(config, mesh, only=tuple(ONLY.value), efficiency=EFFICIENCY.value or None, hlo=HLO.value)
+    found = plan.report(TOPOLOGY.value, mesh, programs)
+    if PRICE.value:
+        found["cost_per_update"] = found["chip_hours_per_update"] * PRICE.value
+    if JSON.value:
+        print(json.dumps(found, indent=2))
+        return
+    print(f"{TOPOLOGY.value}: {mesh.size} devices, mesh {dict(mesh.shape)}; all is estimated")
+    for p in programs:
+        terms = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in p.terms.items())
+        sent = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in p.collectives.items())
+        print(
+            f"{p.name:10} {p.hbm_peak_bytes / 1e9:6.1f} of {p.hbm_limit_bytes / 1e9:.0f} GB  "
+            f"{p.seconds:8.2f} s ({terms})  MFU {p.mfu:.1%}  bound: {p.bound}  "
+            f"sent: {sent or 'nothing'}  compiled in {p.compile_seconds:.0f} s"
+        )
+    print(
+        f"update: {found['seconds_per_update']:.0f} s, {found['chip_hours_per_update']:.1f} "
+        "chip-hours" + (f", {found['cost_per_update']:.2f} at the price" if PRICE.value else "")
+    )
+
+
+def _sweep(config, devices) -> None:
+    from worldr1_jax import plan, sharding
+
+    rows = []
+    windows = [int(w) for w in WINDOWS.value] or [config.sample.window]
+    for context, remat, window in itertools.product(CONTEXTS.value, REMATS.value, windows):
+        with config.unlocked():
+            config.policy.remat, config.sample.window = remat, window
+        choice = {"context": int(context), "remat": remat, "window": window}
+        try:
+            mesh = sharding.make_mesh({"fsdp": -1, "context": int(context)}, devices)
+            programs = plan.plan(config, mesh, only=tuple(ONLY.value or ("rollout", "update")))
+        except ValueError as error:
+            rows.append({**choice, "fits": False, "why": str(error)})
+            continue
+        seconds = plan.report(TOPOLOGY.value, mesh, programs)["seconds_per_update"]
+        peak = max(p.hbm_peak_bytes for p in programs)
+        fits = peak <= programs[0].hbm_limit_bytes
+        rows.append({**choice, "fits": fits, "seconds_per_update": seconds, "hbm_peak_bytes": peak})
+    rows.sort(key=lambda row: (not row["fits"], row.get("seconds_per_update", 0.0)))
+    print(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,95 @@
+"""Every implementation of attention against the plain one, forward and backward, on any mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from worldr1_jax import sharding
+from worldr1_jax.models import attention as attn
+from worldr1_jax.models import attention_context, attention_kernels
+
+TOKENS = 37  # divides nothing
+HEADS, WIDTH = 4, 16
+MESHES = {"context": {"data": 2, "context": 4}, "mixed": {"fsdp": 2, "context": 2, "tensor": 2}}
+# float32, other orders of summation over 37 keys of values near 1.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def _inputs(width=WIDTH):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(k, (2, TOKENS, HEADS, width)) for k in keys]
+
+
+def _value_and_grads(implementation, inputs, mesh):
+    q, k, v, target = inputs
+
+    def loss(q, k, v):
+        size = attn.padded(TOKENS, implementation)
+        pad = ((0, 0), (0, size - TOKENS), (0, 0), (0, 0))
+        # Padding that is not zero, so that one that is looked at shows.
+        padded = [jnp.pad(x, pad, constant_values=2.0) for x in (q, k, v)]
+        out = attn.attention(*padded, length=TOKENS, implementation=implementation)
+        return jnp.sum(out[:, :TOKENS] * target), out[:, :TOKENS]
+
+    with sharding.on(mesh):
+        call = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+        (_, out), grads = call(q, k, v)
+    return jax.tree.map(np.asarray, (out, *grads))
+
+
+def _compare(implementation, mesh, width=WIDTH):
+    inputs = _inputs(width)
+    one = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    want = _value_and_grads("xla", inputs, one)
+    got = _value_and_grads(implementation, inputs, mesh)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("name", ["ulysses:blocks", "ring:blocks", "blocks"])
+def test_exchanges_equal_the_reference(name, sizes):
+    mesh = sharding.make_mesh(MESHES[sizes])
+    implementation = attn.build(name, device_kind="cpu")
+    if name.startswith("ulysses") or name == "ring:blocks":
+        small = attention_kernels.Blocks(logits_bytes=4 * 2 * HEADS * 40 * 16)  # several blocks
+        implementation = attention_context.Sharded(small, implementation.context)
+    _compare(implementation, mesh)
+
+
+@pytest.mark.parametrize("context", ["ulysses", "ring"])
+def test_splash_equals_the_reference(context):
+    kernel = attention_kernels.Splash(block=128, interpret=True)
+    mesh = sharding.make_mesh({"context": 2}, jax.devices()[:2])
+    _compare(attention_context.Sharded(kernel, context), mesh, width=128)
+
+
+def test_text_keys_stay_whole():
+    q, k, v, _ = _inputs()
+    want = attn.attention(q, k[:, :5], v[:, :5])
+    mesh = sharding.make_mesh({"data": 2, "context": 4})
+    short = attn.for_short_keys(attn.build("ulysses:blocks", device_kind="cpu"))
+    q = jnp.pad(q, ((0, 0), (0, 3), (0, 0), (0, 0)))
+    with sharding.on(mesh):
+        got = jax.jit(lambda *x: attn.attention(*x, implementation=short))(q, k[:, :5], v[:, :5])
+    np.testing.assert_allclose(got[:, :TOKENS], want, **TOLERANCE)
+
+
+def test_names_that_do_not_exist_and_shapes_that_do_not_fit_are_refused():
+    for name in ("flash", "ring:flash", "tree:xla"):
+        with pytest.raises(ValueError, match="is unknown; give auto"):
+            attn.build(name, device_kind="cpu")
+    with pytest.raises(ValueError, match="is no TPU known here"):
+        attn.build("splash", device_kind="TPU v2")
+    q, k, v, _ = _inputs()
+    mesh = sharding.make_mesh({"context": 8})
+    with sharding.on(mesh), pytest.raises(ValueError, match="do not divide over context = 8"):
+        attn.attention(q, k, v, implementation=attn.build("ring:blocks", device_kind="cpu"))
+
+
+def test_auto_takes_what_the_device_has():
+    assert attn.build("auto", device_kind="cpu", keys=80) is attn.build("xla", device_kind="cpu")
+    assert isinstance(attn.build("auto", device_kind="TPU v5").kernel, attention_kernels.Splash)
+    assert attn.build("ring", device_kind="TPU v6 lite").kernel.block == 2048
+    assert isinstance(attn.build("auto", device_kind="NVIDIA H100").kernel, attention_kernels.CuDnn)

@@ -1,0 +1,87 @@
+"""What is read from a compiled module, and the figures made of it, by hand."""
+
+import pytest
+
+from worldr1_jax import plan, plan_hlo
+from worldr1_jax.chips import Chip
+
+MODULE = """HloModule jit_f, is_scheduled=true
+
+%fused (p: bf16[8,128]) -> bf16[8,128] {
+  ROOT %p = bf16[8,128]{1,0} parameter(0)
+}
+
+%cond (arg: (s32[], bf16[8,128])) -> pred[] {
+  %arg = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(40)
+  %i = s32[] get-tuple-element(%arg), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (arg: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %arg.1 = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%arg.1), index=1
+  %w = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x, %w), kind=kOutput, calls=%fused, metadata={op_name="jit(f)/while/body/dot"}, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %splash_mha_fwd.1 = bf16[2,256,128]{2,1,0:T(8,128)(2,1)} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": 1
+}}, metadata={op_name="jit(f)/kernel"}
+  ROOT %out = (s32[], bf16[8,128]{1,0}) tuple(%i, %fusion.1)
+}
+
+ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
+  %p0 = bf16[8,128]{1,0} parameter(0)
+  %t = (s32[], bf16[8,128]{1,0}) tuple(%zero, %p0)
+  %while.1 = (s32[], bf16[8,128]{1,0}) while(%t), condition=%cond, body=%body
+  ROOT %r = bf16[8,128]{1,0} get-tuple-element(%while.1), index=1
+}
+"""  # noqa: E501 (as the compiler prints it)
+SHAPES = "  %q = bf16[2,256,128]{2,1,0} parameter(1)\n  %k = bf16[2,512,128]{2,1,0} parameter(2)\n"
+TEXT = MODULE.replace("  %arg.1 =", SHAPES + "  %arg.1 =")
+
+
+@pytest.fixture
+def ops():
+    return {op.kind: op for op in plan_hlo.read(TEXT)}
+
+
+def test_loops_are_multiplied_and_the_compilers_cycles_are_read(ops):
+    assert (ops["xla"].times, ops["xla"].cycles) == (40, 1000)
+    assert ops["xla"].source == "jit(f)/while/body/dot"
+    # x and the result; the gathered weights lie in the core's memory.
+    assert ops["xla"].bytes == 2 * (8 * 128 * 2)
+
+
+def test_collectives_count_what_a_device_sends(ops):
+    gather = ops["all-gather"]
+    assert (gather.times, gather.group, gather.bytes) == (40, 8, 64 * 128 * 2 * 7 // 8)
+    assert plan_hlo.sent("all-reduce", 800, 8) == 2 * 700
+    assert plan_hlo.sent("reduce-scatter", 100, 8) == 700
+    assert plan_hlo.sent("all-gather", 100, 1) == 0
+
+
+def test_kernels_count_their_products(ops):
+    assert ops["kernel"].flops == 2 * 2.0 * 2 * 256 * 128 * 512
+
+
+def test_a_loop_without_an_end_is_an_error():
+    with pytest.raises(ValueError, match="no known number of turns"):
+        plan_hlo.read(TEXT.replace("constant(40)", "parameter(1)"))
+
+
+def test_figures_of_a_program(ops):
+    chip = Chip(16e9, 100e12, 1e12, 50e9, axes=2, clock=1e9)
+    made = plan.program(
+        "p", list(ops.values()), chip, 0.5, 8, needed=1e9, products=5.0, peak=123, compile_seconds=1
+    )
+    kernel = max(ops["kernel"].flops / 50e12, ops["kernel"].bytes / 1e12)
+    wanted = {
+        "xla": 40 * 1000 / 1e9,
+        "kernels": 40 * kernel,
+        "interconnect": 40 * 14336 / (2 * 2 * 50e9),
+    }
+    assert made.terms == pytest.approx(wanted)
+    assert made.seconds == pytest.approx(sum(wanted.values()))
+    assert made.bound == "kernels"
+    assert made.mfu == pytest.approx(1e9 / (made.seconds * 100e12))
+    assert made.flops == 5.0 + 40 * ops["kernel"].flops

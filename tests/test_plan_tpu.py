@@ -1,0 +1,52 @@
+"""The TPU compiler itself, on a small network; needs libtpu (pip install 'jax[tpu]') but no TPU."""
+
+import json
+import os
+
+import pytest
+
+from configs import world
+from worldr1_jax import plan
+from worldr1_jax.models import wan_dit
+
+pytest.importorskip("libtpu")
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A small DiT, 8 videos of 5 frames on one host of 8 chips, two devices a video."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
+    patch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    small = wan_dit.Config(num_attention_heads=2, ffn_dim=512, num_layers=3)
+    patch.setitem(plan.PRESETS, "large", lambda: small)
+    config = world.get_config("large")
+    with config.unlocked():
+        config.frames, config.height, config.width = 5, 64, 64
+        config.groups, config.sample.steps, config.sample.window_range = 1, 6, (0, 4)
+        config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, 4, 2
+    mesh = plan.mesh_for(config, plan.topology_devices("v5e:2x4"))
+    programs = plan.plan(config, mesh, only=("rollout", "update"))
+    yield plan.report("v5e:2x4", mesh, programs), {p.name: p for p in programs}
+    patch.undo()
+
+
+def test_rollout_and_update_compile_and_fit(planned):
+    found, programs = planned
+    assert set(programs) == {"rollout", "update"}
+    for p in programs.values():
+        assert 0 < p.hbm_peak_bytes < p.hbm_limit_bytes == 16e9
+        assert p.terms["kernels"] > 0  # splash, and not attention in XLA
+        assert 0 < p.mfu < 1
+    assert found["devices"] == 8
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_only_weights_and_heads_cross_the_network(planned):
+    """No activation is gathered whole: each kernel once a layer and forward, exchanges apart."""
+    sent = planned[1]["rollout"].collectives
+    d, ffn, layers, forwards = 256, 512, 3, 6 * 2 * 2  # steps, branches, videos of a device
+    weights = forwards * layers * (8 * d * d + 2 * d * ffn) * 2
+    # The rest is the embeddings of text and time, which weigh much in a network this narrow.
+    assert sent["all-gather"] < 2 * weights
+    assert "all-to-all" in sent

@@ -1,0 +1,47 @@
+"""What to change when a device's memory is exhausted, instead of the compiler's pages."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import jax
+
+# Stage -> settings that lower its memory, the cheapest in time first.
+SETTINGS = {
+    "rollout": "sample.videos_at_once=1, mesh.context=2 or more, groups smaller",
+    "decode": "policy.chunked_vae=True, sample.videos_at_once=1, groups smaller",
+    "reconstruct": "rewards.frame_stride larger, groups smaller",
+    "render": "rewards.views smaller, groups smaller",
+    "general": "groups smaller",
+    "update": "train.microbatches larger, policy.remat=full, train.minibatches larger, "
+    "mesh.context=2 or more",
+}
+_EXHAUSTED = ("RESOURCE_EXHAUSTED", "Ran out of memory", "Out of memory")
+_AMOUNT = re.compile(
+    r"(Used [\d.]+\w* of [\d.]+\w* hbm|allocate [\d.]+ ?\w+|allocating [\d.]+ ?\w+)", re.IGNORECASE
+)
+
+
+@contextlib.contextmanager
+def explained(stage: str) -> Iterator[None]:
+    """Turns exhausted device memory into one sentence that names the stage, how much was asked for,
+    and which settings to change first.
+
+    Raises:
+      ValueError: in place of jax's error; other errors pass.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if not any(mark in text for mark in _EXHAUSTED):
+            raise
+        amount = _AMOUNT.search(text)
+        said = amount.group(0) if amount else text.split("\n")[0][:200]
+        advice = SETTINGS.get(stage, "groups smaller")
+        raise ValueError(
+            f"the stage '{stage}' does not fit into a device's memory ({said}): "
+            f"change first {advice}"
+        ) from error

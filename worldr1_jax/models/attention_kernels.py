@@ -1,0 +1,234 @@
+"""Attention of one device: kernels for TPUs and GPUs, each with a backward pass.
+
+A kernel is called as `kernel(q, k, v, scale=, length=)` with [B N H D] arrays of one device; keys
+from `length` on are padding. `forward` and `backward` are its two halves for the ring
+(attention_context.py): the first also returns the logarithm of the softmax's sum, [B H N] float32;
+the second takes that sum over all keys and gives the share of these keys in each gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+LANES = 128  # a TPU kernel's blocks are multiples of it
+# Queries and keys a block of the splash kernel, by generation of the chip: the largest that the
+# compiler fits into the core's memory, forward and backward.
+BLOCKS = {"v4": 512, "v5e": 1024, "v5p": 1024, "v6e": 2048, "tpu7x": 2048}
+GENERATIONS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"
+}  # fmt: skip
+BLOCK_BYTES = 32 << 20  # logits that `Blocks` holds at a time
+NOWHERE = float(jnp.finfo(jnp.float32).min)
+
+
+class Kernel(Protocol):
+    """What attention_context.py asks of a kernel of one device."""
+
+    multiple: int  # numbers of tokens have to be multiples of it
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, length: jax.Array | int
+    ) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Plain XLA on blocks of queries, one after the other; logits are computed again backward.
+
+    Attributes:
+      logits_bytes: about what a block's logits take, so that they stay near the cores.
+    """
+
+    logits_bytes: int = BLOCK_BYTES
+    multiple: int = 1
+
+    def __call__(self, q, k, v, *, scale, length):
+        """[B N H D]."""
+
+        @jax.checkpoint
+        def one(rows):
+            return self._rows(rows, k, v, scale, length)[0]
+
+        return _unblock(jax.lax.map(one, self._block(q, k)), q.shape[1])
+
+    def forward(self, q, k, v, *, scale, length):
+        """Output [B N H D] and log-sum-exp [B H N]."""
+        out, lse = jax.lax.map(
+            lambda rows: self._rows(rows, k, v, scale, length), self._block(q, k)
+        )
+        lse = jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], -1)
+        return _unblock(out, q.shape[1]), lse[..., : q.shape[1]]
+
+    def backward(self, q, k, v, out, lse, grad, *, scale, length):
+        """Gradients of q, k and v through these keys, given `lse` and `out` over all keys."""
+        delta = jnp.einsum("bnhd,bnhd->bhn", out.astype(jnp.float32), grad.astype(jnp.float32))
+        rows = tuple(self._block(x, k) for x in (q, grad))
+        stats = tuple(
+            self._block(jnp.moveaxis(x, 1, 2)[..., None], k)[..., 0] for x in (lse, delta)
+        )
+
+        def one(carry, block):
+            (rows, grads), (lse, delta) = block
+            logits = _logits(rows, k, scale, length)
+            weights = jnp.exp(logits - jnp.moveaxis(lse, 1, 2)[..., None])
+            grads = grads.astype(jnp.float32)
+            d_weights = jnp.einsum("bnhd,bmhd->bhnm", grads, v, preferred_element_type=jnp.float32)
+            d_logits = weights * (d_weights - jnp.moveaxis(delta, 1, 2)[..., None]) * scale
+            dk = jnp.einsum("bhnm,bnhd->bmhd", d_logits, rows.astype(jnp.float32))
+            dv = jnp.einsum("bhnm,bnhd->bmhd", weights, grads)
+            dq = jnp.einsum("bhnm,bmhd->bnhd", d_logits, k.astype(jnp.float32))
+            return (carry[0] + dk, carry[1] + dv), dq
+
+        zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+        (dk, dv), dq = jax.lax.scan(one, zeros, (rows, stats))
+        return _unblock(dq, q.shape[1]), dk, dv
+
+    def _block(self, x, k):
+        batch, length, heads = x.shape[:3]
+        block = self.logits_bytes // (4 * batch * heads * k.shape[1]) // 8 * 8
+        block = min(max(block, 8), length)
+        count = -(-length // block)
+        x = jnp.pad(x, ((0, 0), (0, count * block - length), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(batch, count, block, *x.shape[2:]).swapaxes(0, 1)
+
+    def _rows(self, rows, k, v, scale, length):
+        logits = _logits(rows, k, scale, length)
+        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        weights = jnp.exp(logits - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum("bhnm,bmhd->bnhd", (weights / total).astype(v.dtype), v)
+        return out, (top + jnp.log(total))[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash:
+    """jax's splash attention for TPUs: flash attention forward and backward, logits never in HBM.
+
+    Attributes:
+      block: queries and keys of a block; smaller ones where there are fewer.
+      interpret: run the kernel's arithmetic on any device, slowly, for tests.
+    """
+
+    block: int = 1024
+    interpret: bool = False
+    multiple: int = LANES
+
+    def __call__(self, q, k, v, *, scale, length):
+        """[B N H D]."""
+        q, k, v = (_heads_first(x) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+        segments = self._segments(q, k, length)
+        call = functools.partial(self._kernel(q, k), segment_ids=segments)
+        return _heads_first(jax.vmap(call)(q, k, v))
+
+    def forward(self, q, k, v, *, scale, length):
+        """Output [B N H D] and log-sum-exp [B H N]; a query that sees no key has a very low one."""
+        q, k, v = (_heads_first(x) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+        segments = self._segments(q, k, length)
+        call = functools.partial(self._kernel(q, k, residuals=True), segment_ids=segments)
+        out, (lse, *_) = jax.vmap(call)(q, k, v)
+        return _heads_first(out), lse
+
+    def backward(self, q, k, v, out, lse, grad, *, scale, length):
+        """Gradients of q, k and v through these keys, given `lse` and `out` over all keys.
+
+        jax has no public name for the kernel's backward half, which is what a ring needs.
+        """
+        scaled, keys, values, out, grad = (
+            _heads_first(x) for x in (q * jnp.asarray(scale, q.dtype), k, v, out, grad)
+        )
+        kernel, segments = self._kernel(scaled, keys), self._segments(scaled, keys, length)
+        names = (
+            "save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name",
+            "mask_function", "attn_logits_soft_cap", "interpret",
+        )  # fmt: skip
+        static: list[Any] = [kernel.kwargs[name] for name in names]
+
+        def one(q, k, v, out, lse, grad):
+            saved = (q, k, v, segments, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+            backward: Any = splash._splash_attention_bwd
+            return backward(*static, saved, grad)[3:6]
+
+        dq, dk, dv = jax.vmap(one)(scaled, keys, values, out, lse, grad)
+        return tuple(
+            _heads_first(x).astype(jnp.float32) for x in (dq * jnp.asarray(scale, dq.dtype), dk, dv)
+        )
+
+    def _kernel(self, q, k, residuals: bool = False) -> Any:
+        heads, rows, columns = q.shape[1], q.shape[2], k.shape[2]
+        block_q, block_k = (_divisor(n, self.block) for n in (rows, columns))
+        compute = _divisor(block_k, 1024)
+        sizes = splash.BlockSizes(
+            block_q=block_q, block_kv=block_k, block_kv_compute=compute,
+            block_q_dkv=min(block_q, _divisor(rows, 1024)), block_kv_dkv=compute,
+            block_kv_dkv_compute=compute,
+            block_q_dq=min(block_q, _divisor(rows, 1024)), block_kv_dq=compute,
+        )  # fmt: skip
+        mask = masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads)
+        return splash.make_splash_mha(
+            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, save_residuals=residuals,
+            interpret=self.interpret,
+        )  # fmt: skip
+
+    def _segments(self, q, k, length):
+        """Segment 0 for queries and keys, 1 for padded keys: nobody looks there."""
+        return splash.SegmentIds(
+            q=jnp.zeros(q.shape[2], jnp.int32),
+            kv=(jnp.arange(k.shape[2]) >= length).astype(jnp.int32),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CuDnn:
+    """cuDNN's fused attention on NVIDIA GPUs, forward and backward; half precision only."""
+
+    multiple: int = 1
+
+    def __call__(self, q, k, v, *, scale, length):
+        """[B N H D]."""
+        batch = q.shape[0]
+        queries = jnp.full(batch, q.shape[1], jnp.int32)
+        keys = jnp.broadcast_to(jnp.asarray(length, jnp.int32), (batch,))
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, implementation="cudnn", query_seq_lengths=queries,
+            key_value_seq_lengths=keys,
+        )  # fmt: skip
+
+
+def generation(device_kind: str) -> str:
+    """The chip's short name, such as "v5p". Raises ValueError for a TPU that is not known."""
+    if device_kind not in GENERATIONS:
+        raise ValueError(
+            f"device kind '{device_kind}' is no TPU known here: {', '.join(GENERATIONS)}"
+        )
+    return GENERATIONS[device_kind]
+
+
+def _logits(q, k, scale, length):
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * scale
+    return jnp.where(jnp.arange(k.shape[1]) < length, logits, NOWHERE)
+
+
+def _unblock(x, length):
+    """[blocks B rows ...] -> [B N ...]."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _heads_first(x):
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _divisor(length: int, largest: int) -> int:
+    """The largest multiple of LANES up to `largest` that divides the length."""
+    if length % LANES:
+        raise ValueError(
+            f"splash attention got {length} tokens a device; it needs a multiple of {LANES}"
+        )
+    return max(n for n in range(LANES, min(length, largest) + 1, LANES) if length % n == 0)

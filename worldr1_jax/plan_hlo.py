@@ -1,0 +1,277 @@
+"""Reads what the TPU compiler says about a compiled program: cycles, bytes, collectives, loops.
+
+The text of a compiled module gives every XLA operation the compiler's own estimate of its cycles,
+and every loop its number of turns. Two kinds of operation carry no estimate and are modelled here:
+collectives, by their bytes and the links of the chip, and Pallas kernels, by their arithmetic.
+All figures are for one device and for one run of the program, loops multiplied out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
+    "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
+)  # fmt: skip
+# Products of [N D] by [D M] size that each kernel of jax's splash attention makes for a head:
+# logits and output; logits, their gradient, and dv, dk; logits, their gradient, and dq.
+KERNEL_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+
+_SHAPE = re.compile(r"\b([a-z]\w*?)\[([\d,]*)\](?:\{([^}]*)\})?")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+)$")
+_OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_KERNEL = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)")
+_LIMIT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
+_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One instruction, with how often it runs.
+
+    Attributes:
+      name: in the compiled text.
+      kind: "xla", "kernel", or one of COLLECTIVES.
+      times: how often it runs in one run of the program.
+      cycles: the compiler's estimate for one time; 0 for collectives and kernels.
+      bytes: HBM traffic of one time (operands and results that do not lie in the core's memory);
+        of a collective, what one device sends.
+      flops: of a kernel.
+      group: devices that a collective joins.
+      source: the operation's name in the traced program.
+      cover: of a collective, cycles of the XLA operations that run while it is under way.
+    """
+
+    name: str
+    kind: str
+    times: int
+    cycles: int
+    bytes: int
+    flops: float
+    group: int
+    source: str
+    cover: int = 0
+
+
+def read(text: str) -> list[Op]:
+    """Every operation of the module that takes time.
+
+    Raises:
+      ValueError: a loop without a known number of turns, unless its body takes no time.
+    """
+    computations, entry = _computations(text)
+    return list(_walk(computations, entry, 1))
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    found: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" ") and "(" in line:
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+            current = found.setdefault(name, [])
+            if line.startswith("ENTRY"):
+                entry = name
+        elif line == "}":
+            current = None
+        elif current is not None and _INSTRUCTION.match(line):
+            current.append(line)
+        elif current:
+            current[-1] += line  # a kernel's metadata has line breaks
+    return found, entry
+
+
+def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Op]:
+    shapes: dict[str, str] = {}
+    covers = _covers(computations[name])
+    for line in computations[name]:
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        result, rest = match.groups()
+        opcode_match = _OPCODE.search(rest)
+        if opcode_match is None:
+            continue
+        opcode = opcode_match.group(1)
+        shapes[result] = rest[: opcode_match.start(1)]
+        operands = _operands(rest[opcode_match.end() :])
+        if opcode == "while":
+            inner = list(_walk(computations, _called(rest, "body"), 1))
+            turns = _turns(rest, computations[_called(rest, "condition")])
+            if turns is None and inner:
+                raise ValueError(f"the loop {result} has no known number of turns")
+            count = times * (turns or 0)
+            yield from (dataclasses.replace(op, times=op.times * count) for op in inner)
+        elif opcode == "conditional":
+            branches = [list(_walk(computations, b, times)) for b in _branches(rest)]
+            yield from max(branches, key=lambda ops: sum(op.cycles * op.times for op in ops))
+        elif opcode == "call":
+            yield from _walk(computations, _called(rest, "to_apply"), times)
+        elif opcode == "async-start":
+            yield from _walk(computations, _called(rest, "calls"), times)
+        elif opcode not in _FREE:
+            for op in _op(computations, result, opcode, rest, shapes, operands, times):
+                yield dataclasses.replace(op, cover=covers.get(op.name, 0))
+
+
+def _covers(lines: list[str]) -> dict[str, int]:
+    """Cycles between the start of each asynchronous operation and its end, in schedule order."""
+    open_, closed = dict[str, int](), dict[str, int]()
+    for line in lines:
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, rest = match.groups()
+        cycles = _CYCLES.search(rest)
+        if "-start" in name:
+            open_[name] = 0
+        elif "-done" in name:
+            start = name.replace("-done", "-start")
+            if start in open_:
+                closed[start] = open_.pop(start)
+        elif cycles:
+            for start in open_:
+                open_[start] += int(cycles.group(1))
+    return closed
+
+
+def _turns(rest: str, condition: list[str]) -> int | None:
+    """Of a loop that counts from 0 while it is below a constant, as scans are compiled."""
+    match = _TURNS.search(rest)
+    if match:
+        return int(match.group(1))
+    limits = [m.group(1) for m in map(_LIMIT.search, condition) if m]
+    return int(limits[0]) if len(limits) == 1 else None
+
+
+def _op(computations, result, opcode, rest, shapes, operands, times) -> Iterator[Op]:
+    source = re.search(r'op_name="([^"]*)"', rest)
+    cycles = _CYCLES.search(rest)
+    base = opcode.removesuffix("-start")
+    kind, flops, group, count = "xla", 0.0, 1, int(cycles.group(1)) if cycles else 0
+    traffic = _bytes(shapes[result]) + sum(_bytes(shapes.get(name, "")) for name in operands)
+    if opcode.endswith("-done") or opcode.endswith("-update"):
+        return
+    collective = base if base in COLLECTIVES else _inner_collective(computations, opcode, rest)
+    if opcode == "fusion" and result.startswith("async-collective-done"):
+        return
+    # An operation fused with a step of a collective under way has cycles of its own; the
+    # collective is counted where it starts.
+    if collective and (opcode != "fusion" or "-start" in result or not count):
+        kind, count = collective, 0
+        group = _group(rest) or _inner_group(computations, rest)
+        traffic = sent(kind, max(_sizes(shapes[result]), default=0), group)
+    elif opcode == "custom-call" and "tpu_custom_call" in rest:
+        kind, count = "kernel", 0
+        flops = _kernel_flops(result, [shapes.get(name, "") for name in operands])
+    elif not count:
+        return
+    name = source.group(1) if source else ""
+    yield Op(result, kind, times, count, traffic, flops, group, name)
+
+
+def sent(kind: str, size: int, group: int) -> int:
+    """Bytes that one device sends in a collective whose result on it has `size` bytes."""
+    if group <= 1 and kind != "collective-permute":
+        return 0
+    share = {
+        "all-gather": (group - 1) / group,
+        "reduce-scatter": group - 1,  # the operand is `group` times the result
+        "all-reduce": 2 * (group - 1) / group,
+        "all-to-all": (group - 1) / group,
+        "collective-permute": 1,
+    }
+    return int(size * share[kind])
+
+
+def _inner_collective(computations, opcode, rest) -> str | None:
+    """The collective that a fusion wraps, if any."""
+    if opcode != "fusion":
+        return None
+    for line in computations.get(_called(rest, "calls"), ()):
+        for name in COLLECTIVES:
+            if f" {name}(" in line or f" {name}-start(" in line:
+                return name
+    return None
+
+
+def _inner_group(computations, rest) -> int:
+    lines = computations.get(_called(rest, "calls"), ()) if "calls=" in rest else ()
+    return max((_group(line) for line in lines), default=1) or 1
+
+
+def _group(rest: str) -> int:
+    match = _GROUPS.search(rest)
+    if match:
+        return int(match.group(2))
+    match = _NAMED_GROUPS.search(rest)
+    if match:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match.group(2)))
+    match = _LISTED_GROUP.search(rest)
+    return len(match.group(1).split(",")) if match else 0
+
+
+def _kernel_flops(name: str, operands: list[str]) -> float:
+    """Of jax's splash attention, from the shapes of its [heads N D] operands; else 0."""
+    match = _KERNEL.search(name)
+    if match is None:
+        return 0.0
+    shapes = [s for s in (_dimensions(text) for text in operands) if len(s) >= 3 and s[-1] >= 64]
+    query, key = shapes[0], shapes[1]
+    return 2.0 * KERNEL_PRODUCTS[match.group(1)] * math.prod(query) * key[-2]
+
+
+def _operands(rest: str) -> list[str]:
+    """Names up to the parenthesis that closes the one before `rest`."""
+    depth = 1
+    for place, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return re.findall(r"%([\w.\-]+)", rest[:place])
+    return []
+
+
+def _called(rest: str, field: str) -> str:
+    match = re.search(rf"\b{field}=%?([\w.\-]+)", rest)
+    return match.group(1) if match else ""
+
+
+def _branches(rest: str) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    if listed:
+        return [name.strip().lstrip("%") for name in listed.group(1).split(",")]
+    return [_called(rest, "true_computation"), _called(rest, "false_computation")]
+
+
+def _dimensions(shape: str) -> list[int]:
+    match = _SHAPE.search(shape)
+    return [int(n) for n in match.group(2).split(",") if n] if match else []
+
+
+def _sizes(shape: str) -> list[int]:
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * BYTES.get(kind, 0)
+        for kind, dims, _ in _SHAPE.findall(shape)
+    ]
+
+
+def _bytes(shape: str) -> int:
+    """Bytes of a shape's parts that lie in HBM; S(n > 0) marks the core's own memories."""
+    return sum(
+        math.prod(int(n) for n in dims.split(",") if n) * BYTES.get(kind, 0)
+        for kind, dims, layout in _SHAPE.findall(shape)
+        if not re.search(r"S\([1-9]\)", layout)
+    )
