@@ -41,7 +41,9 @@ def main() -> None:
         _sweep(config, devices)
         return
     mesh = plan.mesh_for(config, devices)
-    programs = plan.plan(config, mesh, only=tuple(ONLY.value), efficiency=EFFICIENCY.value or None, hlo=HLO.value)
+    programs = plan.plan(
+        config, mesh, only=tuple(ONLY.value), efficiency=EFFICIENCY.value or None, hlo=HLO.value
+    )
     found = plan.report(TOPOLOGY.value, mesh, programs)
     if PRICE.value:
         found["cost_per_update"] = found["chip_hours_per_update"] * PRICE.value
