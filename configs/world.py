@@ -42,7 +42,7 @@ def _paper() -> ml_collections.ConfigDict:
     c.fps = 16  # of the mp4 files; Wan's own rate
     c.mesh = ml_collections.ConfigDict(
         {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
-    )  # -1: what is left
+    )  # -1: what is left; data 0: all four as they suit the devices and the model
     # "world": ours, 60 to 120 words each, the length the release trains on; "world_short": the same
     # scenes in one sentence; "nano": of the nano world; else a folder with train.txt, dynamic.txt
     # and test.txt, or one .txt or .jsonl
@@ -67,6 +67,7 @@ def _paper() -> ml_collections.ConfigDict:
     c.sample.shift = 3.0  # of the schedule; Wan at 480p (5 at 720p)
     c.sample.guidance = 5.0  # classifier-free guidance [paper]; 1 is off
     c.sample.negative_prompt = ""
+    c.sample.videos_at_once = 0  # that a device samples or decodes at a time; 0: all that it has
     c.sample.sde = "flow"  # noise of the window: flow (flow-SDE) or cps (coefficients-preserving)
     c.sample.eta = 0.7  # its amount; Flow-GRPO
     c.sample.level = "sd3"  # sigma -> noise level of the flow-SDE: sd3, linear, constant
@@ -114,7 +115,7 @@ def _paper() -> ml_collections.ConfigDict:
     c.train.epochs = 1  # passes over one rollout
     c.train.minibatches = 2  # optimizer steps per pass; more than one, or the clip never acts
     c.train.microbatches = (
-        1  # parts of a minibatch that are evaluated one after the other, to save memory
+        1  # parts of a minibatch, evaluated one after the other; 0: sample.videos_at_once a device
     )
     c.train.ema_decay, c.train.ema_every = 0.9, 8  # average of the adapters [paper]
     c.train.advantage_std = "group"  # or "global"
@@ -165,6 +166,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
 
 
 def _wan(c: ml_collections.ConfigDict, variant: str) -> None:
+    c.mesh.data = 0
+    c.sample.videos_at_once, c.train.microbatches = 1, 0
     if variant == "large":
         c.sample.camera_strength = 0.40
-        c.mesh.fsdp = 8

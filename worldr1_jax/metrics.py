@@ -23,6 +23,8 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import SummaryWriter
 
+from worldr1_jax import memory
+
 PathLike = str | os.PathLike[str]
 _SMALLEST_SIDE = 256  # px; players blur and blow up anything much smaller
 _CAPTION_HEIGHT = 18  # px
@@ -155,6 +157,7 @@ class StageTimer:
         timer.collect()  # {"seconds/rollout": 1.2}
 
     jax returns before it has computed, so a stage ends when what went through `wait_for` is ready.
+    A stage that exhausts a device's memory raises a ValueError with advice (memory.py).
 
     Args:
       on_stage: called with a stage's name as it begins.
@@ -176,8 +179,9 @@ class StageTimer:
             self._on_stage(name)
         start = time.perf_counter()
         try:
-            yield wait_for
-            jax.block_until_ready(outputs)
+            with memory.explained(name):
+                yield wait_for
+                jax.block_until_ready(outputs)
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 

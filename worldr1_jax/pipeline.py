@@ -99,22 +99,25 @@ class Pipeline:
         camera: Camera,
         text_cache: TextCache | None = None,
         chunked_vae: bool = False,
+        videos_at_once: int = 0,
     ):
         """Args: `size` is (frames, height, width) of the videos in pixels, `sigmas` the schedule;
         `text_cache` gives the embeddings in place of the text encoder; with `chunked_vae` videos
-        are decoded by chunks of frames, in memory that does not grow with their number."""
+        are decoded by chunks of frames, in memory that does not grow with their number;
+        `videos_at_once` are evaluated by a device at a time (0: all that it has)."""
         self.wan, self.mesh, self.size, self.camera = wan, mesh, size, camera
         self.latent_shape = latent_shape(wan.vae.config, wan.dit.config, size)
         parts: Any = nnx.split(wan.dit, nnx.LoRAParam, ...)
         self._graph, adapters, self.base = parts
         self._treedef = jax.tree.structure(adapters)
         self.adapters = nnx.to_pure_dict(adapters)
-        self.sigmas = jax.device_put(sigmas, sharding.replicated(mesh))
+        self.sigmas = sharding.everywhere(sigmas, mesh)
         self._text_cache, self._chunked_vae = text_cache, chunked_vae
         if text_cache is None:
             if wan.text_encoder is None:
                 raise ValueError("the model was loaded without text encoder: give a text_cache")
             self._text = TextStage(wan.text_encoder, wan.tokenizer, wan.tokens, mesh)
+        self._at_once = videos_at_once
         self._vae_graph, self._vae_state = nnx.split(wan.vae)
         self._decode = jax.jit(self._decode_latents)
         self._rollout = jax.jit(self._rollout_batch, static_argnames=("sampler", "width"))
@@ -176,7 +179,7 @@ class Pipeline:
         shape = (len(paths), *self.latent_shape)
         if noise is not None and noise.shape != shape:
             raise ValueError(f"noise is {list(noise.shape)}: these videos need {list(shape)}")
-        keys = jax.device_put(keys, sharding.batched(self.mesh))
+        keys = sharding.keys_to_global(keys, sharding.batched(self.mesh))
         with sharding.on(self.mesh):
             return self._rollout(
                 adapters, self.base, text, text_null, batched(paths, self.mesh), keys,
@@ -190,8 +193,9 @@ class Pipeline:
             return self._decode(self._vae_state, latents)
 
     def _decode_latents(self, state, latents):
-        latents = spread(latents, self.mesh)
-        return nnx.merge(self._vae_graph, state).decode(latents, chunked=self._chunked_vae)
+        return sampling.in_parts(partial(self._decode_part, state), self._parts(len(latents)))(
+            latents
+        )
 
     def _rollout_batch(
         self, adapters, base, text, text_null, paths, keys, start, solver, noise, *, sampler, width
@@ -209,11 +213,30 @@ class Pipeline:
             noise = noise_warp.inject(plain, warped, self.camera.strength)
         elif self.camera.mode == "step":
             on_step = partial(self._add_delta, warped=warped, plain=plain)
+        velocity = sampling.in_parts(
+            partial(self.velocity, adapters, base), self._parts(paths.shape[0])
+        )
         return sampling.sample(
-            partial(self.velocity, adapters, base), step_keys, noise,
-            self.sigmas if solver is None else solver, text, text_null,
+            velocity, step_keys, noise,
+            jnp.asarray(self.sigmas) if solver is None else solver, text, text_null,
             sampler=sampler, window=(start, width), on_step=on_step,
         )  # fmt: skip
+
+    def _parts(self, count: int) -> int:
+        """Into how many parts, one after the other, a batch of videos is evaluated."""
+        mine = count // sharding.batch_parts(self.mesh)
+        if not self._at_once or mine <= self._at_once:
+            return 1
+        if mine % self._at_once:
+            raise ValueError(
+                f"sample.videos_at_once is {self._at_once}; it has to divide the {mine} videos of "
+                "a device"
+            )
+        return mine // self._at_once
+
+    def _decode_part(self, state, latents):
+        latents = spread(latents, self.mesh)
+        return nnx.merge(self._vae_graph, state).decode(latents, chunked=self._chunked_vae)
 
     def _add_delta(self, latents, step, *, warped, plain):
         return noise_warp.step_delta(

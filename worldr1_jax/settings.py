@@ -5,21 +5,25 @@ Nothing here compiles before `check` has passed; below this module, functions ta
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 
-from worldr1_jax import nano, rewards, sharding, trained
+from worldr1_jax import chips, nano, rewards, sharding, trained
 from worldr1_jax.camera import commands
 from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data import text_cache
 from worldr1_jax.data.loader import Loader
 from worldr1_jax.data.world_prompts import generate as world_prompts
 from worldr1_jax.grpo import update as grpo
-from worldr1_jax.models import wan
+from worldr1_jax.models import wan, wan_dit
+from worldr1_jax.models.attention_kernels import generation
 from worldr1_jax.models.lora import Adapters
 from worldr1_jax.nano import captions
 from worldr1_jax.pipeline import MAGNITUDES, Camera, Pipeline, latent_shape
@@ -148,12 +152,45 @@ def make_sampler(config: ml_collections.ConfigDict) -> Sampler:
     return Sampler(kind=s.sde, eta=s.eta, level=s.level, guidance=s.guidance)
 
 
-def make_rules(config: ml_collections.ConfigDict) -> grpo.Rules:
-    """Settings of the update."""
+def make_mesh(
+    config: ml_collections.ConfigDict,
+    dit: wan_dit.Config | None = None,
+    devices: Sequence[Any] | None = None,
+) -> jax.sharding.Mesh:
+    """The mesh that the config asks for; with mesh.data = 0, one that suits the devices.
+
+    Args:
+      dit: shape of the policy; by default it is read from policy.weights.
+      devices: by default all that there are.
+    """
+    if config.mesh.data:
+        return sharding.make_mesh(config.mesh, devices)
+    found = list(jax.devices() if devices is None else devices)
+    if dit is None:
+        dit, _ = wan.read_configs(nano.resolve(config.policy.weights))
+    context = 1
+    if found[0].platform == "tpu":
+        # The input of every layer, which the backward pass starts from, in half of the memory.
+        size = (1 + (config.frames - 1) // 4, config.height // 8, config.width // 8)
+        branches = 2 if config.sample.guidance != 1 else 1
+        kept = 2 * branches * dit.num_layers * wan_dit.tokens(dit, size) * dit.dim
+        chip = chips.CHIPS[generation(found[0].device_kind)]
+        context = math.ceil(kept / (chip.hbm / 2))
+    videos = config.groups * config.group_size
+    sizes = sharding.default_sizes(found, videos, dit.num_attention_heads, context)
+    return sharding.make_mesh(sizes, found)
+
+
+def make_rules(config: ml_collections.ConfigDict, parts: int = 1) -> grpo.Rules:
+    """Settings of the update, on a mesh that splits a batch into `parts`."""
     t = config.train
+    microbatches = t.microbatches
+    if not microbatches:
+        mine = config.groups * config.group_size // t.minibatches // parts
+        microbatches = max(mine // max(config.sample.videos_at_once, 1), 1)
     return grpo.Rules(
         clip=t.clip, kl_weight=t.kl_weight, epochs=t.epochs, minibatches=t.minibatches,
-        microbatches=t.microbatches, ema_decay=t.ema_decay, ema_every=t.ema_every,
+        microbatches=microbatches, ema_decay=t.ema_decay, ema_every=t.ema_every,
         equalise=t.equalise,
     )  # fmt: skip
 
@@ -188,6 +225,7 @@ def build_pipeline(
         model, mesh, size=(config.frames, config.height, config.width),
         sigmas=schedule.sigmas(s.steps, s.shift), camera=make_camera(config),
         text_cache=cache, chunked_vae=config.policy.chunked_vae,
+        videos_at_once=s.videos_at_once,
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     began = time.time()
 
     # ---------------------------------------------------------------- what was asked for, checked
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = settings.make_mesh(config)
     prompts = settings.load_prompts(config)
     settings.check(config, mesh)
     loader = settings.make_loader(config, prompts)
@@ -120,7 +120,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     summary = {
         **meta, "updates": config.num_updates, "seconds": time.time() - began, "heldout": heldout
     }  # fmt: skip
-    write_summary(Path(workdir) / "summary.json", summary)
+    if jax.process_index() == 0:
+        write_summary(Path(workdir) / "summary.json", summary)
     return summary
 
 
@@ -139,7 +140,7 @@ def build(
             velocity=pipeline.velocity,
             optimizer=optimizer,
             sampler=sampler,
-            rules=settings.make_rules(config),
+            rules=settings.make_rules(config, sharding.batch_parts(mesh)),
         ),
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
         donate_argnums=0,
@@ -194,7 +195,7 @@ def one_update(
             scores.total, config.group_size, scores.valid,
             std=config.train.advantage_std, clip=config.train.advantage_clip,
         )  # fmt: skip
-        keys = jax.device_put(keys, sharding.batched(programs.mesh))
+        keys = sharding.keys_to_global(keys, sharding.batched(programs.mesh))
         step = grpo.make_batch(trajectory, text, advantages, scores.valid, keys)
         state, learnt = wait_for(
             programs.train_step(state, pipeline.base, step, pipeline.sigmas, programs.text_null)
@@ -203,15 +204,11 @@ def one_update(
     return state, Outcome(batch, videos, scores, scalars)
 
 
-def summarise(
-    scores: Scores, learnt: dict[str, jax.Array], is_dynamic: bool
-) -> dict[str, float]:
+def summarise(scores: Scores, learnt: dict[str, jax.Array], is_dynamic: bool) -> dict[str, float]:
     """Scalars of one update; rewards are means over the samples that could be scored."""
-    valid = np.asarray(scores.valid)
-    values = {
-        "reward": np.asarray(scores.total),
-        **{k: np.asarray(v) for k, v in scores.parts.items()},
-    }
+    valid = sharding.to_host(scores.valid)
+    parts = {name: sharding.to_host(part) for name, part in scores.parts.items()}
+    values = {"reward": sharding.to_host(scores.total), **parts}
     means = {
         name: float(value[valid].mean()) if valid.any() else float("nan")
         for name, value in values.items()
@@ -221,8 +218,8 @@ def summarise(
         "reward_std": float(values["reward"][valid].std()) if valid.any() else float("nan"),
         "masked": int((~valid).sum()),
         **{
-            f"failed_{name}": int((~np.isfinite(np.asarray(value))).sum())
-            for name, value in scores.parts.items()
+            f"failed_{name}": int((~np.isfinite(value)).sum())
+            for name, value in parts.items()
             if name in NAMES
         },
         "dynamic": int(is_dynamic),
@@ -241,12 +238,10 @@ def save_videos(
     rewards."""
     videos, scores, prompts = outcome.videos, outcome.scores, outcome.batch.prompts
     step = config.group_size
-    lines = []
+    lines, found = [], {name: sharding.to_host(part) for name, part in scores.parts.items()}
     for index in range(0, min(len(prompts), 4 * step), step):
-        writer.video(update, f"group{index // step}", np.asarray(videos[index]), config.fps)
-        parts = "  ".join(
-            f"{name} {float(value[index]):.3f}" for name, value in scores.parts.items()
-        )
+        writer.video(update, f"group{index // step}", sharding.to_host(videos[index]), config.fps)
+        parts = "  ".join(f"{name} {float(value[index]):.3f}" for name, value in found.items())
         lines.append(f"group{index // step}_{update:06d}.mp4  {parts}  {prompts[index]}")
     if jax.process_index() == 0:
         text = "\n".join(lines) + "\n"

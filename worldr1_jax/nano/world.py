@@ -133,9 +133,7 @@ def _pixel_filter(image: Float[Array, "H W 3"]) -> Float[Array, "H W 3"]:
         size = image.shape[axis]
         padded = jnp.pad(image, [(2, 2) if a == axis else (0, 0) for a in range(3)], mode="edge")
         shifted = [jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(5)]
-        image = sum(
-            tap * part for tap, part in zip(taps / taps.sum(), shifted, strict=True)
-        )  # type: ignore[assignment]
+        image = sum(tap * part for tap, part in zip(taps / taps.sum(), shifted, strict=True))  # type: ignore[assignment]
     return image
 
 

@@ -56,6 +56,21 @@ class Sampler:
             raise ValueError(f"eta is {self.eta}; CPS needs eta in (0, 1].")
 
 
+def in_parts(function: Callable[..., Array], parts: int) -> Callable[..., Array]:
+    """`function` of arrays with a leading batch, on one part of the batch after the other, in the
+    memory of one; part j holds samples j, j + parts, ..., so that none changes its device."""
+    if parts == 1:
+        return function
+
+    def call(*arrays: Array) -> Array:
+        rows = [x.reshape(x.shape[0] // parts, parts, *x.shape[1:]) for x in arrays]
+        out = jax.lax.map(lambda row: function(*row), [jnp.moveaxis(x, 1, 0) for x in rows])
+        out = jnp.moveaxis(out, 0, 1)
+        return out.reshape(-1, *out.shape[2:])
+
+    return call
+
+
 def guided(
     velocity: Velocity,
     sampler: Sampler,
@@ -74,9 +89,8 @@ def guided(
     """
     told = sigma * 1000.0 if timestep is None else timestep
     timestep = jnp.full(latents.shape[:1], told, jnp.float32)
-    v = velocity(latents, timestep, text).astype(jnp.float32)
     if sampler.guidance == 1.0:
-        return v
+        return velocity(latents, timestep, text).astype(jnp.float32)
     if text_null is None or text_null.ndim != 2:
         shape = None if text_null is None else text_null.shape
         raise ValueError(
@@ -84,7 +98,11 @@ def guided(
             f"prompt; got {shape}."
         )
     null = jnp.broadcast_to(text_null, (latents.shape[0], *text_null.shape))
-    v_null = velocity(latents, timestep, null).astype(jnp.float32)
+    # As a loop, so that the network is compiled once.
+    v, v_null = jax.lax.map(
+        lambda words: velocity(latents, timestep, words).astype(jnp.float32),
+        jnp.stack([text, null]),
+    )
     return v_null + sampler.guidance * (v - v_null)
 
 
