@@ -160,7 +160,9 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     # S_recon would be 2% of the variance that the policy learns from.
     c.rewards.weights.recon = 6.0
     c.train.learning_rate, c.train.clip, c.train.minibatches = 6e-4, 1e-2, 1
-    c.train.ema_every = 1
+    # The rewards' spreads differ between groups: where a movement is beyond the base policy, S_traj
+    # is all but noise, which a group's own std would blow up to the size of a signal.
+    c.train.ema_every, c.train.advantage_std = 1, "global"
     c.dynamic.main_updates, c.dynamic.dynamic_updates = 20, 2
     c.evaluate.prompts = 128
 
