@@ -10,7 +10,10 @@ rewards      reconstruct, re-render, S_recon, S_traj, R_gen, and their masked su
 grpo         group advantages, clipped loss, and the update (grpo/update.py: train_step)
 train        run(): the loop, top to bottom
 evaluate     held-out prompts before and after
+generate     prompts to videos, one by one;  scoring  video files to rewards, in words
+plan         what a pod needs, from the TPU compiler;  plan_hlo  reads what it compiled
 nano         a small world with known truth, and the networks trained on it
 
-What every stage uses: types, sharding, checkpoint, metrics, cost.
+What every stage uses: types, sharding, checkpoint, trained (adapters of a run), metrics, memory,
+chips, cost.
 """
