@@ -135,7 +135,7 @@ def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
     for count, sizes in ((1, {"data": 1}), (8, {"data": 4, "fsdp": 2})):
         make = sharding.make_mesh
 
-        def on_some(_, count=count, sizes=sizes, make=make):
+        def on_some(*_, count=count, sizes=sizes, make=make):
             return make(sizes, jax.devices()[:count])
 
         monkeypatch.setattr(sharding, "make_mesh", on_some)
@@ -194,7 +194,7 @@ def test_wrong_prompt_files_are_refused(folder, tmp_path, content, message):
 def test_a_workdir_of_another_config_is_refused_and_kept(folder, unbroken, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in unbroken.rglob("*") if p.is_file()}
     make = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda _: make({"data": 1}, jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: make({"data": 1}, jax.devices()[:1]))
     with pytest.raises(ValueError, match="seed is 0 there and 7 here"):
         train.run(tiny.config(folder, seed=7), str(unbroken))
     assert before == {p: p.stat().st_mtime_ns for p in unbroken.rglob("*") if p.is_file()}

@@ -66,8 +66,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     began = time.time()
 
     # ---------------------------------------------------------------- what was asked for, checked
-    mesh = settings.make_mesh(config)
     prompts = settings.load_prompts(config)
+    mesh = settings.make_mesh(config)
     settings.check(config, mesh)
     loader = settings.make_loader(config, prompts)
     check_workdir(workdir, json.loads(config.to_json()), settings.MAY_CHANGE)

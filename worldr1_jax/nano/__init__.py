@@ -15,6 +15,8 @@ def resolve(folder: str | Path, part: str = "") -> Path:
     """
     path = WEIGHTS / part if str(folder) == "nano" else Path(folder)
     if not str(folder) or not path.is_dir():
-        name = part or "policy"
-        raise ValueError(f"weights of {name}: '{path if str(folder) else ''}' is no folder")
+        field = f"rewards.{part}" if part else "policy.weights"
+        raise ValueError(
+            f"{field} '{folder}' is no folder: give one of published weights, or 'nano'"
+        )
     return path
