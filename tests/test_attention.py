@@ -1,5 +1,7 @@
 """Every implementation of attention against the plain one, forward and backward, on any mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,38 @@ def test_exchanges_equal_the_reference(name, sizes):
         small = attention_kernels.Blocks(logits_bytes=4 * 2 * HEADS * 40 * 16)  # several blocks
         implementation = attention_context.Sharded(small, implementation.context)
     _compare(implementation, mesh)
+
+
+@pytest.mark.parametrize("context", ["ulysses", "ring", None])
+def test_blocks_of_one_head_equal_the_reference(context):
+    """37 tokens in blocks of 16, the last one padded; heads over `tensor`, or no mesh at all."""
+    kernel = attention_kernels.Blocks(rows=16)
+    if context:
+        mesh = sharding.make_mesh(MESHES["mixed"])
+        return _compare(attention_context.Sharded(kernel, context), mesh)
+    *inputs, target = _inputs()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def pull(implementation):
+        call = functools.partial(attn.attention, length=TOKENS - 4, implementation=implementation)
+        out, back = jax.vjp(call, *inputs)
+        return out, *back(target)
+
+    got, want = pull(attention_context.Sharded(kernel)), pull("xla")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, **TOLERANCE)
+
+
+def test_devices_loop_over_their_own_heads():
+    """Heads over `tensor` are not gathered, and each device's loop is over its part of them."""
+    q, k, v, _ = _inputs()
+    mesh = sharding.make_mesh({"tensor": 4}, jax.devices()[:4])
+    blocks = attention_context.Sharded(attention_kernels.Blocks(rows=16))
+    with sharding.on(mesh):
+        call = jax.jit(lambda *x: attn.attention(*x, implementation=blocks))
+        text = call.lower(q, k, v).as_text()
+    assert f"tensor<{2 * HEADS // 4}x{TOKENS}x{WIDTH}xf32>" in text
+    assert f"tensor<{2 * HEADS}x{TOKENS}x{WIDTH}xf32>" not in text
 
 
 @pytest.mark.parametrize("context", ["ulysses", "ring"])

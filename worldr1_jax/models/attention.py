@@ -90,7 +90,8 @@ def build(name: str, *, device_kind: str | None = None, keys: int | None = None)
     if local == "xla" and not context:
         return _xla
     if local in ("xla", "blocks"):
-        kernel: Any = attention_kernels.Blocks()
+        rows = attention_kernels.CPU_ROWS if device_kind == "cpu" else None
+        kernel: Any = attention_kernels.Blocks(rows)
     elif local == "cudnn":
         kernel = attention_kernels.CuDnn()
     else:

@@ -24,7 +24,8 @@ BLOCKS = {"v4": 512, "v5e": 1024, "v5p": 1024, "v6e": 2048, "tpu7x": 2048}
 GENERATIONS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"
 }  # fmt: skip
-BLOCK_BYTES = 32 << 20  # logits that `Blocks` holds at a time
+BLOCK_BYTES = 32 << 20  # logits of all heads that `Blocks` holds at a time
+CPU_ROWS = 256  # queries of one head that `Blocks` takes at a time on a CPU
 NOWHERE = float(jnp.finfo(jnp.float32).min)
 
 
@@ -43,68 +44,82 @@ class Blocks:
     """Plain XLA on blocks of queries, one after the other; logits are computed again backward.
 
     Attributes:
-      logits_bytes: about what a block's logits take, so that they stay near the cores.
+      rows: queries of a block, of one head of one video at a time: XLA's CPU backend is twice as
+        fast at products of two matrices as at batches of them. None: blocks of all heads of all
+        videos, as accelerators want.
+      logits_bytes: with all heads, about what a block's logits take.
     """
 
+    rows: int | None = None
     logits_bytes: int = BLOCK_BYTES
     multiple: int = 1
 
     def __call__(self, q, k, v, *, scale, length):
         """[B N H D]."""
+        size = self._size(q, k)
 
-        @jax.checkpoint
-        def one(rows):
-            return self._rows(rows, k, v, scale, length)[0]
+        def head(q, k, v):
+            @jax.checkpoint
+            def one(rows):
+                return _block_forward(rows, k, v, scale, length)[0]
 
-        return _unblock(jax.lax.map(one, self._block(q, k)), q.shape[1])
+            return _unblock(jax.lax.map(one, _block(q, size)), q.shape[0])
+
+        out = self._each(head, *(_head_by_head(x) for x in (q, k, v)))
+        return _by_video(out, q.shape[0])
 
     def forward(self, q, k, v, *, scale, length):
         """Output [B N H D] and log-sum-exp [B H N]."""
-        out, lse = jax.lax.map(
-            lambda rows: self._rows(rows, k, v, scale, length), self._block(q, k)
-        )
-        lse = jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], -1)
-        return _unblock(out, q.shape[1]), lse[..., : q.shape[1]]
+        size = self._size(q, k)
+
+        def head(q, k, v):
+            parts = jax.lax.map(
+                lambda rows: _block_forward(rows, k, v, scale, length), _block(q, size)
+            )
+            return [_unblock(x, q.shape[0]) for x in parts]
+
+        out, lse = self._each(head, *(_head_by_head(x) for x in (q, k, v)))
+        return _by_video(out, q.shape[0]), lse.reshape(q.shape[0], -1, q.shape[1])
 
     def backward(self, q, k, v, out, lse, grad, *, scale, length):
         """Gradients of q, k and v through these keys, given `lse` and `out` over all keys."""
+        size = self._size(q, k)
         delta = jnp.einsum("bnhd,bnhd->bhn", out.astype(jnp.float32), grad.astype(jnp.float32))
-        rows = tuple(self._block(x, k) for x in (q, grad))
-        stats = tuple(
-            self._block(jnp.moveaxis(x, 1, 2)[..., None], k)[..., 0] for x in (lse, delta)
-        )
 
-        def one(carry, block):
-            (rows, grads), (lse, delta) = block
-            logits = _logits(rows, k, scale, length)
-            weights = jnp.exp(logits - jnp.moveaxis(lse, 1, 2)[..., None])
-            grads = grads.astype(jnp.float32)
-            d_weights = jnp.einsum("bnhd,bmhd->bhnm", grads, v, preferred_element_type=jnp.float32)
-            d_logits = weights * (d_weights - jnp.moveaxis(delta, 1, 2)[..., None]) * scale
-            dk = jnp.einsum("bhnm,bnhd->bmhd", d_logits, rows.astype(jnp.float32))
-            dv = jnp.einsum("bhnm,bnhd->bmhd", weights, grads)
-            dq = jnp.einsum("bhnm,bmhd->bnhd", d_logits, k.astype(jnp.float32))
-            return (carry[0] + dk, carry[1] + dv), dq
+        def head(q, k, v, grad, lse, delta):
+            def one(carry, block):
+                rows, grads, lse, delta = block
+                weights = jnp.exp(_logits(rows, k, scale, length) - lse[:, None])
+                d_weights = jnp.einsum("nd,md->nm", grads, v, preferred_element_type=jnp.float32)
+                d_logits = weights * (d_weights - delta[:, None]) * scale
+                dk = jnp.einsum("nm,nd->md", d_logits, rows.astype(jnp.float32))
+                dv = jnp.einsum("nm,nd->md", weights, grads)
+                dq = jnp.einsum("nm,md->nd", d_logits, k.astype(jnp.float32))
+                return (carry[0] + dk, carry[1] + dv), dq
 
-        zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-        (dk, dv), dq = jax.lax.scan(one, zeros, (rows, stats))
-        return _unblock(dq, q.shape[1]), dk, dv
+            zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+            blocks = tuple(_block(x, size) for x in (q, grad, lse, delta))
+            (dk, dv), dq = jax.lax.scan(one, zeros, blocks)
+            return _unblock(dq, q.shape[0]), dk, dv
 
-    def _block(self, x, k):
-        batch, length, heads = x.shape[:3]
-        block = self.logits_bytes // (4 * batch * heads * k.shape[1]) // 8 * 8
-        block = min(max(block, 8), length)
-        count = -(-length // block)
-        x = jnp.pad(x, ((0, 0), (0, count * block - length), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(batch, count, block, *x.shape[2:]).swapaxes(0, 1)
+        per_token = (_head_by_head(x) for x in (q, k, v, grad.astype(jnp.float32)))
+        stats = (x.reshape(-1, x.shape[-1]) for x in (lse, delta))
+        return tuple(
+            _by_video(x, q.shape[0]) for x in self._each(head, *per_token, *stats)
+        )  # fmt: skip
 
-    def _rows(self, rows, k, v, scale, length):
-        logits = _logits(rows, k, scale, length)
-        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        weights = jnp.exp(logits - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bhnm,bmhd->bnhd", (weights / total).astype(v.dtype), v)
-        return out, (top + jnp.log(total))[..., 0]
+    def _each(self, head, *inputs):
+        """Calls `head` on each head of each video: one after the other, or all together."""
+        if self.rows is None:
+            return jax.vmap(head)(*inputs)
+        return jax.lax.map(lambda one: head(*one), inputs)
+
+    def _size(self, q, k) -> int:
+        """Queries a block: at most `rows`, or what `logits_bytes` hold; all blocks alike."""
+        batch, length, heads = q.shape[:3]
+        most = self.rows or self.logits_bytes // (4 * batch * heads * k.shape[1]) // 8 * 8
+        count = -(-length // max(most, 8))
+        return min(-(-length // count // 8) * 8, length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,15 +225,42 @@ def generation(device_kind: str) -> str:
     return GENERATIONS[device_kind]
 
 
+def _block_forward(rows, k, v, scale, length):
+    """Output [n D] and log-sum-exp [n] of n queries of one head."""
+    logits = _logits(rows, k, scale, length)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # Divided after the product, which has fewer numbers than the weights.
+    out = jnp.einsum("nm,md->nd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / total).astype(v.dtype), (top + jnp.log(total))[:, 0]
+
+
 def _logits(q, k, scale, length):
-    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * scale
-    return jnp.where(jnp.arange(k.shape[1]) < length, logits, NOWHERE)
+    logits = jnp.einsum("nd,md->nm", q, k, preferred_element_type=jnp.float32) * scale
+    return jnp.where(jnp.arange(k.shape[0]) < length, logits, NOWHERE)
+
+
+def _block(x, size):
+    """[N ...] -> [blocks size ...], zeros at the end."""
+    count = -(-x.shape[0] // size)
+    x = jnp.pad(x, ((0, count * size - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
+    return x.reshape(count, size, *x.shape[1:])
 
 
 def _unblock(x, length):
-    """[blocks B rows ...] -> [B N ...]."""
-    x = x.swapaxes(0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    """[blocks size ...] -> [N ...]."""
+    return x.reshape(-1, *x.shape[2:])[:length]
+
+
+def _head_by_head(x):
+    """[B N H D] -> [B*H N D]."""
+    return _heads_first(x).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _by_video(x, batch):
+    """[B*H N D] -> [B N H D]."""
+    return _heads_first(x.reshape(batch, -1, *x.shape[1:]))
 
 
 def _heads_first(x):
