@@ -56,7 +56,9 @@ def block(tokens: int, rounds: int, implementation: str) -> None:
     @jax.jit
     def forward(state, x):
         layer = nnx.merge(graph, state)
-        return layer(x, text, modulation, rope, implementation=implementation, adapters=True)
+        return layer(
+            x, text, modulation, rope, implementation=implementation, adapters=True, length=tokens
+        )  # fmt: skip
 
     gradient = jax.jit(jax.grad(lambda state, x: forward(state, x).sum(), argnums=(0, 1)))
 
