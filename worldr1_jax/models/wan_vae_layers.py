@@ -86,7 +86,9 @@ def temporal_conv(
 
     On 2 CPU cores, at 4x17x32x32 with 16 -> 16 channels, XLA's conv3d takes 49 ms forward and
     185 ms with gradients, this sum 9 and 64 ms. With gradients, one conv2d over joined taps takes
-    99 ms, and a matrix product of unfolded windows 128 ms.
+    99 ms, and a matrix product of unfolded windows 128 ms. Forward, in processor time at 4 frames
+    against torch's conv3d: 0.88x its speed at 64x64 with 192 channels, equal at 128x128 with 96; a
+    loop over frames gains 5%, joined taps and unfolded rows take 19 to 49% longer.
     """
     taps = kernel.shape[0]
     batch, frames, *space = x.shape
