@@ -69,7 +69,8 @@ def _metrics(workdir):
 
 
 def _newest(workdir):
-    return max((int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")), default=0)
+    names = (path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)  # others are unfinished
 
 
 @pytest.mark.slow
