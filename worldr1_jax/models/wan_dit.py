@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from worldr1_jax import sharding
-from worldr1_jax.models import convert, layers, rotary
+from worldr1_jax.models import convert, layers, rotary, wan_dit_names
 from worldr1_jax.models.attention import (
     Implementation,
     attention,
@@ -434,54 +434,14 @@ def _check_inputs(
     return frames, height, width
 
 
-_LINEARS = (  # leaf path, diffusers' name, name in Wan-Video's own release; without the suffix
-    ("time_embedder.linear_1", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("time_embedder.linear_2", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-    ("time_proj", "condition_embedder.time_proj", "time_projection.1"),
-    ("text_embedder.linear_1", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("text_embedder.linear_2", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    ("proj_out", "proj_out", "head.head"),
-    *(
-        (f"blocks.{attn}.{ours}", f"blocks.{{i}}.{attn}.{theirs}", f"blocks.{{i}}.{wan}.{short}")
-        for attn, wan in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for ours, theirs, short in (
-            ("to_q", "to_q", "q"),
-            ("to_k", "to_k", "k"),
-            ("to_v", "to_v", "v"),
-            ("to_out", "to_out.0", "o"),
-        )
-    ),
-    ("blocks.ffn.linear_1", "blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
-    ("blocks.ffn.linear_2", "blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
-)
-_COPIES = (
-    ("patch_embedding.bias", "patch_embedding.bias", "patch_embedding.bias"),
-    ("scale_shift_table", "scale_shift_table", "head.modulation"),
-    ("blocks.scale_shift_table", "blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
-    *(
-        (
-            f"blocks.{attn}.{norm}.scale",
-            f"blocks.{{i}}.{attn}.{norm}.weight",
-            f"blocks.{{i}}.{wan}.{norm}.weight",
-        )
-        for attn, wan in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for norm in ("norm_q", "norm_k")
-    ),
-)
-_CROSS_NORM = (  # only with config.cross_attn_norm; Wan-Video numbers the norms otherwise
-    ("blocks.norm2.scale", "blocks.{i}.norm2.weight", "blocks.{i}.norm3.weight"),
-    ("blocks.norm2.bias", "blocks.{i}.norm2.bias", "blocks.{i}.norm3.bias"),
-)
-
-
 def table(config: Config, layout: str = "diffusers") -> convert.Table:
     """Rows for convert.load and convert.save; layout is "diffusers" or "wan" (Wan-Video's own)."""
     column = {"diffusers": 1, "wan": 2}[layout]
     rows = [("patch_embedding.weight", "patch_embedding.kernel", "conv3d")]
-    for names in _LINEARS:
+    for names in wan_dit_names.LINEARS:
         rows.append((f"{names[column]}.weight", f"{names[0]}.kernel", "linear"))
         rows.append((f"{names[column]}.bias", f"{names[0]}.bias", "copy"))
-    copies = _COPIES + (_CROSS_NORM if config.cross_attn_norm else ())
+    copies = wan_dit_names.COPIES + (wan_dit_names.CROSS_NORM if config.cross_attn_norm else ())
     rows.extend((names[column], names[0], "copy") for names in copies)
     return tuple(rows)
 
