@@ -22,13 +22,18 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from worldr1_jax import sharding
+from worldr1_jax.camera import commands
 from worldr1_jax.models import da3, da3_gaussians, umt5, wan_dit, wan_vae
-from worldr1_jax.nano import tokenizer, world
+from worldr1_jax.nano import captions, tokenizer, world
 from worldr1_jax.nano.videos import Videos
 from worldr1_jax.rewards import splat
 
 TOKENS = 32  # caption length in tokens, padded
 CAPTION_DROPOUT = 0.1
+# What the policy's captions say of the camera is wrong this often, as it is in captions of video
+# from the web, and the policy learns to obey accordingly. It is what RL has to put right.
+CAPTION_ERROR = 0.3
+TURN_SHARE = 3  # pans and orbits, the hardest movements to draw, come so many times as often
 Batch = dict[str, np.ndarray]
 
 
@@ -51,7 +56,7 @@ STEPS = {
     "vae": (1000, 2e-3, 32),
     "camera": (1100, 1e-3, 10),
     "da3": (650, 8e-4, 6),
-    "policy": (2800, 1.5e-3, 48),
+    "policy": (2500, 1.5e-3, 48),
 }
 
 
@@ -296,8 +301,6 @@ def train_policy(
     tokenizer.save(folder / "tokenizer")
     vae = wan_vae.load(folder / "vae", dtype=jnp.float32)
     latents, texts = encode_all(vae, videos)
-    encoded = tokens(texts, padding="max_length", max_length=TOKENS, return_tensors="np")
-    empty = tokens([""], padding="max_length", max_length=TOKENS, return_tensors="np")
     log(f"{len(latents)} latents, mean {latents.mean():.3f}, std {latents.std():.3f}")
     rngs = nnx.Rngs(seed)
     if start:
@@ -328,15 +331,29 @@ def train_policy(
 
     def batches():
         rng = np.random.default_rng(seed)
+        share = np.array([TURN_SHARE if _turns(text) else 1.0 for text in texts])
         while True:
-            rows = rng.integers(0, len(latents), schedule.batch)
-            ids, mask = encoded["input_ids"][rows], encoded["attention_mask"][rows]
-            dropped = rng.random(schedule.batch) < CAPTION_DROPOUT
-            ids[dropped], mask[dropped] = empty["input_ids"], empty["attention_mask"]
+            rows = rng.choice(len(latents), schedule.batch, p=share / share.sum())
+            drawn = [_caption(texts[row], rng) for row in rows]
+            encoded = tokens(drawn, padding="max_length", max_length=TOKENS, return_tensors="np")
+            ids, mask = encoded["input_ids"], encoded["attention_mask"]
             yield {"latents": latents[rows], "ids": ids, "mask": mask}
 
     params = {"dit": dit_params, "text": text_params}
     fit(loss, params, batches(), schedule, seed=seed, log=log, snapshot=snapshot)
+
+
+def _turns(caption: str) -> bool:
+    return any(name in commands.TURNS for name in commands.parse(caption))
+
+
+def _caption(text: str, rng: np.random.Generator) -> str:
+    """The caption as it is learnt from: sometimes dropped, sometimes wrong about the camera."""
+    if rng.random() < CAPTION_DROPOUT:
+        return ""
+    if rng.random() < CAPTION_ERROR:
+        return captions.with_commands(text, captions.sample_commands(rng))
+    return text
 
 
 def encode_text(encoder: umt5.UMT5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Array:
