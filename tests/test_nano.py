@@ -89,6 +89,25 @@ def test_every_caption_is_made_of_known_words():
         assert tokens.unk_token_id not in ids and len(ids) <= pretrain.TOKENS
 
 
+def test_other_commands_leave_the_scene_of_a_caption_as_it_is():
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        drawn, names = captions.sample_spec(rng), captions.sample_commands(rng)
+        text = captions.with_commands(drawn.text(), names)
+        assert commands.parse(text) == names and commands.scene(text) == drawn.scene_text()
+
+
+def test_some_captions_of_the_policy_are_dropped_and_some_name_another_movement():
+    rng = np.random.default_rng(0)
+    text = "Camera pan left. A red sphere on a tiled floor in a brick room."
+    seen = [pretrain.spoilt(text, rng) for _ in range(2000)]
+    dropped, kept = seen.count("") / 2000, seen.count(text) / 2000
+    right = (1 - pretrain.CAPTION_DROPOUT) * (1 - pretrain.CAPTION_ERROR)
+    assert dropped == pytest.approx(pretrain.CAPTION_DROPOUT, abs=0.03)  # four standard errors
+    # of those that name a movement at random, about one in twelve names the right one
+    assert right - 0.04 < kept < right + 0.3 * 0.09 + 0.04
+
+
 def test_a_mirrored_caption_describes_the_mirrored_video():
     clause = "Camera push in, then pan left."
     text = f"{clause} A red sphere right of a blue box on a tiled floor in a brick room."
