@@ -1,4 +1,4 @@
-"""Covariance, projection and spherical harmonics against gsplat's own torch functions."""
+"""Covariance, projection, extent and spherical harmonics against gsplat's own torch functions."""
 
 import numpy as np
 import pytest
@@ -69,3 +69,39 @@ def test_projection():
     # A conic is an inverse: its relative error is the covariance's times its condition number.
     assert np.quantile(error / scale, 0.99) <= TOLERANCE
     assert (error / scale).max() <= 1e-3
+
+
+def test_extent():
+    """Half sides of boxes. Their torch version takes 3.33 standard deviations whatever the opacity
+    and rounds up; their CUDA has the rule that is ours, which is applied here to their variances.
+    """
+    gaussians, poses, matrices = scene(count=2000)
+    height, width = SIZE
+    solid = gaussians.replace(opacities=gaussians.opacities * 0 + 1.01)  # 3.33 binds above 1.004
+    covariance = tensor(projection.covariance(gaussians.quaternions, gaussians.scales))
+    views = torch.linalg.inv(tensor(poses))
+    camera = (tensor(gaussians.means), covariance, views)
+    means, covariance_c = reference._world_to_cam(*camera)
+    _, flat = reference._persp_proj(means, covariance_c, tensor(matrices), width, height)
+    deviations = torch.sqrt(torch.diagonal(flat, dim1=-2, dim2=-1) + projection.EPS2D).numpy()
+    rounded, *_ = reference._fully_fused_projection(
+        *camera, tensor(matrices), width, height, near_plane=projection.NEAR
+    )
+
+    def radii(gaussians):
+        def one(pose, k):
+            return projection.project(gaussians, pose, k, SIZE)
+
+        views = jax.vmap(one)(poses, matrices)
+        return np.asarray(views.radii), np.asarray(views.visible)
+
+    ours, visible = radii(solid)
+    assert visible.sum() > 1000
+    np.testing.assert_allclose(ours[visible], 3.33 * deviations[visible], rtol=TOLERANCE)
+    whole = np.ceil(ours[visible])
+    edge = np.abs(ours[visible] - np.round(ours[visible])) < TOLERANCE * ours[visible]
+    assert ((whole == rounded.numpy()[visible]) | edge).all()
+    ours, visible = radii(gaussians)
+    sigmas = np.minimum(3.33, np.sqrt(2 * np.log(np.asarray(gaussians.opacities) * 255)))
+    wanted = sigmas[None, :, None] * deviations
+    np.testing.assert_allclose(ours[visible], wanted[visible], rtol=TOLERANCE)

@@ -70,6 +70,20 @@ def harmonics(
     return sum(basis[k][..., None] * sh[..., k, :] for k in range(count))
 
 
+def extent(
+    opacities: Float[Array, "*batch"], variances: Float[Array, "*batch 2"]
+) -> Float[Array, "*batch 2"]:
+    """Half sides of the box around all of a Gaussian that is drawn, px; 0 for a transparent one.
+
+    min(3.33, sqrt(2 ln(255 opacity))) standard deviations along x and y, `variances` in px^2.
+    gsplat's CUDA rounds it up to whole pixels, and its torch version takes 3.33 whatever the
+    opacity: both draw the same Gaussians into more tiles.
+    """
+    opaque = opacities >= ALPHA_MIN
+    sigmas = jnp.sqrt(2.0 * jnp.log(jnp.where(opaque, opacities / ALPHA_MIN, 1.0)))
+    return jnp.minimum(EXTENT_MAX, sigmas)[..., None] * jnp.sqrt(variances)
+
+
 def _unit(vectors: Float[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:
     """Unit vectors; a zero vector stays zero, with a zero gradient instead of NaN."""
     squared = jnp.sum(vectors * vectors, axis=-1, keepdims=True)
@@ -119,9 +133,7 @@ def project(
         axis=-1,
     )
     opaque = gaussians.opacities >= ALPHA_MIN
-    sigmas = jnp.sqrt(2.0 * jnp.log(jnp.where(opaque, gaussians.opacities / ALPHA_MIN, 1.0)))
-    radii = jnp.minimum(EXTENT_MAX, sigmas)[:, None] * jnp.sqrt(jnp.stack([xx, yy], -1))
-    radii = lax.stop_gradient(radii)
+    radii = lax.stop_gradient(extent(gaussians.opacities, jnp.stack([xx, yy], -1)))
     low, high = rows[:, :2] - radii, rows[:, :2] + radii
     inside = jnp.all((high > 0) & (low < jnp.array([width, height])), axis=-1)
     return Projected(rows, radii, sound & opaque & inside)

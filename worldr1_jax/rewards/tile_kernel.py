@@ -23,7 +23,7 @@ from worldr1_jax.rewards.projection import ALPHA_MAX, ALPHA_MIN, TRANSMITTANCE_M
 
 CHUNK = 128  # Gaussians of a step: the lanes of a register
 # Rows of a tile's canvas: five features, transmittance, and the place where a pixel stopped.
-_ROWS, _TRANSMITTANCE, _STOP = 8, 5, 6
+_ROWS, _TRANSMITTANCE, _STOP = 8, tiles.CHANNELS, tiles.CHANNELS + 1
 _RUNNING = -1.0  # a place in the round's list otherwise; exact in float32 below 2^24
 
 

@@ -33,6 +33,7 @@ from worldr1_jax.rewards.projection import (
     FEATURES,
     MEAN_X,
     MEAN_Y,
+    NUM_FEATURES,
     OPACITY,
     TRANSMITTANCE_MIN,
     Projected,
@@ -42,7 +43,7 @@ CHUNK = 32  # Gaussians composited at once
 GROUP = 8  # tiles composited at once, of about equal lists
 PAIRS_PER_TILE = 256  # default room of a round, per tile of the image
 SLACK = 1e-3  # px added to a Gaussian's box, for rounding
-CHANNELS = 5  # r, g, b, depth, 1: the sum of weights is alpha
+CHANNELS = NUM_FEATURES + 1  # r, g, b, depth, 1: the sum of weights is alpha
 RUNNING = jnp.iinfo(jnp.int32).max
 
 
