@@ -2,6 +2,17 @@
 
 Not a better measure: a perfect straight push-in scores 0.52, because a fit of a straight path
 leaves its rotation open and the release then does not scale at all.
+
+What mode "released" reproduces, tested on fixed paths against the released code itself: the motion
+profile, to 1e-3; and all of S_traj, with the alignment, below six frames. What it does not:
+  - S_traj of six frames and more is fitted to unseeded random halves of the frames there.
+  - Where the path asked for is straight and the recovered one is not, rounding decides there
+    whether the fit is refused; here it is refused.
+  - S_recon stays the paper's. The release compares render k, of an interpolated path at time k/2,
+    with frame k, and squeezes renders of 504x294 to 512x512. Its distance is the lpips package's,
+    which `models.lpips` equals to 1e-4.
+  - S_meta is not here in either mode. R_gen of the release (HPSv2.1 on random frames, not the same
+    for a group) needs weights that nano does without.
 """
 
 from __future__ import annotations
