@@ -98,6 +98,8 @@ def _paper() -> ml_collections.ConfigDict:
     c.rewards.views = (
         0  # frames that S_recon renders again, evenly spaced; 0: all that were reconstructed
     )
+    # render the Gaussians of so many frames, evenly spaced, where all are too many; 0: all
+    c.rewards.gaussian_frames = 0
     c.rewards.depth_scale = (
         1.0  # typical depth in the 3D network's units; scales the tolerance on still cameras
     )

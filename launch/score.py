@@ -19,7 +19,10 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "the prompt of each --video, in
 LIST = flags.DEFINE_string("list", "", ".jsonl file of videos and prompts")
 PICTURES = flags.DEFINE_bool("pictures", False, "write a picture for each video")
 
-SHOWN = ("total", "recon", "trajectory", "general", "psnr", "ssim", "mvcs", "rot_err", "trans_err")
+SHOWN = (
+    "total", "recon", "trajectory", "general", "psnr", "ssim", "mvcs", "rot_err", "trans_err",
+    "cam_mc",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ def measure(
       guidance: of the classifier-free guidance.
 
     Returns:
-      {"total_3d", every part of the reward, "diversity"} -> [N]; NaN where a video could not be
-      scored.
+      {"total_3d", every part of the reward, "mvcs", "diversity"} -> [N]; NaN where a video could
+      not be scored.
     """
     sampler = Sampler(kind="none", guidance=guidance)
     collected: dict[str, list[np.ndarray]] = {}
@@ -62,7 +62,7 @@ def measure(
             adapters, pipeline.encode(repeated), paths, keys, sampler=sampler, text_null=text_null
         )
         videos = pipeline.decode(trajectory.latents)
-        scores = reward(videos, repeated, paths)
+        scores = reward(videos, repeated, paths, consistency=True)
         parts = {name: sharding.to_host(values) for name, values in scores.parts.items()}
         parts["total_3d"] = np.sum([parts[name] for name in NEEDS_3D], axis=0)
         grouped = sharding.to_host(videos).reshape(batch, samples, *videos.shape[1:])

@@ -96,6 +96,9 @@ def check_rewards(config: ml_collections.ConfigDict) -> None:
     """The part of `check` that scoring videos depends on."""
     rewards.check(config.rewards.weights, config.rewards.da3, config.rewards.mode)
     lpips_folder(config)
+    kept = config.rewards.gaussian_frames
+    if kept < 0:
+        raise ValueError(f"rewards.gaussian_frames is {kept}: it has to be 0, for all, or more")
     if config.rewards.general != "palette":
         raise ValueError(
             f"rewards.general is '{config.rewards.general}': palette is the only one there is"
@@ -253,6 +256,7 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         frame_stride=r.frame_stride,
         views=r.views or None,
         depth_scale=r.depth_scale,
+        gaussian_frames=r.gaussian_frames or None,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -24,7 +25,7 @@ from worldr1_jax.metrics import StageTimer
 from worldr1_jax.models import da3 as depth_anything
 from worldr1_jax.models import lpips as perceptual
 from worldr1_jax.models.convert import read_config
-from worldr1_jax.rewards import combine, general, recon, reconstruct, released, trajectory
+from worldr1_jax.rewards import combine, general, recon, reconstruct, released, thin, trajectory
 from worldr1_jax.types import Reconstruction, Scores
 
 NEEDS_3D = ("recon", "trajectory")
@@ -43,6 +44,7 @@ def build(
     views: int | None = None,
     depth_scale: float = 1.0,
     change_floor: float = 0.0,
+    gaussian_frames: int | None = None,
 ) -> Reward:
     """Loads what the named rewards need onto the mesh.
 
@@ -54,10 +56,11 @@ def build(
       mode: "paper", or "released" for S_traj by the formula of World-R1's code.
       mesh: videos are split over its data and fsdp axes; None uses one device.
       frame_stride: the 3D network sees every so many frames.
-      views: frames that S_recon renders again, evenly spaced; None takes all that were
+      views: S_recon renders at most so many frames again, evenly spaced; None takes all that were
         reconstructed.
       depth_scale: typical depth in the 3D network's units (see `trajectory.s_traj`).
       change_floor: what S_recon asks of a video that is to move (see `recon.s_recon`); 0 nothing.
+      gaussian_frames: render the Gaussians of at most so many frames (see `thin`); None takes all.
 
     Raises:
       ValueError: an unknown reward, or weights that cannot be read.
@@ -67,7 +70,9 @@ def build(
         mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     distance = None if lpips is None else perceptual.load(lpips, mesh=mesh)
     return Reward(
-        dict(weights), folder, mesh, frame_stride, views, depth_scale, distance, mode, change_floor
+        dict(weights), folder, mesh, frame_stride=frame_stride, views=views,
+        depth_scale=depth_scale, distance=distance, mode=mode, change_floor=change_floor,
+        gaussian_frames=gaussian_frames,
     )  # fmt: skip
 
 
@@ -95,12 +100,14 @@ class Reward:
         weights: dict[str, float],
         folder: Path,
         mesh,
+        *,
         frame_stride: int,
         views: int | None,
         depth_scale: float,
-        distance: perceptual.LPIPS | None = None,
-        mode: str = "paper",
-        change_floor: float = 0.0,
+        distance: perceptual.LPIPS | None,
+        mode: str,
+        change_floor: float,
+        gaussian_frames: int | None,
     ):
         self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
         network = sharding.place(depth_anything.load(folder), "da3", mesh)
@@ -108,7 +115,7 @@ class Reward:
         self._reconstruct = jax.jit(self._reconstruct_videos)
         self._lpips = None if distance is None else nnx.split(distance)
         self._views, self._depth_scale, self._mode = views, depth_scale, mode
-        self._change_floor = change_floor
+        self._change_floor, self._gaussian_frames = change_floor, gaussian_frames
         self._recon = jax.jit(self._recon_of_videos)
         self._trajectory = jax.jit(self._trajectory_of_videos)
         self._mvcs = jax.jit(recon.mvcs)
@@ -121,13 +128,20 @@ class Reward:
         camtoworld: Float[np.ndarray, "B F 4 4"],
         *,
         off: Sequence[str] = (),
+        consistency: bool = False,
         timer: StageTimer | None = None,
     ) -> Scores:
         """Parts, weighted sum and validity of a batch whose size the mesh divides.
 
         Rewards in `off` do not count, and when both 3D rewards are off, no reconstruction is made.
-        A `timer` is told of the stages reconstruct, render and general.
+        With `consistency`, "mvcs" is measured beside the rewards; it counts in none. A `timer` is
+        told of the stages reconstruct, render and general.
+
+        Raises:
+          ValueError: videos, prompts and paths that do not belong together, videos that are not
+            floats, or so few frames that the 3D network would see no movement.
         """
+        self._check(videos, prompts, camtoworld)
         stage = timer or StageTimer()
         parts: dict[str, Array] = {}
         if not set(NEEDS_3D) <= set(off):
@@ -135,12 +149,36 @@ class Reward:
                 found = wait_for(self.reconstruct(videos))
             with stage("render") as wait_for:
                 parts |= wait_for(self.geometry(videos, found, camtoworld))
+            if consistency:
+                parts["mvcs"] = self.consistency(found)
         with stage("general") as wait_for:
             parts["general"] = wait_for(self.general(videos, prompts))
         return self.combine(parts, off)
 
+    def _check(self, videos: Any, prompts: Sequence[str], camtoworld: Any) -> None:
+        if len(videos.shape) != 5 or videos.shape[-1] != 3:
+            raise ValueError(f"videos have the shape {videos.shape}; it has to be (B, F, H, W, 3)")
+        if not jnp.issubdtype(videos.dtype, jnp.floating):
+            raise ValueError(f"videos are {videos.dtype}: they have to be floats in [0, 1]")
+        batch, frames = videos.shape[:2]
+        if len(prompts) != batch:
+            raise ValueError(f"there are {batch} videos and {len(prompts)} prompts: want as many")
+        if camtoworld.shape != (batch, frames, 4, 4):
+            raise ValueError(
+                f"camtoworld has the shape {camtoworld.shape}; {batch} videos of {frames} frames "
+                f"want {(batch, frames, 4, 4)}"
+            )
+        if frames <= self.frame_stride:
+            raise ValueError(
+                f"videos have {frames} frame(s), and with frame_stride {self.frame_stride} the 3D "
+                "network would see 1: a camera path needs 2"
+            )
+        parts = sharding.batch_parts(self.mesh)
+        if batch % parts:
+            raise ValueError(f"there are {batch} videos; the mesh splits them in {parts} parts")
+
     def reconstruct(self, videos: Float[Array, "B F H W 3"]) -> Reconstruction:
-        """The 3D network's view of each video."""
+        """The 3D network's view of each video, with the Gaussians that are to be rendered."""
         with sharding.on(self.mesh):
             return self._reconstruct(self._state, videos)
 
@@ -172,10 +210,12 @@ class Reward:
 
     def _recon_of_videos(self, videos: Array, found: Reconstruction, asked: Array):
         measure: Any = nnx.merge(*self._lpips) if self._lpips else None
+        seen = found.camtoworld.shape[1]
+        views = None if self._views is None else min(self._views, seen)
 
         def own(video: Array, found: Reconstruction, asked: Array):
             return recon.s_recon(
-                video[:, :: self.frame_stride], found, views=self._views, perceptual=measure,
+                video[:, :: self.frame_stride], found, views=views, perceptual=measure,
                 change_floor=self._change_floor, moves=trajectory.moves(asked),
             )  # fmt: skip
 
@@ -196,4 +236,5 @@ class Reward:
 
     def _reconstruct_videos(self, state: Any, videos: Array) -> Reconstruction:
         network: Any = nnx.merge(self._graph, state)
-        return reconstruct.reconstruct(network, videos, frame_stride=self.frame_stride)
+        found = reconstruct.reconstruct(network, videos, frame_stride=self.frame_stride)
+        return thin.by_frames(found, self._gaussian_frames)
