@@ -1,7 +1,9 @@
 """Files to scores: what is measured, what is refused, and in which words."""
 
 import json
+import subprocess
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +27,22 @@ def noise(*shape):
 
 def rows(reward, pairs, **options):
     return list(scoring.score(reward, pairs, magnitudes=NANO, most_frames=4, **options))
+
+
+def ffmpeg(source, *options):
+    program = imageio_ffmpeg.get_ffmpeg_exe()
+    subprocess.run([program, "-v", "error", "-i", source, *options], check=True)
+
+
+def test_other_pixel_formats_are_read(tmp_path):
+    """16 bits a colour, and gray: as 8-bit RGB."""
+    write_mp4(tmp_path / "a.mp4", np.full((3, 16, 24, 3), 0.5), 8)
+    for kind in ("rgb48le", "gray"):
+        file = tmp_path / f"{kind}.avi"
+        ffmpeg(tmp_path / "a.mp4", "-c:v", "rawvideo", "-pix_fmt", kind, "-f", "nut", file)
+        got = scoring.read_video(file, 3)
+        assert got.shape == (3, 16, 24, 3)
+        np.testing.assert_allclose(got, 0.5, atol=0.02)
 
 
 def test_read_video_gives_frames(tmp_path):
@@ -55,9 +73,15 @@ def test_what_cannot_be_judged_says_why(reward, tmp_path):
     write_mp4(tmp_path / "one.mp4", noise(1, 32, 32), 8)
     write_mp4(tmp_path / "long.mp4", noise(5, 32, 32), 8)
     write_mp4(tmp_path / "black.mp4", noise(3, 32, 32) * 0, 8)
+    write_mp4(tmp_path / "tiny.mp4", noise(3, 32, 32), 8)
+    ffmpeg(tmp_path / "tiny.mp4", "-vf", "scale=6:40", tmp_path / "small.mp4")
+    whole = (tmp_path / "tiny.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     names = {
         "none": "does not exist",
         "bad": "no video that ffmpeg can read",
+        "cut": "no video that ffmpeg can read",
+        "small": "40x6 px: it needs 8 px a side",
         "one": "a camera path needs 2",
         "long": "more than 4 frames",
         "black": "shows next to nothing",

@@ -80,12 +80,14 @@ def read_video(path: str | Path, most_frames: int) -> Float[np.ndarray, "F H W 3
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
     # As images with their size in front; not imageio_ffmpeg.read_frames, which forks our threads.
-    out = ["-frames:v", str(most_frames + 1), "-f", "image2pipe", "-c:v", "ppm", "-"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), *out]
-    done = subprocess.run(command, capture_output=True, check=False)
+    ppm = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path)]
+    done = subprocess.run(
+        [*command, "-frames:v", str(most_frames + 1), *ppm], capture_output=True, check=False
+    )
     header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", done.stdout)
     if done.returncode or not header:
-        raise ValueError(f"{path} is no video that ffmpeg can read")
+        raise ValueError(f"{path} is no video that ffmpeg can read to its end")
     width, height = (int(number) for number in header.groups())
     images = np.frombuffer(done.stdout, np.uint8).reshape(-1, header.end() + 3 * height * width)
     frames = images[:, header.end() :].reshape(-1, height, width, 3)
