@@ -40,7 +40,7 @@ def _equation_flops(equation: Any) -> float:
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
     if name == "pallas_call":
         return 0.0  # its body is one block's, and how many blocks do work is the kernel's affair
-    inner = [jaxpr_flops(sub) for sub in _sub_jaxprs(params)]
+    inner = [jaxpr_flops(sub) for sub in sub_jaxprs(params)]
     if name == "cond":
         return max(inner)
     times = params["length"] if name == "scan" else 1
@@ -49,7 +49,7 @@ def _equation_flops(equation: Any) -> float:
     return times * sum(inner)
 
 
-def _sub_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+def sub_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "jaxpr"):

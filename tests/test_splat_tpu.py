@@ -1,0 +1,52 @@
+"""The renderer under the TPU compiler; needs libtpu (pip install 'jax[tpu]') but no TPU."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from worldr1_jax import plan
+from worldr1_jax.chips import CHIPS
+from worldr1_jax.rewards import tile_kernel, tiles
+
+pytest.importorskip("libtpu")
+
+TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
+SIZE = (294, 504)  # px; what Depth Anything 3 sees of 480x832
+
+
+@pytest.fixture(autouse=True)
+def no_tpu_here(monkeypatch):
+    monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_the_kernel_compiles(chip):
+    """A round of the default room at full size: as a kernel of the chip, within its memory."""
+    mesh = jax.sharding.Mesh(np.array(plan.topology_devices(TOPOLOGIES[chip])[:1]), ("data",))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    grid = tiles.make_grid(SIZE, 16, None, None, "pallas")
+
+    def shape(*dims, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
+
+    def ints(*dims):
+        return shape(*dims, dtype=jnp.int32)
+
+    lists = tiles.Lists(
+        shape(grid.pairs, 10), ints(grid.pairs), ints(grid.pairs), ints(grid.padded),
+        ints(grid.padded), ints(),
+    )  # fmt: skip
+    pixels = grid.tile**2
+    canvas = tiles.Canvas(
+        shape(grid.padded, tiles.CHANNELS, pixels), shape(grid.padded, pixels),
+        ints(grid.padded, pixels),
+    )  # fmt: skip
+    draw = jax.jit(lambda lists, canvas, n: tile_kernel.composite(grid, lists, canvas, n, False))
+    done = draw.lower(lists, canvas, ints()).compile()
+    assert done.as_text().count("tpu_custom_call") == 1
+    used = done.memory_analysis()
+    assert used.temp_size_in_bytes + used.argument_size_in_bytes < CHIPS[chip].hbm
