@@ -1,0 +1,168 @@
+"""The renderer's figures: tiled against exact, and 12 million Gaussians with and without thinning.
+
+python -m tests.measure_splat speed     # 100,000 Gaussians at 128x128, alternating, in one run
+python -m tests.measure_splat full      # 81 frames of 294x504: 12.0 million; some minutes, 6 GB
+python -m tests.measure_splat network   # what thinning costs on nano's own reconstructions
+
+`full` has no Depth Anything 3 of that size: its Gaussians are the pixels of a ray-cast nano scene,
+lifted by the true depth with 1% of noise, as wide as a pixel, with opacities as they come between
+0.3 and 0.95. `exact` would take hours for such an image, so it draws blocks of pixels of it.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from worldr1_jax import rewards
+from worldr1_jax.camera import trajectory
+from worldr1_jax.nano import captions, videos, world
+from worldr1_jax.rewards import exact, recon, splat, thin, tiles
+from worldr1_jax.rewards.projection import project
+from worldr1_jax.types import Gaussians, Reconstruction
+
+FRAMES, SIZE = 81, (294, 504)  # what Depth Anything 3 sees of 81 frames of 480x832
+VIEWS = (20, 44)  # rendered in `full`: neither is among the frames that thinning keeps
+BLOCKS = ((150, 250), (40, 60), (220, 430))  # corners of the blocks that `exact` draws
+BLOCK = 24  # px
+NOISE, OPACITY = 0.01, (0.3, 0.95)
+KEEP = (41, 21, 11, 6)
+
+
+def speed(rounds: int = 3) -> None:
+    """Seconds and processor seconds of both, after a run that compiles."""
+    rng, count, size = np.random.default_rng(0), 100_000, (128, 128)
+    means = rng.uniform([-1.5, -1.5, 1.0], [1.5, 1.5, 4.0], (count, 3))
+    scene = Gaussians(
+        means, rng.normal(size=(count, 4)), rng.uniform(0.005, 0.02, (count, 3)),
+        rng.uniform(0.05, 0.9, count), 0.4 * rng.normal(size=(count, 9, 3)),
+    )  # fmt: skip
+    scene = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), scene)
+    matrix = jnp.array([[[140.0, 0, 64], [0, 140, 64], [0, 0, 1]]])
+    taken: dict[str, list] = {"tiled": [], "exact": []}
+    images = {}
+    for _ in range(rounds + 1):
+        for method in taken:
+            start, busy = time.perf_counter(), time.process_time()
+            image = splat.render(scene, jnp.eye(4)[None], matrix, size, method=method)
+            images[method] = jax.block_until_ready(image)
+            taken[method].append((time.perf_counter() - start, time.process_time() - busy))
+    (wall, cpu) = (
+        {m: float(np.median([t[i] for t in taken[m][1:]])) for m in taken} for i in (0, 1)
+    )
+    show(
+        gaussians=count, size=size, seconds=wall, processor_seconds=cpu,
+        exact_over_tiled=wall["exact"] / wall["tiled"],
+        in_processor_seconds=cpu["exact"] / cpu["tiled"],
+        psnr=psnr(images["tiled"].rgb, images["exact"].rgb),
+    )  # fmt: skip
+
+
+def full(keep: tuple[int, ...] = KEEP) -> None:
+    """Tiled against exact on blocks of two views, and what thinning does to both views."""
+    found, video = full_scene()
+    whole = {}
+    for kept in (FRAMES, *keep):
+        gaussians = jax.tree.map(lambda x: x[0], thin.by_frames(found, kept).gaussians)
+        for view in VIEWS:
+            pose, matrix = found.camtoworld[0, view], found.intrinsics[0, view]
+            start = time.perf_counter()
+            image, rounds = jax.block_until_ready(draw(gaussians, pose, matrix))
+            row = {"view": view, "seconds": time.perf_counter() - start, "rounds": int(rounds)}
+            if kept == FRAMES:
+                whole[view] = image
+                row["psnr_to_exact"] = against_exact(gaussians, pose, matrix, image)
+            else:
+                row["psnr_to_all"] = psnr(image[..., :3], whole[view][..., :3])
+            row["psnr_to_frame"] = psnr(image[..., :3], video[view])
+            show(frames=kept, gaussians=gaussians.means.shape[0], **row)
+
+
+def network(count: int = 32, keep: tuple[int, ...] = (9, 5, 3)) -> None:
+    """Nano's network on all 17 frames of ground-truth videos, its Gaussians thinned."""
+    truth = videos.sample(77, count)
+    batch = jnp.asarray(truth.video, jnp.float32) / 255.0
+    reward = rewards.build({"recon": 1.0}, da3="nano")
+    found = reward.reconstruct(batch)
+    for kept in (batch.shape[1], *keep):
+        parts = reward.geometry(batch, thin.by_frames(found, kept), truth.camtoworld)
+        means = {name: float(jnp.mean(parts[name])) for name in ("recon", "psnr", "coverage")}
+        show(frames=kept, **means)
+
+
+def full_scene() -> tuple[Reconstruction, np.ndarray]:
+    """A reconstruction of 81 frames from the truth, and the frames."""
+    rng = np.random.default_rng(3)
+    spec = captions.sample_held_out(rng, False)
+    path = np.asarray(trajectory.path(("orbit_left",), FRAMES, magnitudes=videos.MAGNITUDES))
+    height, width = SIZE
+    video, depth = world.render(
+        world.build(spec, rng), path, height=height, width=width, supersample=1
+    )
+    video, depth = np.asarray(video), np.asarray(depth)
+    matrix = world.intrinsics(height, width)
+    count = FRAMES * height * width
+    y, x = np.mgrid[:height, :width] + 0.5
+    rays = np.stack([(x - matrix[0, 2]) / matrix[0, 0], (y - matrix[1, 2]) / matrix[1, 1],
+                     np.ones_like(x)], -1)  # fmt: skip
+    noisy = depth * (1 + NOISE * rng.standard_normal(depth.shape, np.float32))
+    means = np.einsum("fij,fhwj->fhwi", path[:, :3, :3], rays[None] * noisy[..., None])
+    means += path[:, None, None, :3, 3]
+    scales = np.repeat((0.5 * noisy / matrix[0, 0]).reshape(-1, 1), 3, 1)
+    leaves = (
+        means.reshape(-1, 3), np.tile(np.float32([1, 0, 0, 0]), (count, 1)), scales,
+        rng.uniform(*OPACITY, count), ((video - 0.5) / 0.28209479).reshape(-1, 1, 3),
+    )  # fmt: skip
+    gaussians = Gaussians(*(jnp.asarray(leaf, jnp.float32)[None] for leaf in leaves))
+    matrices = jnp.tile(jnp.asarray(matrix), (1, FRAMES, 1, 1))
+    shown = jnp.asarray(depth)[None]
+    return Reconstruction(shown, shown, jnp.asarray(path)[None], matrices, gaussians), video
+
+
+@jax.jit
+def draw(gaussians, pose, matrix):
+    """One tiled view, r, g, b, depth times alpha, alpha; and the rounds that it took."""
+    grid = tiles.make_grid(SIZE, 8, None, None, "xla")
+    done, _ = tiles._run(grid, project(gaussians, pose, matrix, SIZE), record=False)
+    return splat._untiled(done.canvas.features, grid), done.number
+
+
+def against_exact(gaussians, pose, matrix, image) -> list[float]:
+    """PSNR of each block of the image to the definition's, in dB."""
+    view = jax.jit(partial(project, size=SIZE))(gaussians, pose, matrix)
+    out = []
+    for top, left in BLOCKS:
+        corner = jnp.array([left, top], jnp.float32)
+        wanted = jax.jit(exact.draw)(view, exact.pixel_centres((BLOCK, BLOCK)) + corner)
+        block = image[top : top + BLOCK, left : left + BLOCK, :3]
+        out.append(psnr(block, wanted.reshape(BLOCK, BLOCK, -1)[..., :3]))
+    return out
+
+
+def psnr(a, b) -> float:
+    """dB, of images in [0, 1]; at most 140 here, where recon.psnr stops at 100."""
+    error = np.mean((np.clip(a, 0, 1) - np.clip(b, 0, 1)) ** 2)
+    return float(-10 * np.log10(max(error, recon.MSE_MIN * 1e-4)))
+
+
+def show(**figures) -> None:
+    """One line of JSON."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return value if isinstance(value, str | int) else round(float(value), 3)
+
+    print(json.dumps({name: plain(value) for name, value in figures.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("speed", "full", "network"))
+    {"speed": speed, "full": full, "network": network}[parser.parse_args().what]()
