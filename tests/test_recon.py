@@ -80,8 +80,9 @@ def test_blank_videos_do_not_win():
 
 def test_perceptual_distance_replaces_ssim():
     video, found = ideal()
-    score, _ = s_recon(video, found, perceptual=lambda a, b: jnp.full(a.shape[0], 0.3))
+    score, parts = s_recon(video, found, perceptual=lambda a, b: jnp.full(a.shape[0], 0.3))
     np.testing.assert_allclose(score, 0.7, atol=1e-6)
+    np.testing.assert_allclose(parts["perceptual"], 0.3, atol=1e-6)
 
 
 def test_mvcs_of_a_plane_by_hand():
@@ -116,6 +117,23 @@ def test_flaws_weigh_more_when_nothing_moves():
     assert score[0] < score[1]
     right, _ = moving(video, found, moves=moves)
     np.testing.assert_allclose(right, 1.0, atol=2e-2)
+
+
+def test_stillness_can_be_priced_by_a_gate():
+    """A video that stands still where movement is asked for gets nothing; half the change asked for
+    gets half; where a fixed camera is asked for, and where enough happens, nothing changes."""
+    video, found = ideal()
+    gated = jax.jit(recon.s_recon, static_argnames="change_min")
+    moves = jnp.array([True, False])
+    right, _ = gated(video, found, change_min=0.1, moves=moves)
+    np.testing.assert_allclose(right, 1.0, atol=1e-3)
+    change = float(recon._change(video, None)[0])
+    half, _ = gated(video, found, change_min=2 * change, moves=moves)
+    np.testing.assert_allclose(half, [0.5, 1.0], atol=1e-3)
+    still = jnp.repeat(video[:, :1], 2, axis=1)
+    poses = jnp.repeat(found.camtoworld[:, :1], 2, axis=1)
+    score, _ = gated(still, found.replace(camtoworld=poses), change_min=0.1, moves=moves)
+    np.testing.assert_allclose(score, [0.0, 1.0], atol=1e-3)
 
 
 def test_failures_stay_nan():

@@ -252,6 +252,8 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         lpips=lpips_folder(config),
         mode=r.mode,
         change_floor=r.change_floor,
+        change_min=r.change_min,
+        texture_min=r.texture_min,
         mesh=mesh,
         frame_stride=r.frame_stride,
         views=r.views or None,
@@ -263,8 +265,9 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
 def lpips_folder(config: ml_collections.ConfigDict) -> str | None:
     """Where LPIPS is, or None when S_recon compares by SSIM."""
     r = config.rewards
-    if r.change_floor < 0:
-        raise ValueError(f"rewards.change_floor is {r.change_floor}: it has to be 0 or more")
+    for name in ("change_floor", "change_min", "texture_min"):
+        if r[name] < 0:
+            raise ValueError(f"rewards.{name} is {r[name]}: it has to be 0 or more")
     if r.likeness not in ("lpips", "ssim"):
         raise ValueError(f"rewards.likeness is '{r.likeness}': it is lpips or ssim")
     if r.likeness == "ssim":

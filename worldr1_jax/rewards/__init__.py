@@ -44,6 +44,8 @@ def build(
     views: int | None = None,
     depth_scale: float = 1.0,
     change_floor: float = 0.0,
+    change_min: float = 0.0,
+    texture_min: float = recon.TEXTURE_MIN,
     gaussian_frames: int | None = None,
 ) -> Reward:
     """Loads what the named rewards need onto the mesh.
@@ -59,7 +61,8 @@ def build(
       views: S_recon renders at most so many frames again, evenly spaced; None takes all that were
         reconstructed.
       depth_scale: typical depth in the 3D network's units (see `trajectory.s_traj`).
-      change_floor: what S_recon asks of a video that is to move (see `recon.s_recon`); 0 nothing.
+      change_floor, change_min, texture_min: what S_recon asks of a video besides likeness (see
+        `recon.s_recon`); 0 nothing.
       gaussian_frames: render the Gaussians of at most so many frames (see `thin`); None takes all.
 
     Raises:
@@ -71,8 +74,10 @@ def build(
     distance = None if lpips is None else perceptual.load(lpips, mesh=mesh)
     return Reward(
         dict(weights), folder, mesh, frame_stride=frame_stride, views=views,
-        depth_scale=depth_scale, distance=distance, mode=mode, change_floor=change_floor,
-        gaussian_frames=gaussian_frames,
+        depth_scale=depth_scale, distance=distance, mode=mode, gaussian_frames=gaussian_frames,
+        asks={
+            "change_floor": change_floor, "change_min": change_min, "texture_min": texture_min,
+        },
     )  # fmt: skip
 
 
@@ -106,7 +111,7 @@ class Reward:
         depth_scale: float,
         distance: perceptual.LPIPS | None,
         mode: str,
-        change_floor: float,
+        asks: dict[str, float],
         gaussian_frames: int | None,
     ):
         self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
@@ -115,7 +120,7 @@ class Reward:
         self._reconstruct = jax.jit(self._reconstruct_videos)
         self._lpips = None if distance is None else nnx.split(distance)
         self._views, self._depth_scale, self._mode = views, depth_scale, mode
-        self._change_floor, self._gaussian_frames = change_floor, gaussian_frames
+        self._asks, self._gaussian_frames = asks, gaussian_frames
         self._recon = jax.jit(self._recon_of_videos)
         self._trajectory = jax.jit(self._trajectory_of_videos)
         self._mvcs = jax.jit(recon.mvcs)
@@ -216,7 +221,7 @@ class Reward:
         def own(video: Array, found: Reconstruction, asked: Array):
             return recon.s_recon(
                 video[:, :: self.frame_stride], found, views=views, perceptual=measure,
-                change_floor=self._change_floor, moves=trajectory.moves(asked),
+                moves=trajectory.moves(asked), **self._asks,
             )  # fmt: skip
 
         return sharding.each_device(own)(videos, found, asked)

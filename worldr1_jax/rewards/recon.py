@@ -2,8 +2,9 @@
 
 What the score cannot see, and what sees it instead:
   - A still or blurred video is easy to explain: S_recon RISES when a video gets stiller or softer
-    (tests/truth_of_rewards.py). S_traj charges for the missing movement; `change_floor` makes
-    S_recon itself ask for more than standing still explains.
+    (tests/truth_of_rewards.py). S_traj charges for the missing movement. Three options, all off or
+    low by default, make S_recon itself charge: `change_min` for stillness, `texture_min` for
+    softness, and `change_floor`, which asks for more than standing still explains.
   - A blank video is explained perfectly by a blank scene (SSIM 1, LPIPS 0). `texture` gates it: the
     score is multiplied by min(1, texture / TEXTURE_MIN).
   - Moving objects lower it; it is off in the dynamic phase.
@@ -38,21 +39,22 @@ def s_recon(
     perceptual: Perceptual | None = None,
     texture_min: float = TEXTURE_MIN,
     change_floor: float = 0.0,
+    change_min: float = 0.0,
     moves: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Renders the Gaussians at the recovered cameras and compares with the same frames.
 
-        S_recon = clip(likeness, 0, 1) min(1, texture / texture_min)
+        S_recon = clip(likeness, 0, 1) min(1, texture / texture_min) min(1, change / change_min)
 
     likeness is the mean over frames of SSIM, or of 1 - perceptual(render, frame) when a perceptual
     distance such as LPIPS is given (the paper's choice). Render k shows the instant and the camera
     of frame k, with the intrinsics of the image that the network was given, to which the video is
     resized: the released code compares other instants and squeezes its renders.
 
-    With a `change_floor` c > 0, likeness is instead 1 - (1 - likeness) / (change + c), where change
-    is the mean unlikeness of the middle frame to the others: the part of what happens in the video
-    that the re-render explains. Where `moves` is False (the prompt asks for a fixed camera) it
-    stays as it was.
+    change is the mean unlikeness of the middle frame to the others, and its gate is off by default.
+    With a `change_floor` c > 0, likeness is instead 1 - (1 - likeness) / (change + c): the part of
+    what happens in the video that the re-render explains. Where `moves` is False (the prompt asks
+    for a fixed camera) neither of the two acts.
 
     Args:
         video: in [0, 1], exactly the frames that were reconstructed.
@@ -60,12 +62,14 @@ def s_recon(
         views: compare only so many frames, evenly spaced, ends included; None takes all.
         perceptual: distance of two batches of images in [0, 1], one number an image, 0 = same.
         texture_min: see above; 0 leaves the gate out.
-        change_floor: see above; 0 leaves it out. 0.1 in the table of tests/truth_of_rewards.py.
+        change_floor: see above; 0 leaves it out. Asks for a network that knows such footage.
+        change_min: see above; 0 leaves it out. For likeness by SSIM, 0.3 is a moving camera.
         moves: see above; None takes all as moving.
 
     Returns:
         The scores [B] in [0, 1], NaN where the video or its reconstruction is not finite; and
-        psnr (dB, at most 100), ssim (-1 to 1), coverage (mean alpha) and texture beside them.
+        psnr (dB, at most 100), ssim (-1 to 1), coverage (mean alpha) and texture beside them, and
+        perceptual, the mean distance, where one is given.
 
     Raises:
         ValueError: shapes that do not belong together, or fewer than 1 or more than F views.
@@ -87,21 +91,26 @@ def s_recon(
     image = jnp.clip(rendered.rgb, 0.0, 1.0)
     similarity = jnp.mean(ssim(image, frames), axis=1)
     likeness = similarity if perceptual is None else _likeness(image, frames, perceptual)
-    if change_floor > 0:
-        middle = jnp.broadcast_to(frames[:, len(chosen) // 2, None], frames.shape)
-        others = len(chosen) / max(len(chosen) - 1, 1)  # the middle frame is like itself
-        change = others * (1.0 - _likeness(middle, frames, perceptual))
-        explained = 1.0 - (1.0 - likeness) / (change + change_floor)
-        likeness = explained if moves is None else jnp.where(moves, explained, likeness)
+    judged = likeness
+    if change_floor > 0 or change_min > 0:
+        change = _change(frames, perceptual)
+        if change_floor > 0:
+            judged = 1.0 - (1.0 - judged) / (change + change_floor)
+        judged = jnp.clip(judged, 0.0, 1.0)
+        if change_min > 0:
+            judged = judged * jnp.minimum(1.0, change / change_min)
+        judged = judged if moves is None else jnp.where(moves, judged, likeness)
     detail = texture(frames)
     gate = jnp.minimum(1.0, detail / texture_min) if texture_min > 0 else 1.0
-    score = jnp.clip(likeness, 0.0, 1.0) * gate
+    score = jnp.clip(judged, 0.0, 1.0) * gate
     parts = {
         "psnr": jnp.mean(psnr(image, frames), axis=1),
         "ssim": similarity,
         "coverage": jnp.mean(rendered.alpha, axis=(1, 2, 3)),
         "texture": detail,
     }
+    if perceptual is not None:
+        parts["perceptual"] = 1.0 - likeness
     # The renderer leaves out a Gaussian that is not finite, which would hide the failure.
     sound = _finite((video, reconstruction))
     return jnp.where(sound, score, jnp.nan), {
@@ -119,6 +128,14 @@ def _likeness(
         return jnp.mean(ssim(image, frames), axis=1)
     flat = (x.reshape(-1, *x.shape[2:]) for x in (image, frames))
     return 1.0 - jnp.mean(perceptual(*flat).reshape(image.shape[:2]), axis=1)
+
+
+def _change(frames: Float[Array, "B V H W 3"], perceptual: Perceptual | None) -> Float[Array, " B"]:
+    """Mean unlikeness of the middle frame to the others; 0 for a still video."""
+    count = frames.shape[1]
+    middle = jnp.broadcast_to(frames[:, count // 2, None], frames.shape)
+    others = count / max(count - 1, 1)  # the middle frame is like itself
+    return others * (1.0 - _likeness(middle, frames, perceptual))
 
 
 def mvcs(
