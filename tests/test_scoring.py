@@ -1,7 +1,10 @@
 """Files to scores: what is measured, what is refused, and in which words."""
 
 import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -102,3 +105,26 @@ def test_lists(tmp_path):
             scoring.read_list(path)
     with pytest.raises(ValueError, match="cannot be read"):
         scoring.read_list(tmp_path / "none.jsonl")
+
+
+@pytest.mark.slow
+def test_the_launcher_writes_a_table_json_and_pictures(tmp_path):
+    """A good video, and one that breaks off, which does not stop the other."""
+    write_mp4(tmp_path / "good.mp4", noise(9, 32, 32), 8)
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    lines = [{"video": f"{name}.mp4", "prompt": PROMPT} for name in ("bad", "good")]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "launch/score.py", "--config=configs/world.py", "--pictures",
+         f"--list={tmp_path / 'list.jsonl'}", f"--workdir={tmp_path / 'out'}"],
+        cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    head, bad, good = done.stdout.strip().splitlines()[-3:]
+    assert head.split()[0] == "video" and "cam_mc" in head and "mvcs" in head
+    assert "no video that ffmpeg can read" in bad and good.startswith("good.mp4")
+    videos = json.loads((tmp_path / "out" / "scores.json").read_text())["videos"]
+    assert videos[0]["error"] and not videos[0]["scores"]
+    assert {"psnr", "ssim", "mvcs", "cam_mc", "trajectory_rotation"} <= set(videos[1]["scores"])
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["002-good.png"]
