@@ -3,6 +3,7 @@
 python -m tests.measure_splat speed     # 100,000 Gaussians at 128x128, alternating, in one run
 python -m tests.measure_splat full      # 81 frames of 294x504: 12.0 million; some minutes, 6 GB
 python -m tests.measure_splat network   # what thinning costs on nano's own reconstructions
+python -m tests.measure_splat cost      # seconds of a video on a core of v5e, by the model
 
 `full` has no Depth Anything 3 of that size: its Gaussians are the pixels of a ray-cast nano scene,
 lifted by the true depth with 1% of noise, as wide as a pixel, with opacities as they come between
@@ -12,7 +13,6 @@ lifted by the true depth with 1% of noise, as wide as a pixel, with opacities as
 import argparse
 import json
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,17 @@ import numpy as np
 from worldr1_jax import rewards
 from worldr1_jax.camera import trajectory
 from worldr1_jax.nano import captions, videos, world
-from worldr1_jax.rewards import exact, recon, splat, thin, tiles
+from worldr1_jax.rewards import exact, recon, splat, splat_cost, thin, tiles
 from worldr1_jax.rewards.projection import project
 from worldr1_jax.types import Gaussians, Reconstruction
 
 FRAMES, SIZE = 81, (294, 504)  # what Depth Anything 3 sees of 81 frames of 480x832
 VIEWS = (20, 44)  # rendered in `full`: neither is among the frames that thinning keeps
 BLOCKS = ((150, 250), (40, 60), (220, 430))  # corners of the blocks that `exact` draws
-BLOCK = 24  # px
+BLOCK = 16  # px
 NOISE, OPACITY = 0.01, (0.3, 0.95)
 KEEP = (41, 21, 11, 6)
+ROUNDS = {81: 0, 41: 0, 21: 0, 11: 0, 6: 0}  # frames kept -> rounds of a view, as `full` prints
 
 
 def speed(rounds: int = 3) -> None:
@@ -63,7 +64,7 @@ def speed(rounds: int = 3) -> None:
 
 
 def full(keep: tuple[int, ...] = KEEP) -> None:
-    """Tiled against exact on blocks of two views, and what thinning does to both views."""
+    """Tiled against exact on blocks of a view, and what thinning does to two views."""
     found, video = full_scene()
     whole = {}
     for kept in (FRAMES, *keep):
@@ -75,7 +76,8 @@ def full(keep: tuple[int, ...] = KEEP) -> None:
             row = {"view": view, "seconds": time.perf_counter() - start, "rounds": int(rounds)}
             if kept == FRAMES:
                 whole[view] = image
-                row["psnr_to_exact"] = against_exact(gaussians, pose, matrix, image)
+                if view == VIEWS[0]:
+                    row["psnr_to_exact"] = against_exact(gaussians, pose, matrix, image)
             else:
                 row["psnr_to_all"] = psnr(image[..., :3], whole[view][..., :3])
             row["psnr_to_frame"] = psnr(image[..., :3], video[view])
@@ -92,6 +94,14 @@ def network(count: int = 32, keep: tuple[int, ...] = (9, 5, 3)) -> None:
         parts = reward.geometry(batch, thin.by_frames(found, kept), truth.camtoworld)
         means = {name: float(jnp.mean(parts[name])) for name in ("recon", "psnr", "coverage")}
         show(frames=kept, **means)
+
+
+def cost() -> None:
+    """The model of `splat_cost` for 81 views, with the rounds that `full` has shown."""
+    for kept, rounds in ROUNDS.items():
+        count = kept * SIZE[0] * SIZE[1]
+        terms = splat_cost.video("v5e", gaussians=count, size=SIZE, views=FRAMES, rounds=rounds)
+        show(frames=kept, gaussians=count, rounds=rounds, seconds=terms)
 
 
 def full_scene() -> tuple[Reconstruction, np.ndarray]:
@@ -125,22 +135,26 @@ def full_scene() -> tuple[Reconstruction, np.ndarray]:
 
 @jax.jit
 def draw(gaussians, pose, matrix):
-    """One tiled view, r, g, b, depth times alpha, alpha; and the rounds that it took."""
-    grid = tiles.make_grid(SIZE, 8, None, None, "xla")
+    """One tiled view, r, g, b, depth times alpha, alpha; and the rounds that it took, which are
+    those of the TPU kernel too: same tiles, same room."""
+    grid = tiles.make_grid(SIZE, 16, None, None, "xla")
     done, _ = tiles._run(grid, project(gaussians, pose, matrix, SIZE), record=False)
     return splat._untiled(done.canvas.features, grid), done.number
 
 
+@jax.jit
+def draw_blocks(gaussians, pose, matrix):
+    """The pixels of all BLOCKS by the definition."""
+    corners = jnp.array([[left, top] for top, left in BLOCKS], jnp.float32)
+    pixels = (exact.pixel_centres((BLOCK, BLOCK)) + corners[:, None]).reshape(-1, 2)
+    return exact.draw(project(gaussians, pose, matrix, SIZE), pixels)[:, :3]
+
+
 def against_exact(gaussians, pose, matrix, image) -> list[float]:
     """PSNR of each block of the image to the definition's, in dB."""
-    view = jax.jit(partial(project, size=SIZE))(gaussians, pose, matrix)
-    out = []
-    for top, left in BLOCKS:
-        corner = jnp.array([left, top], jnp.float32)
-        wanted = jax.jit(exact.draw)(view, exact.pixel_centres((BLOCK, BLOCK)) + corner)
-        block = image[top : top + BLOCK, left : left + BLOCK, :3]
-        out.append(psnr(block, wanted.reshape(BLOCK, BLOCK, -1)[..., :3]))
-    return out
+    wanted = np.asarray(draw_blocks(gaussians, pose, matrix)).reshape(-1, BLOCK, BLOCK, 3)
+    corners = zip(BLOCKS, wanted, strict=True)
+    return [psnr(image[t : t + BLOCK, x : x + BLOCK, :3], block) for (t, x), block in corners]
 
 
 def psnr(a, b) -> float:
@@ -164,5 +178,6 @@ def show(**figures) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("speed", "full", "network"))
-    {"speed": speed, "full": full, "network": network}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("speed", "full", "network", "cost"))
+    what = {"speed": speed, "full": full, "network": network, "cost": cost}
+    what[parser.parse_args().what]()
