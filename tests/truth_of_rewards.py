@@ -141,10 +141,11 @@ def measure(plain, strict, clips, asked):
         part = slice(first, first + BATCH)
         batch, paths, count = _filled(clips[part]), _filled(asked[part]), len(clips[part])
         batch = jnp.asarray(batch, jnp.float32)
-        found = plain.reconstruct(batch)
-        parts = plain.geometry(batch, found, paths)
+        found = jax.block_until_ready(plain.reconstruct(batch))
+        parts = jax.block_until_ready(plain.geometry(batch, found, paths))
         parts["R_3D"] = parts["recon"] + parts["trajectory"]
-        parts["strict"] = strict.geometry(batch, found, paths)["recon"] + parts["trajectory"]
+        charged = jax.block_until_ready(strict.geometry(batch, found, paths))
+        parts["strict"] = charged["recon"] + parts["trajectory"]
         parts["mvcs"] = plain.consistency(found)
         for name in COLUMNS:
             rows[name].append(np.asarray(parts[name])[:count])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -164,12 +165,14 @@ def _score_one(
     batch = sharding.to_global(
         np.repeat(video[None], parts, 0), sharding.batched(reward.mesh)
     )  # fmt: skip
-    found = reward.reconstruct(batch)
+    # One program at a time: of several under way, one has been seen to keep the others waiting for
+    # ever on a CPU of two cores.
+    found = jax.block_until_ready(reward.reconstruct(batch))
     paths = np.repeat(asked[None], parts, 0)
-    measured: dict[str, Any] = dict(reward.geometry(batch, found, paths))
+    measured: dict[str, Any] = jax.block_until_ready(dict(reward.geometry(batch, found, paths)))
+    measured["mvcs"] = jax.block_until_ready(reward.consistency(found))
     measured["general"] = reward.general(batch, [prompt] * parts)
-    scores = reward.combine(measured)
-    measured |= {"mvcs": reward.consistency(found), "total": scores.total}
+    measured["total"] = reward.combine(measured).total
     values = {name: float(sharding.to_host(value)[0]) for name, value in measured.items()}
     texture = values["texture"]
     if texture < recon.TEXTURE_MIN:
@@ -177,8 +180,6 @@ def _score_one(
         return Scored(path, prompt, {}, error=text)
     picture = b""
     if with_pictures:
-        import jax
-
         one = jax.tree.map(lambda leaf: jnp.asarray(sharding.to_host(leaf)[:1]), found)
         stride = reward.frame_stride
         picture = pictures.sheet(video[::stride], one, asked[::stride], depth_scale=depth_scale)

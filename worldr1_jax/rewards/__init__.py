@@ -140,7 +140,7 @@ class Reward:
 
         Rewards in `off` do not count, and when both 3D rewards are off, no reconstruction is made.
         With `consistency`, "mvcs" is measured beside the rewards; it counts in none. A `timer` is
-        told of the stages reconstruct, render and general.
+        told of the stages reconstruct, render, consistency and general.
 
         Raises:
           ValueError: videos, prompts and paths that do not belong together, videos that are not
@@ -155,7 +155,8 @@ class Reward:
             with stage("render") as wait_for:
                 parts |= wait_for(self.geometry(videos, found, camtoworld))
             if consistency:
-                parts["mvcs"] = self.consistency(found)
+                with stage("consistency") as wait_for:
+                    parts["mvcs"] = wait_for(self.consistency(found))
         with stage("general") as wait_for:
             parts["general"] = wait_for(self.general(videos, prompts))
         return self.combine(parts, off)

@@ -154,13 +154,16 @@ def mvcs(
     World-R1 reports a number of this name (0.963 to 0.993) without a formula; this one is ours.
     """
     height, width = depth.shape[-2:]
-    y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
-    pixels = jnp.stack([x, y, jnp.ones_like(x)], -1).reshape(-1, 3)
+    y, x = (jnp.asarray(a.ravel() + 0.5, jnp.float32) for a in np.mgrid[:height, :width])
     exact = jax.lax.Precision.HIGHEST
 
     def agreement(source: tuple[Array, ...], target: tuple[Array, ...]) -> tuple[Array, Array]:
         (depth, pose, matrix), (other_depth, other_pose, other_matrix) = source, target
-        rays = jnp.linalg.solve(matrix, pixels.T)
+        # By hand and not by linalg.solve: its LAPACK call is slow for a 3x3, and on a CPU hung when
+        # another program was under way.
+        ray_y = (y - matrix[1, 2]) / matrix[1, 1]
+        ray_x = (x - matrix[0, 2] - matrix[0, 1] * ray_y) / matrix[0, 0]
+        rays = jnp.stack([ray_x, ray_y, jnp.ones_like(x)])
         points = jnp.matmul(pose[:3, :3], rays * depth.ravel(), precision=exact)
         points = points + pose[:3, 3:] - other_pose[:3, 3:]
         points = jnp.matmul(other_pose[:3, :3].T, points, precision=exact)
