@@ -7,13 +7,16 @@
 # The workdir has to be a folder that all hosts see, such as a bucket mounted by gcsfuse.
 set -euo pipefail
 : "${TPU:?set TPU to the name of the slice}" "${ZONE:?set ZONE to its zone}"
-REPO=${REPO:-worldr1_jax}
+REPO=${REPO:-worldr1_jax} # the clone on the hosts
 printf -v flags '%q ' "$@"
+printf -v repo '%q' "$REPO"
+# The trainer inherits descriptor 9 and with it the lock, which is free again as soon as it has ended, however it ended.
 gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
   set -e
-  cd $REPO
-  pgrep -f '[l]aunch/tpu_train.py' >/dev/null && { echo already running; exit 0; }
-  test -d .venv || python3 -m venv .venv
+  cd $repo
+  exec 9>train.lock
+  flock -n 9 || { echo already running; exit 0; }
+  test -x .venv/bin/pip || python3 -m venv .venv
   .venv/bin/pip install -q -e '.[tpu]'
-  nohup .venv/bin/python launch/tpu_train.py --distributed $flags >train.log 2>&1 &
+  nohup .venv/bin/python launch/tpu_train.py --distributed $flags >>train.log 2>&1 </dev/null &
 "
