@@ -1,7 +1,8 @@
 """Two processes of four devices: the run of one process of eight; one killed, the other ends, and
-the same command goes on."""
+the same command goes on; a checkpoint keeps its bits on other meshes and numbers of processes."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -10,10 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import tiny
+from worldr1_jax import sharding
+from worldr1_jax.checkpoint import Checkpointer
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
@@ -23,11 +28,118 @@ FIELDS = {
 }  # fmt: skip
 
 
-def _start(weights, workdir, cache, *, updates, processes=1, devices=8, **fields):
-    """Starts the launcher once a process and returns the processes."""
+# Leaves of every kind that a train state has, and where they lie.
+STATE = {
+    "kernel": ((16, 24), "float32", (("fsdp", "context"), None)),
+    "stacked": ((3, 8, 8), "bfloat16", (None, None, "data")),
+    "bias": ((5,), "float32", ()),
+    "step": ((), "int32", ()),
+}
+SAVE_OR_RESTORE = """
+import sys
+import jax
+port, process, task, folder, data, fsdp = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+from tests import test_many_hosts as hosts
+mesh = {"data": int(data), "fsdp": int(fsdp), "context": -1}
+(hosts.save if task == "save" else hosts.restore)(folder, mesh)
+"""
+
+
+def values() -> dict[str, np.ndarray]:
+    """The state: random bits, NaNs among them."""
+    words = np.random.default_rng(0)
+    return {
+        name: np.frombuffer(
+            words.bytes(math.prod(shape) * jnp.dtype(dtype).itemsize), jnp.dtype(dtype)
+        ).reshape(shape)
+        for name, (shape, dtype, _) in STATE.items()
+    }
+
+
+def places(sizes: dict[str, int]) -> dict[str, jax.sharding.NamedSharding]:
+    """Where each leaf lies on a mesh."""
+    mesh = sharding.make_mesh(sizes)
+    return {
+        name: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for name, (_, _, axes) in STATE.items()
+    }
+
+
+def save(folder: str, sizes: dict[str, int]) -> None:
+    """Writes the state from the processes there are."""
+    where = places(sizes)
+    state = {name: sharding.to_global(x, where[name]) for name, x in values().items()}
+    with Checkpointer(folder) as checkpoints:
+        checkpoints.save(1, state, data={}, meta={})
+
+
+def restore(folder: str, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    """Restores it onto the processes there are, and writes what they hold."""
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places(sizes)[name])
+        for name, x in values().items()
+    }
+    with Checkpointer(folder) as checkpoints:
+        restored = checkpoints.restore_latest(abstract)
+    assert restored is not None
+    for name, leaf in restored.state.items():
+        assert leaf.sharding == places(sizes)[name]
+    held = {name: sharding.to_host(leaf) for name, leaf in restored.state.items()}
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        np.savez(Path(folder) / "held.npz", **{n: _bits(x) for n, x in held.items()})
+    return held
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.frombuffer(array.tobytes(), np.uint8)
+
+
+def _two_processes(task, folder, data, fsdp):
+    """Runs `save` or `restore` in two processes of four devices."""
+    port = _free_port()
+    environment = {
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    _finish(
+        [
+            subprocess.Popen(
+                [sys.executable, "-c", SAVE_OR_RESTORE, str(port), str(process), task, str(folder),
+                 str(data), str(fsdp)],
+                env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for process in range(2)
+        ]
+    )  # fmt: skip
+
+
+def test_a_checkpoint_of_two_processes_is_restored_bit_for_bit_by_one(tmp_path):
+    _two_processes("save", tmp_path, data=2, fsdp=4)
+    held = restore(str(tmp_path), {"data": 4, "fsdp": 1, "context": 2})
+    for name, wanted in values().items():
+        assert held[name].dtype == wanted.dtype
+        np.testing.assert_array_equal(_bits(held[name]), _bits(wanted), err_msg=name)
+
+
+def test_a_checkpoint_of_one_process_is_restored_bit_for_bit_by_two(tmp_path):
+    save(str(tmp_path), {"data": 8})
+    _two_processes("restore", tmp_path, data=1, fsdp=8)
+    with np.load(tmp_path / "held.npz") as held:
+        for name, wanted in values().items():
+            np.testing.assert_array_equal(held[name], _bits(wanted), err_msg=name)
+
+
+def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+        return found.getsockname()[1]
+
+
+def _start(weights, workdir, cache, *, updates, processes=1, devices=8, **fields):
+    """Starts the launcher once a process and returns the processes."""
+    port = _free_port()
     settings = {
         **FIELDS, "policy.weights": weights, "rewards.da3": weights / "da3",
         "num_updates": updates, **fields,
