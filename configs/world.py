@@ -43,6 +43,9 @@ def _paper() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict(
         {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
     )  # -1: what is left; data 0: all four as they suit the devices and the model
+    # networks that wait in the hosts' pinned memory while no stage uses them: text (the encoder),
+    # vae, policy (its frozen weights), rewards
+    c.idle_on_host = ()
     # "world": ours, 60 to 120 words each, the length the release trains on; "world_short": the same
     # scenes in one sentence; "nano": of the nano world; else a folder with train.txt, dynamic.txt
     # and test.txt, or one .txt or .jsonl
@@ -59,7 +62,9 @@ def _paper() -> ml_collections.ConfigDict:
     c.policy.dtype = (
         "bfloat16"  # of matmuls and resting weights; adapters, norms and softmax stay float32
     )
-    c.policy.remat = "full"  # what the backward pass recomputes: none, dots, full
+    # what the backward pass recomputes: none, dots, full, whole (layers.scan_layers), the least
+    # memory last
+    c.policy.remat = "full"
     c.policy.text_tokens = 512  # padded length of prompts; Wan's own
 
     c.sample = ml_collections.ConfigDict()
@@ -67,7 +72,8 @@ def _paper() -> ml_collections.ConfigDict:
     c.sample.shift = 3.0  # of the schedule; Wan at 480p (5 at 720p)
     c.sample.guidance = 5.0  # classifier-free guidance [paper]; 1 is off
     c.sample.negative_prompt = ""
-    c.sample.videos_at_once = 0  # that a device samples or decodes at a time; 0: all that it has
+    # that a device samples, decodes or scores at a time; 0: all that it has
+    c.sample.videos_at_once = 0
     c.sample.sde = "flow"  # noise of the window: flow (flow-SDE) or cps (coefficients-preserving)
     c.sample.eta = 0.7  # its amount; Flow-GRPO
     c.sample.level = "sd3"  # sigma -> noise level of the flow-SDE: sd3, linear, constant
@@ -176,5 +182,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
 def _wan(c: ml_collections.ConfigDict, variant: str) -> None:
     c.mesh.data = 0
     c.sample.videos_at_once, c.train.microbatches = 1, 0
+    # Each is used once an update: the encoder alone is 11 GB, of a v5e's 16.
+    c.idle_on_host = ("text", "rewards")
     if variant == "large":
         c.sample.camera_strength = 0.40

@@ -114,3 +114,21 @@ def test_activations_are_placed_by_what_their_axes_are():
         sharding.constrain(x, "videos", "pixels", None)
     with pytest.raises(ValueError, match="do not describe"):
         sharding.constrain(x, "videos")
+
+
+def test_networks_rest_on_the_hosts_and_come_back_to_their_shards():
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    model = lora.add(NETWORKS["wan_dit"](), 4, 8.0, nnx.Rngs(1))
+    sharding.place(model, "wan_dit", mesh)
+    before = nnx.to_pure_dict(nnx.state(model))
+    sharding.rest(model)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))}
+    assert kinds == {"device"}
+    base = nnx.state(model, nnx.Not(nnx.LoRAParam))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(base)} == {sharding.HOST}
+    woken = nnx.to_pure_dict(sharding.awake(nnx.state(model)))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(woken), strict=True):
+        assert new.sharding == old.sharding
+        np.testing.assert_array_equal(old, new)
+    # Awake copies are the caller's: the network itself goes on resting.
+    assert model.blocks.ffn.linear_1.kernel[...].sharding.memory_kind == sharding.HOST

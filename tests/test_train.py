@@ -132,14 +132,20 @@ def test_a_killed_run_ends_with_the_same_bits(folder, cache, unbroken, tmp_path)
 
 def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
     results = []
-    for count, sizes in ((1, {"data": 1}), (8, {"data": 4, "fsdp": 2})):
+    # The one device samples and scores four of its videos at a time; the networks of the eight wait
+    # on the host.
+    runs: list[tuple[int, dict, dict]] = [
+        (1, {"data": 1}, {"sample.videos_at_once": 4}),
+        (8, {"data": 4, "fsdp": 2}, {"idle_on_host": ("text", "vae", "policy", "rewards")}),
+    ]
+    for count, sizes, changes in runs:
         make = sharding.make_mesh
 
         def on_some(*_, count=count, sizes=sizes, make=make):
             return make(sizes, jax.devices()[:count])
 
         monkeypatch.setattr(sharding, "make_mesh", on_some)
-        config = tiny.config(folder, num_updates=3, **{"evaluate.prompts": 0})
+        config = tiny.config(folder, num_updates=3, **{"evaluate.prompts": 0}, **changes)
         train.run(config, str(tmp_path / str(count)))
         monkeypatch.setattr(sharding, "make_mesh", make)
         results.append(final_state(tmp_path / str(count))[1])
@@ -169,6 +175,7 @@ def wrong_prompts(tmp_path, content):
         ({"sample.camera": "sometimes"}, "sample.camera is 'sometimes'"),
         ({"train.clip": 0.0}, "clip is 0.0"),
         ({"num_updates": 0}, "num_updates is 0"),
+        ({"idle_on_host": ("dit",)}, "idle_on_host names 'dit'"),
         ({"rewards.weights": {"beauty": 1.0}}, "'beauty'"),
     ],
 )

@@ -12,10 +12,11 @@ import jax
 SETTINGS = {
     "rollout": "sample.videos_at_once=1, mesh.context=2 or more, groups smaller",
     "decode": "policy.chunked_vae=True, sample.videos_at_once=1, groups smaller",
-    "reconstruct": "rewards.frame_stride larger, groups smaller",
-    "render": "rewards.views smaller, groups smaller",
+    "reconstruct": "sample.videos_at_once=1, idle_on_host with text and rewards, "
+    "rewards.frame_stride larger",
+    "render": "sample.videos_at_once=1, rewards.views smaller, groups smaller",
     "general": "groups smaller",
-    "update": "train.microbatches larger, policy.remat=full, train.minibatches larger, "
+    "update": "train.microbatches larger, policy.remat=whole, train.minibatches larger, "
     "mesh.context=2 or more",
 }
 _EXHAUSTED = ("RESOURCE_EXHAUSTED", "Ran out of memory", "Out of memory")

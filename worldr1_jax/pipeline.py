@@ -60,6 +60,9 @@ class Camera:
                 )
 
 
+IDLE = ("text", "vae", "policy", "rewards")  # networks that may wait on the hosts
+
+
 class TextStage:
     """Prompts to embeddings `[B N D]` float32 over the mesh, padded places at zero; compiled once
     per batch size."""
@@ -75,7 +78,7 @@ class TextStage:
         """The embeddings; the mesh has to divide the number of prompts."""
         arrays = (batched(a, self._mesh) for a in tokenize(self._tokenizer, prompts, self._tokens))
         with sharding.on(self._mesh):
-            return self._run(self._state, *arrays)
+            return self._run(sharding.awake(self._state), *arrays)
 
     def _embed(self, state, ids, mask):
         return umt5.zero_padding(nnx.merge(self._graph, state)(ids, mask), mask)
@@ -182,15 +185,15 @@ class Pipeline:
         keys = sharding.keys_to_global(keys, sharding.batched(self.mesh))
         with sharding.on(self.mesh):
             return self._rollout(
-                adapters, self.base, text, text_null, batched(paths, self.mesh), keys,
-                jnp.asarray(start, jnp.int32), solver,
+                adapters, sharding.awake(self.base), text, text_null, batched(paths, self.mesh),
+                keys, jnp.asarray(start, jnp.int32), solver,
                 noise if noise is None else batched(noise, self.mesh), sampler=sampler, width=width,
             )  # fmt: skip
 
     def decode(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
         """Latents to videos in [0, 1]."""
         with sharding.on(self.mesh):
-            return self._decode(self._vae_state, latents)
+            return self._decode(sharding.awake(self._vae_state), latents)
 
     def _decode_latents(self, state, latents):
         return sampling.in_parts(partial(self._decode_part, state), self._parts(len(latents)))(

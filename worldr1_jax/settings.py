@@ -26,9 +26,14 @@ from worldr1_jax.models import wan, wan_dit
 from worldr1_jax.models.attention_kernels import generation
 from worldr1_jax.models.lora import Adapters
 from worldr1_jax.nano import captions
-from worldr1_jax.pipeline import MAGNITUDES, Camera, Pipeline, latent_shape
+from worldr1_jax.pipeline import IDLE, MAGNITUDES, Camera, Pipeline, latent_shape
 from worldr1_jax.rollout import schedule
 from worldr1_jax.rollout.sample import Sampler
+
+# For `least_context`: arrays of the residual stream's size that a layer keeps, by policy.remat, and
+# bytes per number of the stream that a block's backward pass takes (read from compiled programs).
+KEPT = {"none": 25, "dots": 11, "full": 1, "whole": 1}
+BLOCK = 160
 
 # What a resume may change without becoming another run.
 MAY_CHANGE = (
@@ -38,6 +43,7 @@ MAY_CHANGE = (
     "videos_every",
     "evaluate",
     "mesh",
+    "idle_on_host",
     "policy.text_cache",
 )
 
@@ -81,6 +87,9 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(
             f"sample.window_place is '{config.sample.window_place}': it is random or progressive"
         )
+    strange = [name for name in config.idle_on_host if name not in IDLE]
+    if strange:
+        raise ValueError(f"idle_on_host names '{strange[0]}': it knows {', '.join(IDLE)}")
     for make in (make_sampler, make_rules):
         make(config)  # each refuses what it cannot honour
     check_rewards(config)
@@ -171,17 +180,31 @@ def make_mesh(
     found = list(jax.devices() if devices is None else devices)
     if dit is None:
         dit, _ = wan.read_configs(nano.resolve(config.policy.weights))
-    context = 1
-    if found[0].platform == "tpu":
-        # The input of every layer, which the backward pass starts from, in half of the memory.
-        size = (1 + (config.frames - 1) // 4, config.height // 8, config.width // 8)
-        branches = 2 if config.sample.guidance != 1 else 1
-        kept = 2 * branches * dit.num_layers * wan_dit.tokens(dit, size) * dit.dim
-        chip = chips.CHIPS[generation(found[0].device_kind)]
-        context = math.ceil(kept / (chip.hbm / 2))
+    context = least_context(config, dit, found) if found[0].platform == "tpu" else 1
     videos = config.groups * config.group_size
     sizes = sharding.default_sizes(found, videos, dit.num_attention_heads, context)
     return sharding.make_mesh(sizes, found)
+
+
+def least_context(
+    config: ml_collections.ConfigDict, dit: wan_dit.Config, devices: Sequence[Any]
+) -> int:
+    """Devices that have to share a video so that the backward pass fits into a TPU's memory.
+
+    A rule of thumb, checked by launch/plan_pod.py on the topologies of the README: for each number
+    of the residual stream, the bfloat16 inputs of all layers (of both branches of guidance, and
+    once more while one is put away; of one branch with policy.remat=whole), and BLOCK bytes of one
+    block's backward pass.
+    """
+    branches = 2 if config.sample.guidance != 1 else 1
+    held = 1 if config.policy.remat == "whole" or branches == 1 else branches + 1
+    size = (1 + (config.frames - 1) // 4, config.height // 8, config.width // 8)
+    numbers = wan_dit.tokens(dit, size) * dit.dim
+    needed = numbers * (2 * held * dit.num_layers * KEPT[config.policy.remat] + BLOCK)
+    chip = chips.CHIPS[generation(devices[0].device_kind)]
+    weights = 2 * dit.num_layers * dit.dim * (8 * dit.dim + 2 * dit.ffn_dim) / len(devices)
+    room = max(0.85 * chip.hbm - weights, 0.05 * chip.hbm)
+    return min(math.ceil(needed / room), len(devices))
 
 
 def make_rules(config: ml_collections.ConfigDict, parts: int = 1) -> grpo.Rules:
@@ -223,6 +246,11 @@ def build_pipeline(
         lora_rank=0 if key is None else config.policy.lora_rank,
         lora_alpha=config.policy.lora_alpha, key=key, adapters=adapters, text=cache is None,
     )  # fmt: skip
+    parts = {"text": model.text_encoder, "vae": model.vae, "policy": model.dit}
+    for name in config.idle_on_host:
+        network = parts.get(name)
+        if network is not None:
+            sharding.rest(network)
     s = config.sample
     return Pipeline(
         model, mesh, size=(config.frames, config.height, config.width),
@@ -259,6 +287,8 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         views=r.views or None,
         depth_scale=r.depth_scale,
         gaussian_frames=r.gaussian_frames or None,
+        videos_at_once=config.sample.videos_at_once,
+        idle_on_host="rewards" in config.idle_on_host,
     )
 
 

@@ -32,6 +32,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from worldr1_jax.models.convert import leaf_path
 
 AXES = ("data", "fsdp", "context", "tensor")
+HOST = "pinned_host"  # jax's name of the memory of hosts that devices read directly
 BATCH = PartitionSpec(
     ("data", "fsdp")
 )  # samples: devices that share weights still hold their own videos
@@ -277,6 +278,34 @@ def place(module: nnx.Module, name: str, mesh: Mesh) -> nnx.Module:
     return module
 
 
+def rest(module: nnx.Module) -> nnx.Module:
+    """Moves a module's parameters, but for adapters, to its devices' hosts, in place and in pinned
+    memory, where they wait until `awake` brings them back for a stage.
+
+    Raises:
+      ValueError: the devices have no such memory.
+    """
+    state = nnx.state(module, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    device = min(jax.tree.leaves(state)[0].devices(), key=lambda device: device.id)
+    if HOST not in (memory.kind for memory in device.addressable_memories()):
+        raise ValueError(f"idle_on_host has to be (): {device.device_kind} has no {HOST} memory")
+    to_host = jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST), state)
+    nnx.update(module, jax.device_put(state, to_host))
+    return module
+
+
+def awake(state: Any) -> Any:
+    """The state on its devices: copies of the leaves that rest on the hosts, the others as they
+    are. The copies are gone when the caller lets go of them."""
+
+    def wake(x: Any) -> Any:
+        if getattr(x.sharding, "memory_kind", None) != HOST:
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind("device"))
+
+    return jax.tree.map(wake, state)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -295,13 +324,21 @@ def on(mesh: Mesh) -> contextlib.AbstractContextManager:
     return jax.set_mesh(mesh)
 
 
-def each_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays with a leading batch, run by every device on its own samples.
+def each_device(function: Callable[..., Any], whole: int = 0) -> Callable[..., Any]:
+    """`function` of arrays with a leading batch, run by every device on its own samples; its first
+    `whole` arguments are the same for all, such as weights.
 
     For work that needs no other device's data but that the compiler would not split by itself, such
     as a loop over samples. Call it under `jax.set_mesh`.
     """
-    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
+
+    def call(*arguments: Any) -> Any:
+        places = (PartitionSpec(),) * whole + (BATCH,) * (len(arguments) - whole)
+        return jax.shard_map(function, in_specs=places, out_specs=BATCH, check_vma=False)(
+            *arguments
+        )
+
+    return call
 
 
 def everywhere(array: Any, mesh: Mesh) -> Any:

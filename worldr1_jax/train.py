@@ -50,7 +50,7 @@ class Outcome:
     """What one update leaves to look at."""
 
     batch: PromptBatch
-    videos: jax.Array
+    videos: dict[int, np.ndarray]  # on the host, by their place in the batch: those to be saved
     scores: Scores
     scalars: dict[str, float]
 
@@ -97,8 +97,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             writer.write(update, outcome.scalars)
             progress.update(update, {k: v for k, v in outcome.scalars.items() if k in SHOWN})
             done = update + 1
-            if done % config.videos_every == 0 or update == 0:
-                save_videos(writer, workdir, update, outcome, config)
+            if outcome.videos:
+                save_videos(writer, workdir, update, outcome, config.fps)
             stopping = stop.agreed()
             if done % config.checkpoint_every == 0 or done == config.num_updates or stopping:
                 checkpoints.save(done, state, loader.get_state(), meta)
@@ -189,6 +189,13 @@ def one_update(
     off = tuple(config.dynamic.off) if batch.is_dynamic else ()
     scores = programs.reward(videos, batch.prompts, paths, off=off, timer=timer)
 
+    # They leave the devices before the update, which needs the room.
+    shown: dict[int, np.ndarray] = {}
+    if (update + 1) % config.videos_every == 0 or update == 0:
+        places = range(0, len(batch.prompts), config.group_size)
+        shown = {index: sharding.to_host(videos[index]) for index in places[:4]}
+    del videos
+
     # -- advantages and update
     with timer("update") as wait_for:
         advantages = group_advantage(
@@ -198,10 +205,12 @@ def one_update(
         keys = sharding.keys_to_global(keys, sharding.batched(programs.mesh))
         step = grpo.make_batch(trajectory, text, advantages, scores.valid, keys)
         state, learnt = wait_for(
-            programs.train_step(state, pipeline.base, step, pipeline.sigmas, programs.text_null)
+            programs.train_step(
+                state, sharding.awake(pipeline.base), step, pipeline.sigmas, programs.text_null
+            )
         )
     scalars = summarise(scores, learnt, batch.is_dynamic) | timer.collect()
-    return state, Outcome(batch, videos, scores, scalars)
+    return state, Outcome(batch, shown, scores, scalars)
 
 
 def summarise(scores: Scores, learnt: dict[str, jax.Array], is_dynamic: bool) -> dict[str, float]:
@@ -232,17 +241,16 @@ def save_videos(
     workdir: str,
     update: int,
     outcome: Outcome,
-    config: ml_collections.ConfigDict,
+    fps: int,
 ) -> None:
     """One video of each of the first groups as mp4, and a text file with their prompts and
     rewards."""
-    videos, scores, prompts = outcome.videos, outcome.scores, outcome.batch.prompts
-    step = config.group_size
+    scores, prompts = outcome.scores, outcome.batch.prompts
     lines, found = [], {name: sharding.to_host(part) for name, part in scores.parts.items()}
-    for index in range(0, min(len(prompts), 4 * step), step):
-        writer.video(update, f"group{index // step}", sharding.to_host(videos[index]), config.fps)
+    for group, (index, video) in enumerate(outcome.videos.items()):
+        writer.video(update, f"group{group}", video, fps)
         parts = "  ".join(f"{name} {float(value[index]):.3f}" for name, value in found.items())
-        lines.append(f"group{index // step}_{update:06d}.mp4  {parts}  {prompts[index]}")
+        lines.append(f"group{group}_{update:06d}.mp4  {parts}  {prompts[index]}")
     if jax.process_index() == 0:
         text = "\n".join(lines) + "\n"
         write_atomically(Path(workdir) / "videos" / f"prompts_{update:06d}.txt", text.encode())

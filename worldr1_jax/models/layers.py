@@ -20,7 +20,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Stack = tuple[int, ...]
 Block = TypeVar("Block", bound=nnx.Module)
 
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "dots", "whole")
 
 
 def normal(std: float) -> Initializer:
@@ -164,8 +164,10 @@ def scan_layers(
       blocks: a module whose every leaf has the layers as its leading axis.
       x: what flows from layer to layer; shape and dtype stay the same.
       call: one layer. Whatever else it needs, it closes over.
-      remat: what the backward pass recomputes: "none", "full" (all but the inputs of each layer) or
-        "dots" (all but the inputs and the results of matmuls with weights).
+      remat: what the backward pass recomputes: "none", "full" (all but the inputs of each layer),
+        "dots" (all but the inputs and the results of matmuls with weights) or "whole" (all but the
+        input of the first layer, and then as "full": one forward more, and of several calls before
+        one backward pass, such as guidance's two, only one keeps its layers' inputs at a time).
 
     Raises:
       ValueError: an unknown remat policy.
@@ -177,12 +179,16 @@ def scan_layers(
         return call(nnx.merge(graphdef, layer), carry), None
 
     # prevent_cse guards against undoing the remat outside of loops; inside a scan it only costs.
-    if remat == "full":
+    if remat in ("full", "whole"):
         body = jax.checkpoint(body, prevent_cse=False)
     elif remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, x, stacked)[0]
+
+    def run(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(body, x, stacked)[0]
+
+    return jax.checkpoint(run)(x) if remat == "whole" else run(x)
 
 
 def check_remat(remat: str) -> None:

@@ -251,7 +251,7 @@ class WanDiT(nnx.Module):
       rngs: source of the initial weights; use nnx.eval_shape around the constructor for none.
       dtype: dtype of matmuls and of the residual stream.
       param_dtype: dtype in which matmul kernels rest; all other leaves are float32.
-      remat: what the backward pass recomputes: "none", "full" or "dots" (layers.scan_layers).
+      remat: what the backward pass recomputes: see layers.scan_layers.
       implementation: of attention (attention.attention); in cross-attention, whose 512 keys are
         few, "xla" stands for the names of other implementations.
     """

@@ -47,6 +47,8 @@ def build(
     change_min: float = 0.0,
     texture_min: float = recon.TEXTURE_MIN,
     gaussian_frames: int | None = None,
+    videos_at_once: int = 0,
+    idle_on_host: bool = False,
 ) -> Reward:
     """Loads what the named rewards need onto the mesh.
 
@@ -64,6 +66,8 @@ def build(
       change_floor, change_min, texture_min: what S_recon asks of a video besides likeness (see
         `recon.s_recon`); 0 nothing.
       gaussian_frames: render the Gaussians of at most so many frames (see `thin`); None takes all.
+      videos_at_once: that a device scores at a time, which bounds memory; 0: all that it has.
+      idle_on_host: the networks wait in the hosts' memory while no video is scored.
 
     Raises:
       ValueError: an unknown reward, or weights that cannot be read.
@@ -72,9 +76,15 @@ def build(
     if mesh is None:
         mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     distance = None if lpips is None else perceptual.load(lpips, mesh=mesh)
+    network = depth_anything.load(folder)
+    sharding.place(network, "da3", mesh)
+    for module in (network, distance):
+        if idle_on_host and module is not None:
+            sharding.rest(module)
     return Reward(
-        dict(weights), folder, mesh, frame_stride=frame_stride, views=views,
+        dict(weights), network, mesh, frame_stride=frame_stride, views=views,
         depth_scale=depth_scale, distance=distance, mode=mode, gaussian_frames=gaussian_frames,
+        videos_at_once=videos_at_once,
         asks={
             "change_floor": change_floor, "change_min": change_min, "texture_min": texture_min,
         },
@@ -103,8 +113,8 @@ class Reward:
     def __init__(
         self,
         weights: dict[str, float],
-        folder: Path,
-        mesh,
+        network: depth_anything.DA3,
+        mesh: jax.sharding.Mesh,
         *,
         frame_stride: int,
         views: int | None,
@@ -113,16 +123,23 @@ class Reward:
         mode: str,
         asks: dict[str, float],
         gaussian_frames: int | None,
+        videos_at_once: int,
     ):
+        """Arguments as those of `build`, with the networks on the mesh."""
         self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
-        network = sharding.place(depth_anything.load(folder), "da3", mesh)
+        self._at_once = videos_at_once
         self._graph, self._state = nnx.split(network)
         self._reconstruct = jax.jit(self._reconstruct_videos)
-        self._lpips = None if distance is None else nnx.split(distance)
+        halves: Any = (None, None) if distance is None else nnx.split(distance)
+        self._lpips, self._lpips_state = halves
         self._views, self._depth_scale, self._mode = views, depth_scale, mode
         self._asks, self._gaussian_frames = asks, gaussian_frames
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        self._renderer = "pallas" if on_tpu else "tiled"
         self._recon = jax.jit(self._recon_of_videos)
         self._trajectory = jax.jit(self._trajectory_of_videos)
+        self._turn = jax.jit(self._turn_of, static_argnums=2)
+        self._joined = jax.jit(self._join, out_shardings=sharding.batched(mesh))
         self._mvcs = jax.jit(recon.mvcs)
         self._palette = jax.jit(general.palette)
 
@@ -148,10 +165,34 @@ class Reward:
         """
         self._check(videos, prompts, camtoworld)
         stage = timer or StageTimer()
+        geometric = not set(NEEDS_3D) <= set(off)
+        network = sharding.awake(self._state) if geometric else None
+        mine = len(prompts) // sharding.batch_parts(self.mesh)
+        if not self._at_once or mine <= self._at_once:
+            parts = self._parts(videos, prompts, camtoworld, network, consistency, stage)
+            return self.combine(parts, off)
+        if mine % self._at_once:
+            raise ValueError(
+                f"videos_at_once is {self._at_once}; it has to divide the {mine} videos of a device"
+            )
+        turns, found = mine // self._at_once, []
+        for turn in range(turns):
+            chosen = self._turn_of(np.arange(len(prompts)), turn, turns)
+            with sharding.on(self.mesh):
+                some = self._turn(videos, turn, turns)
+            of_some = [prompts[i] for i in chosen]
+            paths = camtoworld[chosen]
+            found.append(self._parts(some, of_some, paths, network, consistency, stage))
+        with sharding.on(self.mesh):
+            parts = {name: self._joined([one[name] for one in found]) for name in found[0]}
+        return self.combine(parts, off)
+
+    def _parts(self, videos, prompts, camtoworld, network, consistency, stage) -> dict[str, Array]:
+        """Every part of the reward; those in 3D with the state of the 3D network, if given."""
         parts: dict[str, Array] = {}
-        if not set(NEEDS_3D) <= set(off):
-            with stage("reconstruct") as wait_for:
-                found = wait_for(self.reconstruct(videos))
+        if network is not None:
+            with stage("reconstruct") as wait_for, sharding.on(self.mesh):
+                found = wait_for(self._reconstruct(network, videos))
             with stage("render") as wait_for:
                 parts |= wait_for(self.geometry(videos, found, camtoworld))
             if consistency:
@@ -159,7 +200,18 @@ class Reward:
                     parts["mvcs"] = wait_for(self.consistency(found))
         with stage("general") as wait_for:
             parts["general"] = wait_for(self.general(videos, prompts))
-        return self.combine(parts, off)
+        return parts
+
+    def _turn_of(self, batch: Any, turn: Any, turns: int) -> Any:
+        """What a turn takes of a batch: an equal run of every device's samples."""
+        devices = sharding.batch_parts(self.mesh)
+        split = batch.reshape(devices, turns, -1, *batch.shape[1:])
+        return split[:, turn].reshape(-1, *batch.shape[1:])
+
+    def _join(self, turns: list[Array]) -> Array:
+        """One value a sample from those of all turns."""
+        devices = sharding.batch_parts(self.mesh)
+        return jnp.concatenate([row.reshape(devices, -1) for row in turns], axis=1).reshape(-1)
 
     def _check(self, videos: Any, prompts: Sequence[str], camtoworld: Any) -> None:
         if len(videos.shape) != 5 or videos.shape[-1] != 3:
@@ -186,13 +238,14 @@ class Reward:
     def reconstruct(self, videos: Float[Array, "B F H W 3"]) -> Reconstruction:
         """The 3D network's view of each video, with the Gaussians that are to be rendered."""
         with sharding.on(self.mesh):
-            return self._reconstruct(self._state, videos)
+            return self._reconstruct(sharding.awake(self._state), videos)
 
     def geometry(self, videos, found: Reconstruction, camtoworld) -> dict[str, Array]:
         """S_recon (PSNR and SSIM beside it) and S_traj (its factors and its errors beside it)."""
         asked = sharding.to_global(np.asarray(camtoworld, np.float32), sharding.batched(self.mesh))
         with sharding.on(self.mesh):
-            score, extra = self._recon(videos, found, asked)
+            lpips = sharding.awake(self._lpips_state)
+            score, extra = self._recon(lpips, videos, found, asked)
             paths = self._trajectory(asked, found.camtoworld)
             return {"recon": score, **paths, **extra}
 
@@ -214,18 +267,18 @@ class Reward:
         with sharding.on(self.mesh):
             return combine.combine(parts, weights)
 
-    def _recon_of_videos(self, videos: Array, found: Reconstruction, asked: Array):
-        measure: Any = nnx.merge(*self._lpips) if self._lpips else None
+    def _recon_of_videos(self, lpips: Any, videos: Array, found: Reconstruction, asked: Array):
         seen = found.camtoworld.shape[1]
         views = None if self._views is None else min(self._views, seen)
 
-        def own(video: Array, found: Reconstruction, asked: Array):
+        def own(lpips: Any, video: Array, found: Reconstruction, asked: Array):
+            measure: Any = nnx.merge(self._lpips, lpips) if self._lpips else None
             return recon.s_recon(
                 video[:, :: self.frame_stride], found, views=views, perceptual=measure,
-                moves=trajectory.moves(asked), **self._asks,
+                moves=trajectory.moves(asked), method=self._renderer, **self._asks,
             )  # fmt: skip
 
-        return sharding.each_device(own)(videos, found, asked)
+        return sharding.each_device(own, whole=1)(lpips, videos, found, asked)
 
     def _trajectory_of_videos(self, asked: Array, found: Array) -> dict[str, Array]:
         asked = asked[:, :: self.frame_stride]

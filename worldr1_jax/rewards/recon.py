@@ -41,6 +41,7 @@ def s_recon(
     change_floor: float = 0.0,
     change_min: float = 0.0,
     moves: Bool[Array, " B"] | None = None,
+    method: str = "tiled",
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Renders the Gaussians at the recovered cameras and compares with the same frames.
 
@@ -65,6 +66,7 @@ def s_recon(
         change_floor: see above; 0 leaves it out. Asks for a network that knows such footage.
         change_min: see above; 0 leaves it out. For likeness by SSIM, 0.3 is a moving camera.
         moves: see above; None takes all as moving.
+        method: of `splat.render`.
 
     Returns:
         The scores [B] in [0, 1], NaN where the video or its reconstruction is not finite; and
@@ -87,6 +89,7 @@ def s_recon(
         reconstruction.camtoworld[:, chosen],
         reconstruction.intrinsics[:, chosen],
         (size[0], size[1]),
+        method=method,
     )
     image = jnp.clip(rendered.rgb, 0.0, 1.0)
     similarity = jnp.mean(ssim(image, frames), axis=1)
