@@ -52,11 +52,13 @@ def main() -> None:
         return
     print(f"{TOPOLOGY.value}: {mesh.size} devices, mesh {dict(mesh.shape)}; all is estimated")
     for p in programs:
+        fits = "" if p.hbm_peak_bytes <= p.hbm_limit_bytes else "  DOES NOT FIT"
         terms = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in p.terms.items())
         sent = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in p.collectives.items())
         print(
-            f"{p.name:10} {p.hbm_peak_bytes / 1e9:6.1f} of {p.hbm_limit_bytes / 1e9:.0f} GB  "
-            f"{p.seconds:8.2f} s ({terms})  MFU {p.mfu:.1%}  bound: {p.bound}  "
+            f"{p.name:11} {p.hbm_peak_bytes / 1e9:6.1f} of {p.hbm_limit_bytes / 1e9:.0f} GB, "
+            f"{p.hbm_resting_bytes / 1e9:.1f} of it resting{fits}  "
+            f"{p.times} x {p.seconds:.2f} s ({terms})  MFU {p.mfu:.1%}  bound: {p.bound}  "
             f"sent: {sent or 'nothing'}  compiled in {p.compile_seconds:.0f} s"
         )
     print(

@@ -1,5 +1,7 @@
 """What is read from a compiled module, and the figures made of it, by hand."""
 
+import types
+
 import pytest
 
 from worldr1_jax import plan, plan_hlo
@@ -67,6 +69,34 @@ def test_kernels_count_their_products(ops):
 def test_a_loop_without_an_end_is_an_error():
     with pytest.raises(ValueError, match="no known number of turns"):
         plan_hlo.read(TEXT.replace("constant(40)", "parameter(1)"))
+
+
+def test_turns_that_depend_on_the_data_are_those_stated():
+    ops = plan_hlo.read(TEXT.replace("constant(40)", "parameter(1)"), turns=7)
+    assert {op.times for op in ops} == {7}
+
+
+def test_the_report_has_the_keys_of_the_issue_and_counts_every_run():
+    rows = [
+        plan.Program(
+            name, times, 10, 4, 20, 1e12, 5, 6, seconds, "xla", 0.5, 1.0, {"xla": seconds}, {}
+        )
+        for name, times, seconds in (("rollout", 1, 8.0), ("render", 3, 2.0), ("restore", 0, 9.0))
+    ]
+    device = types.SimpleNamespace(device_kind="TPU v5")
+    mesh = types.SimpleNamespace(size=64, devices=types.SimpleNamespace(flat=[device]))
+    found = plan.report("v5p:4x4x4", mesh, rows)
+    assert set(found) == {
+        "topology", "devices", "programs", "seconds_per_update", "chip_hours_per_update"
+    }  # fmt: skip
+    assert set(found["programs"][0]) == {
+        "name", "hbm_peak_bytes", "hbm_limit_bytes", "flops", "hbm_bytes", "ici_bytes", "seconds",
+        "bound", "mfu", "compile_seconds",
+    }  # fmt: skip
+    assert found["seconds_per_update"] == 14.0
+    assert found["chip_hours_per_update"] == pytest.approx(14 * 64 / 3600)
+    assert [row["seconds"] for row in found["programs"]] == [8.0, 6.0, 9.0]
+    assert found["programs"][1]["flops"] == 3e12
 
 
 def test_figures_of_a_program(ops):

@@ -200,14 +200,14 @@ def _describe(state: PyTree, digests: bool) -> dict[str, list[Any]]:
         for path, leaf in leaves
     }
     if digests:
-        sums = jax.device_get(_digests([leaf for _, leaf in leaves]))
+        sums = jax.device_get(digests_of([leaf for _, leaf in leaves]))
         for entry, value in zip(described.values(), sums, strict=True):
             entry.append(int(value))
     return described
 
 
 @jax.jit
-def _digests(leaves: list[Array]) -> list[Int[Array, ""]]:
+def digests_of(leaves: list[Array]) -> list[Int[Array, ""]]:
     """All in one program: many small ones with collectives in flight at once can starve emulated
     devices."""
     return [_digest(leaf) for leaf in leaves]

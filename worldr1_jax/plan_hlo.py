@@ -65,14 +65,17 @@ class Op:
     cover: int = 0
 
 
-def read(text: str) -> list[Op]:
+def read(text: str, turns: int | None = None) -> list[Op]:
     """Every operation of the module that takes time.
+
+    Args:
+      turns: of loops whose number of turns depends on the data; None takes none of these.
 
     Raises:
       ValueError: a loop without a known number of turns, unless its body takes no time.
     """
     computations, entry = _computations(text)
-    return list(_walk(computations, entry, 1))
+    return list(_walk(computations, entry, 1, turns))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -93,7 +96,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Op]:
+def _walk(
+    computations: dict[str, list[str]], name: str, times: int, unknown: int | None
+) -> Iterator[Op]:
     shapes: dict[str, str] = {}
     covers = _covers(computations[name])
     for line in computations[name]:
@@ -108,19 +113,20 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
         shapes[result] = rest[: opcode_match.start(1)]
         operands = _operands(rest[opcode_match.end() :])
         if opcode == "while":
-            inner = list(_walk(computations, _called(rest, "body"), 1))
+            inner = list(_walk(computations, _called(rest, "body"), 1, unknown))
             turns = _turns(rest, computations[_called(rest, "condition")])
+            turns = unknown if turns is None else turns
             if turns is None and inner:
                 raise ValueError(f"the loop {result} has no known number of turns")
             count = times * (turns or 0)
             yield from (dataclasses.replace(op, times=op.times * count) for op in inner)
         elif opcode == "conditional":
-            branches = [list(_walk(computations, b, times)) for b in _branches(rest)]
+            branches = [list(_walk(computations, b, times, unknown)) for b in _branches(rest)]
             yield from max(branches, key=lambda ops: sum(op.cycles * op.times for op in ops))
         elif opcode == "call":
-            yield from _walk(computations, _called(rest, "to_apply"), times)
+            yield from _walk(computations, _called(rest, "to_apply"), times, unknown)
         elif opcode == "async-start":
-            yield from _walk(computations, _called(rest, "calls"), times)
+            yield from _walk(computations, _called(rest, "calls"), times, unknown)
         elif opcode not in _FREE:
             for op in _op(computations, result, opcode, rest, shapes, operands, times):
                 yield dataclasses.replace(op, cover=covers.get(op.name, 0))

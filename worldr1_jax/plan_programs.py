@@ -1,0 +1,325 @@
+"""The programs that a plan compiles: those of the trainer, from shapes alone (see plan.py).
+
+What they work on is described by shape, dtype and place. Beside its own arguments, a program finds
+on the device what other stages keep there meanwhile, such as networks that do not rest on the hosts
+(config.idle_on_host): `Lowering.resting`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from worldr1_jax import checkpoint, settings, sharding
+from worldr1_jax.grpo import update as grpo
+from worldr1_jax.models import attention, da3, lora, lpips, umt5, wan_dit, wan_vae
+from worldr1_jax.models.wan import Wan
+from worldr1_jax.pipeline import Pipeline
+from worldr1_jax.rewards import Reward, general
+from worldr1_jax.rollout import schedule
+
+PRESETS = {"small": wan_dit.Config.wan_1_3b, "large": wan_dit.Config.wan_14b}
+# Turns of loops whose number depends on the data. Assumptions, not measurements: a moving camera
+# uncovers 8 of 64 blocks of pixels a frame; a tile is opaque after some 10,000 Gaussians, 256 a
+# round (rewards/tiles.py).
+WARP_BLOCKS, RENDER_ROUNDS = 8, 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """One program to compile.
+
+    Attributes:
+      name: of the stage.
+      trace: makes it, under `jax.set_mesh`.
+      needed: FLOPs that one run's mathematics needs on each device; 0 where that is what runs.
+      times: runs in one update; 0 for what runs when a job starts.
+      turns: of loops whose number of turns depends on the data; None where there are none.
+      resting: bytes on each device that are no arguments of it.
+    """
+
+    name: str
+    trace: Callable[[], Any]
+    needed: float = 0.0
+    times: int = 1
+    turns: int | None = None
+    resting: int = 0
+
+
+def abstract_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Pipeline:
+    """The trainer's pipeline with leaves that have a shape, a dtype and a place, but no values."""
+    kind = mesh.devices.flat[0].device_kind
+    context = "ulysses"
+    heads = PRESETS[config.variant]().num_attention_heads
+    if heads // mesh.shape["tensor"] % mesh.shape["context"]:
+        context = "ring"
+    implementation = attention.build(f"{context}:splash", device_kind=kind)
+    dtype = jnp.dtype(config.policy.dtype)
+
+    def make_dit() -> nnx.Module:
+        dit = wan_dit.WanDiT(
+            PRESETS[config.variant](), nnx.Rngs(0), dtype=dtype, param_dtype=dtype,
+            remat=config.policy.remat, implementation=implementation,
+        )  # fmt: skip
+        return lora.add(dit, config.policy.lora_rank, config.policy.lora_alpha, nnx.Rngs(1))
+
+    dit = _placed(nnx.eval_shape(make_dit), "wan_dit", mesh)
+    vae = _placed(
+        nnx.eval_shape(lambda: wan_vae.WanVAE(wan_vae.Config.wan2_1(), nnx.Rngs(0))),
+        "wan_vae", mesh,
+    )  # fmt: skip
+    text = nnx.eval_shape(
+        lambda: umt5.UMT5Encoder(umt5.Config.xxl(), nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    )
+    s = config.sample
+    sigmas: Any = np.asarray(schedule.sigmas(s.steps, s.shift))  # no device to put it on
+    wan = Wan(dit, vae, _placed(text, "umt5", mesh), None, config.policy.text_tokens)
+    # The warp is planned apart: the rollout's text would have its loops of unknown length.
+    camera = dataclasses.replace(settings.make_camera(config), mode="none")
+    return Pipeline(
+        wan, mesh, size=(config.frames, config.height, config.width),
+        sigmas=sigmas, camera=camera,
+        chunked_vae=config.policy.chunked_vae, videos_at_once=config.sample.videos_at_once,
+    )  # fmt: skip
+
+
+def abstract_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Reward:
+    """The trainer's reward with the published giant of Depth Anything 3 and LPIPS, no values."""
+    r = config.rewards
+    network = nnx.eval_shape(lambda: da3.DA3(da3.Config.giant(), nnx.Rngs(0)))
+    distance = None
+    if r.likeness == "lpips":
+        distance = nnx.eval_shape(lambda: lpips.LPIPS(nnx.Rngs(0)))
+        whole = sharding.replicated(mesh)
+        state = jax.tree.map(partial(_described, place=whole), nnx.state(distance))
+        nnx.update(distance, state)
+    return Reward(
+        dict(r.weights), _placed(network, "da3", mesh), mesh, r.frame_stride, r.views or None,
+        r.depth_scale, distance, r.mode, r.change_floor, config.sample.videos_at_once,
+    )  # fmt: skip
+
+
+class Shapes:
+    """What flows between the stages of one update, described."""
+
+    def __init__(self, config: ml_collections.ConfigDict, pipeline: Pipeline):
+        mesh, dit = pipeline.mesh, PRESETS[config.variant]()
+        self.batch, self.whole = sharding.batched(mesh), sharding.replicated(mesh)
+        self.count, width = config.groups * config.group_size, config.sample.window
+        self.tokens = self.of(self.count, config.policy.text_tokens, dtype=jnp.int32)
+        self.text = self.of(self.count, config.policy.text_tokens, dit.text_dim)
+        self.null: Any = None
+        if config.sample.guidance != 1:
+            self.null = jax.ShapeDtypeStruct(self.text.shape[1:], jnp.float32, sharding=self.whole)
+        self.keys = self.of(self.count, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
+        self.paths = self.of(self.count, config.frames, 4, 4)
+        self.latents = self.of(self.count, *pipeline.latent_shape)
+        self.start: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.whole)
+        later = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *self.batch.spec))
+        self.states: Any = jax.ShapeDtypeStruct(
+            (width + 1, *self.latents.shape), jnp.float32, sharding=later
+        )
+        self.logs: Any = jax.ShapeDtypeStruct((width, self.count), jnp.float32, sharding=later)
+        frame = (config.height, config.width, 3)
+        self.videos = self.of(self.count, config.frames, *frame)
+        mine = self.count // sharding.batch_parts(mesh)
+        # Videos of one turn of the rewards, and turns.
+        self.turns = max(mine // (config.sample.videos_at_once or mine), 1)
+        self.some = self.of(self.count // self.turns, config.frames, *frame)
+        self.asked = self.of(self.count // self.turns, config.frames, 4, 4)
+
+    def of(self, *dims: int, dtype: Any = jnp.float32) -> Any:
+        """A described array whose leading axis is the batch of videos."""
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=self.batch)
+
+
+def lowerings(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[Lowering]:
+    """Every program of an update in their order, and that of restoring a checkpoint."""
+    pipeline, reward = abstract_pipeline(config, mesh), abstract_reward(config, mesh)
+    shapes = Shapes(config, pipeline)
+    optimizer = settings.make_optimizer(config)
+    state = _like(
+        pipeline.adapters,
+        jax.eval_shape(partial(grpo.init_state, optimizer=optimizer), pipeline.adapters),
+        shapes.whole,
+    )
+    sizes = _sizes(config, pipeline, reward, shapes, state)
+
+    def resting(*names: str) -> int:
+        return sum(sizes[name] for name in names)
+
+    yield Lowering(
+        "text",
+        lambda: pipeline._text._run.trace(pipeline._text._state, shapes.tokens, shapes.tokens),
+        resting=resting("policy", "vae", "rewards", "adapters", "moments"),
+    )
+    nets, drawn = ("text", "vae", "rewards", "moments"), ("embeddings", "trajectory")
+    yield Lowering(
+        "warp", lambda: jax.jit(pipeline._warp).trace(shapes.keys, shapes.paths),
+        turns=WARP_BLOCKS, resting=resting(*nets, "policy", "adapters", "embeddings"),
+    )  # fmt: skip
+    yield _rollout(config, pipeline, shapes, resting(*nets))
+    yield Lowering(
+        "decode", lambda: pipeline._decode.trace(pipeline._vae_state, shapes.latents),
+        resting=resting("text", "rewards", "policy", "adapters", "moments", *drawn),
+    )  # fmt: skip
+    kept = ("text", "vae", "policy", "adapters", "moments", *drawn, "videos")
+    yield from _rewards(reward, shapes, resting(*kept), sizes["da3"])
+    yield _update(config, pipeline, shapes, state, resting("text", "vae", "rewards"))
+    yield Lowering(
+        "restore", lambda: checkpoint.digests_of.trace(jax.tree.leaves(state)), times=0,
+        resting=resting("text", "vae", "policy", "rewards"),
+    )  # fmt: skip
+
+
+def _rollout(config, pipeline: Pipeline, shapes: Shapes, resting: int) -> Lowering:
+    linear, scores, branches = _forward(config, pipeline)
+    return Lowering(
+        "rollout",
+        lambda: pipeline._rollout.trace(
+            pipeline.adapters, pipeline.base, shapes.text, shapes.null, shapes.paths, shapes.keys,
+            shapes.start, None, None, sampler=settings.make_sampler(config),
+            width=config.sample.window,
+        ),
+        needed=config.sample.steps * shapes.count * branches * (linear + scores)
+        / pipeline.mesh.size,
+        resting=resting,
+    )  # fmt: skip
+
+
+def _rewards(reward: Reward, shapes: Shapes, resting: int, network: int) -> Iterator[Lowering]:
+    """Reconstruction, S_recon with its renderer and its measure, S_traj, and R_gen; a turn each."""
+    yield Lowering(
+        "reconstruct", lambda: reward._reconstruct.trace(reward._state, shapes.some),
+        times=shapes.turns, resting=resting,
+    )  # fmt: skip
+    # The 3D network stays awake until all turns are over.
+    turn = {"times": shapes.turns, "resting": resting + network}
+
+    def found() -> Any:
+        made = jax.eval_shape(reward._reconstruct, reward._state, shapes.some)
+        return jax.tree.map(partial(_described, place=shapes.batch), made)
+
+    yield Lowering(
+        "render",
+        lambda: reward._recon.trace(reward._lpips_state, shapes.some, found(), shapes.asked),
+        turns=RENDER_ROUNDS, **turn,
+    )  # fmt: skip
+    yield Lowering(
+        "trajectory",
+        lambda: reward._trajectory.trace(shapes.asked, found().camtoworld),
+        **turn,
+    )
+
+    count, colors = shapes.some.shape[0], general.MAX_COLORS
+    yield Lowering(
+        "general",
+        lambda: reward._palette.trace(
+            shapes.some, shapes.of(count, colors, 3), shapes.of(count, colors)
+        ),
+        **turn,
+    )
+
+
+def _update(config, pipeline: Pipeline, shapes: Shapes, state: Any, resting: int) -> Lowering:
+    linear, scores, branches = _forward(config, pipeline)
+    rules = settings.make_rules(config, sharding.batch_parts(pipeline.mesh))
+    step: Any = grpo.Batch(
+        shapes.states, shapes.logs, shapes.start, shapes.text, shapes.of(shapes.count),
+        shapes.of(shapes.count, dtype=jnp.bool_), shapes.keys,
+    )  # fmt: skip
+    update = jax.jit(
+        partial(
+            grpo.train_step, velocity=pipeline.velocity, rules=rules,
+            optimizer=settings.make_optimizer(config), sampler=settings.make_sampler(config),
+        ),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        donate_argnums=0,
+    )  # fmt: skip
+    sigmas: Any = jax.ShapeDtypeStruct(
+        (config.sample.steps + 1,), jnp.float32, sharding=shapes.whole
+    )
+    # Forward, backward through frozen products (as much again) and through attention (twice), and
+    # the forward of the policy without adapters where there is a KL.
+    once = 2 * linear + 3 * scores + (linear + scores if rules.kl_weight else 0)
+    return Lowering(
+        "update",
+        lambda: update.trace(state, pipeline.base, step, sigmas, shapes.null),
+        needed=config.sample.window * rules.epochs * shapes.count * branches * once
+        / pipeline.mesh.size,
+        resting=resting,
+    )  # fmt: skip
+
+
+def _forward(config, pipeline: Pipeline) -> tuple[float, float, int]:
+    """FLOPs of a forward in products with weights and in attention; branches of guidance."""
+    dit = PRESETS[config.variant]()
+    tokens = wan_dit.tokens(dit, pipeline.latent_shape[:3])
+    linear, scores = wan_dit.flops(dit, tokens, config.policy.text_tokens)
+    return linear, scores, 2 if config.sample.guidance != 1 else 1
+
+
+def _sizes(config, pipeline: Pipeline, reward: Reward, shapes: Shapes, state: Any) -> dict:
+    """Bytes on each device of what stages leave there; 0 for networks that rest on the hosts."""
+    sizes = {
+        "text": bytes_of(pipeline._text._state),
+        "vae": bytes_of(pipeline._vae_state),
+        "policy": bytes_of(pipeline.base),
+        "rewards": bytes_of((reward._state, reward._lpips_state)),
+    }
+    sizes |= dict.fromkeys(config.idle_on_host, 0)
+    adapters = bytes_of(pipeline.adapters)
+    turn = 0 if shapes.turns > 1 else bytes_of(shapes.some)  # then it is the program's argument
+    return sizes | {
+        "da3": bytes_of(reward._state),
+        "adapters": adapters,
+        "moments": bytes_of(state) - adapters,
+        "embeddings": bytes_of((shapes.text, shapes.null)),
+        "trajectory": bytes_of((shapes.states, shapes.latents)),
+        "videos": bytes_of(shapes.videos) - turn,
+    }
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of a described tree on each device, without the padding of its layout there."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _described(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _placed(module: nnx.Module, table: str, mesh: jax.sharding.Mesh) -> Any:
+    """The abstract module with the places that sharding.place would give its leaves."""
+    for kind, name in ((nnx.LoRAParam, "lora"), (nnx.Not(nnx.LoRAParam), table)):
+        state = nnx.state(module, nnx.All(nnx.Param, kind))
+        if not jax.tree.leaves(state):
+            continue
+        places = sharding.shardings_of(state, name, mesh)
+        nnx.update(module, jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+        ))  # fmt: skip
+    return module
+
+
+def _like(adapters: Any, state: Any, whole: Any) -> Any:
+    """Places for a train state: moments and average lie where their adapter lies."""
+    by_shape = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(adapters)}
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=by_shape.get(x.shape, whole) if x.ndim else whole
+        ),
+        state,
+    )  # fmt: skip
