@@ -1,5 +1,6 @@
 """Tables of rules: complete, used, and equal results on any mesh."""
 
+import math
 import types
 
 import jax
@@ -37,11 +38,46 @@ def test_published_sizes_are_split_over_fsdp_and_tensor(preset):
     assert kernel.get_raw_value().spec == P(None, "fsdp", "tensor")
 
 
+def test_weights_adapters_and_moments_fall_as_devices_grow():
+    """From 16 to 256 devices, and whether a video lies on one or on eight."""
+    model = nnx.eval_shape(
+        lambda: wan_dit.WanDiT(
+            wan_dit.Config.wan_14b(), nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16
+        )
+    )
+    lora.add(model, 32, 64.0, nnx.Rngs(1))
+    each = {}
+    for devices in (16, 256):
+        for context in (1, 8):
+            shape = (1, devices // context, context, 1)
+            mesh = jax.sharding.AbstractMesh(
+                shape, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4
+            )
+            total = 0
+            for kind, table, copies in (
+                (nnx.LoRAParam, "lora", 4),  # with both moments of Adam and the average
+                (nnx.Not(nnx.LoRAParam), "wan_dit", 1),
+            ):
+                state = nnx.state(model, nnx.All(nnx.Param, kind))
+                places = sharding.shardings_of(state, table, mesh)
+                for leaf, place in zip(
+                    jax.tree.leaves(state), jax.tree.leaves(places), strict=True
+                ):
+                    part = math.prod(place.shard_shape(leaf.shape))
+                    total += copies * part * leaf.dtype.itemsize
+            each[devices, context] = total
+    assert each[16, 1] == each[16, 8] and each[256, 1] == each[256, 8]
+    # Norms, biases and modulation tables, 16 MB, are whole on each; the rest is 30.7 GB.
+    for devices in (16, 256):
+        assert each[devices, 1] == pytest.approx(30.7e9 / devices + 16.2e6, rel=0.01)
+
+
 def test_adapters_follow_their_kernels():
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     model = lora.add(NETWORKS["wan_dit"](), 4, 8.0, nnx.Rngs(1))
     sharding.place(model, "wan_dit", mesh)
     assert model.blocks.attn1.to_q.lora_a[...].sharding.spec == P(None, "fsdp", None)
+    assert model.blocks.attn1.to_q.lora_b[...].sharding.spec == P(None, None, ("tensor", "fsdp"))
     assert model.blocks.attn1.to_q.kernel[...].sharding.spec == P(None, "fsdp", "tensor")
 
 

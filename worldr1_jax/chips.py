@@ -10,9 +10,9 @@ class Chip:
     """Published figures of one device (tpu7x: half a chip).
 
     Attributes:
-      hbm: bytes. peak: bf16 FLOP/s. bandwidth: of HBM, bytes/s. link: bytes/s one way of one link.
-      axes: of the torus; each has two links. clock: Hz, of the compiler's cycles. per_chip: devices
-      that are one chip.
+      hbm: bytes; of v5e those that the compiler gives a program, 15.75 GiB. peak: bf16 FLOP/s.
+      bandwidth: of HBM, bytes/s. link: bytes/s one way of one link. axes: of the torus; each has
+      two links. clock: Hz, of the compiler's cycles. per_chip: devices that are one chip.
     """
 
     hbm: float
@@ -26,7 +26,7 @@ class Chip:
 
 CHIPS = {
     "v4": Chip(32e9, 275e12, 1.228e12, 45e9, 3, 1.05e9),
-    "v5e": Chip(16e9, 197e12, 0.819e12, 45e9, 2, 1.5e9),
+    "v5e": Chip(16.91e9, 197e12, 0.819e12, 45e9, 2, 1.5e9),
     "v5p": Chip(95e9, 459e12, 2.765e12, 90e9, 3, 1.75e9),
     "v6e": Chip(32e9, 918e12, 1.64e12, 90e9, 2, 1.75e9),
     "tpu7x": Chip(96e9, 1153e12, 3.69e12, 90e9, 3, 2.2e9, per_chip=2),

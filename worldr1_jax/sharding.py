@@ -9,8 +9,10 @@ uses, is an error, so that a renamed layer cannot become replicated unnoticed.
 Why these places: kernels are split over fsdp on their input axis and over tensor on the axis of
 heads or of hidden units, so that a column-parallel product is followed by a row-parallel one and
 tensor needs one reduction a block. Norms, biases and modulation tables are small and replicated.
-LoRA factors follow the kernel that they are added to. Weights are split over context as well as
-fsdp: devices that share the tokens of a video need not hold the same weights twice.
+LoRA factors follow the kernel that they are added to, but their long sides are split over all axes,
+or half of them, with their moments and average, would be whole on every device. Weights are split
+over context as well as fsdp: devices that share the tokens of a video need not hold the same
+weights twice.
 
 Activations: model code names what an axis is (`constrain`), and ACTIVATIONS says where it lives.
 """
@@ -69,8 +71,8 @@ RULES: dict[str, Rules] = {
     ),
     "lora": (
         (r"blocks\.attn[12]\.to_[qkv]\.lora_a", (None, _SPLIT, None)),
-        (r"blocks\.attn[12]\.to_[qkv]\.lora_b", (None, None, "tensor")),
-        (r"blocks\.attn[12]\.to_out\.lora_a", (None, "tensor", None)),
+        (r"blocks\.attn[12]\.to_[qkv]\.lora_b", (None, None, ("tensor", *_SPLIT))),
+        (r"blocks\.attn[12]\.to_out\.lora_a", (None, ("tensor", *_SPLIT), None)),
         (r"blocks\.attn[12]\.to_out\.lora_b", (None, None, _SPLIT)),
     ),
     "umt5": (
