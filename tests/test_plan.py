@@ -84,7 +84,9 @@ def test_the_report_has_the_keys_of_the_issue_and_counts_every_run():
         for name, times, seconds in (("rollout", 1, 8.0), ("render", 3, 2.0), ("restore", 0, 9.0))
     ]
     device = types.SimpleNamespace(device_kind="TPU v5")
-    mesh = types.SimpleNamespace(size=64, devices=types.SimpleNamespace(flat=[device]))
+    mesh = types.SimpleNamespace(
+        size=64, devices=types.SimpleNamespace(flat=[device]), shape={"fsdp": 64, "context": 1}
+    )
     found = plan.report("v5p:4x4x4", mesh, rows)
     assert set(found) == {
         "topology", "devices", "programs", "seconds_per_update", "chip_hours_per_update"
@@ -97,6 +99,9 @@ def test_the_report_has_the_keys_of_the_issue_and_counts_every_run():
     assert found["chip_hours_per_update"] == pytest.approx(14 * 64 / 3600)
     assert [row["seconds"] for row in found["programs"]] == [8.0, 6.0, 9.0]
     assert found["programs"][1]["flops"] == 3e12
+    assert plan.table_row("large", "v5p:4x4x4", mesh, rows) == (
+        "| large | v5p:4x4x4 | fsdp 64 | rollout | 0.0 of 0.0 GB | 14 s | 0.2 | 50% / - | 3 s |"
+    )
 
 
 def test_figures_of_a_program(ops):

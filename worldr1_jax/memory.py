@@ -17,7 +17,7 @@ SETTINGS = {
     "render": "sample.videos_at_once=1, rewards.views smaller, groups smaller",
     "general": "groups smaller",
     "update": "train.microbatches larger, policy.remat=whole, train.minibatches larger, "
-    "mesh.context=2 or more",
+    "idle_on_host with text, vae and rewards, mesh.context=2 or more",
 }
 _EXHAUSTED = ("RESOURCE_EXHAUSTED", "Ran out of memory", "Out of memory")
 _AMOUNT = re.compile(

@@ -183,6 +183,23 @@ def program(
     )  # fmt: skip
 
 
+def table_row(variant: str, topology: str, mesh: jax.sharding.Mesh, programs: list[Program]) -> str:
+    """The plan as a row of the README's table: the largest program and its bytes a device, seconds
+    and chip-hours of an update, MFU of rollout and update, and seconds to compile them all."""
+    found = report(topology, mesh, programs)
+    largest = max(programs, key=lambda p: p.hbm_peak_bytes)
+    mfu = {p.name: f"{p.mfu:.0%}" for p in programs}
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    cells = (
+        variant, topology, sizes or "one device", largest.name,
+        f"{largest.hbm_peak_bytes / 1e9:.1f} of {largest.hbm_limit_bytes / 1e9:.1f} GB",
+        f"{found['seconds_per_update']:.0f} s", f"{found['chip_hours_per_update']:.1f}",
+        f"{mfu.get('rollout', '-')} / {mfu.get('update', '-')}",
+        f"{sum(p.compile_seconds for p in programs):.0f} s",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 def report(topology: str, mesh: jax.sharding.Mesh, programs: list[Program]) -> dict[str, Any]:
     """What `--json` prints: figures of a program are those of all its runs in one update, and of
     one run where there is none."""
