@@ -55,7 +55,7 @@ def use_cpu_well(*divides: int) -> None:
     videos over devices. Of n cores, as many are used as divide all of `divides`. Changes nothing
     on accelerators, or when XLA_FLAGS says how many devices there are. Call it before jax is used.
     """
-    _keep_memory()
+    keep_memory()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         import jax
 
@@ -66,7 +66,7 @@ def use_cpu_well(*divides: int) -> None:
         )
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Asks glibc's malloc to keep freed memory for the next step instead of giving it back.
 
     XLA frees and allocates each buffer anew. By default the large ones are mapped, cleared page by

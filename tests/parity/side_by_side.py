@@ -3,8 +3,10 @@
 python -m tests.parity.side_by_side               # the 1.3B's block, and VAE decode at 17x128x128
 python -m tests.parity.side_by_side --tokens=1024 --rounds=5
 
-Both get all cores. Rounds alternate between the two. Two figures, both torch over ours: the ratio
-of the median seconds, and of the median processor seconds, which what else runs disturbs less.
+Both get all cores, and the malloc that our launchers set, which keeps freed memory (cli.keep_memory;
+--plain-malloc leaves it out). Rounds alternate between the two. Two figures, both torch over ours:
+the ratio of the median seconds, and of the median processor seconds, which what else runs disturbs
+less.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from flax import nnx
 
+from launch import cli
 from worldr1_jax.models import rotary, wan_dit, wan_vae
 
 TEXT = 512  # tokens of a prompt
@@ -34,7 +37,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--implementation", default="blocks", help="of our attention")
     parser.add_argument("--no-vae", action="store_true")
+    parser.add_argument("--plain-malloc", action="store_true", help="glibc's defaults")
     args = parser.parse_args()
+    if not args.plain_malloc:
+        cli.keep_memory()
     for tokens in args.tokens:
         block(tokens, args.rounds, args.implementation)
     if not args.no_vae:
