@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax import sharding
+from worldr1_jax.models import da3
 from worldr1_jax.models.da3 import DA3
+from worldr1_jax.models.da3_backbone import bicubic_matrix
 from worldr1_jax.types import Reconstruction
 
 
@@ -20,14 +25,22 @@ def processed_size(height: int, width: int, longest: int, patch: int) -> tuple[i
 
     A tie goes up. 480x832 with 504 and 14 gives 294x504.
     """
-    scale = longest / max(height, width)
-    sides = (max(1, round(side * scale)) for side in (height, width))
+    sides = _bounded(height, width, longest)
     rows, columns = (max(patch, (2 * side + patch) // (2 * patch) * patch) for side in sides)
     return rows, columns
 
 
+def load(folder: str | Path, *, mesh: jax.sharding.Mesh, dtype: Any = "float32") -> DA3:
+    """The network of a folder on a mesh, with the attention that fits device and length, to be
+    called under `jax.set_mesh`. `dtype` is of the backbone's products, as in da3.DA3; the publisher
+    runs it in half precision."""
+    places = sharding.placer("da3", mesh)
+    dtype = jnp.dtype(dtype)
+    return da3.load(folder, dtype=dtype, mesh=mesh, shardings=places, attention="auto")
+
+
 def reconstruct(
-    da3: DA3,
+    network: DA3,
     video: Float[Array, "B F H W 3"],
     *,
     frame_stride: int = 1,
@@ -36,7 +49,7 @@ def reconstruct(
     """Depth, confidence, cameras and Gaussians of every `frame_stride`-th frame.
 
     Args:
-      da3: the network.
+      network: the network.
       video: in [0, 1], any size.
       frame_stride: 1 uses all frames; the first one is always used.
       process_size: (H, W) given to the network, multiples of its patch size; None resizes the
@@ -55,14 +68,16 @@ def reconstruct(
         raise ValueError(f"video has the shape {list(video.shape)}; it has to be [B F H W 3]")
     if frame_stride < 1:
         raise ValueError(f"frame_stride is {frame_stride}; it has to be 1 or more")
-    patch = da3.config.net.patch_size
+    patch = network.config.net.patch_size
     if process_size is None:
-        process_size = processed_size(video.shape[2], video.shape[3], da3.config.process_res, patch)
+        process_size = processed_size(
+            video.shape[2], video.shape[3], network.config.process_res, patch
+        )
     if any(side < patch or side % patch for side in process_size):
         raise ValueError(
             f"process_size {process_size} has to be made of multiples of the patch size {patch}"
         )
-    graphdef, state = nnx.split(da3)
+    graphdef, state = nnx.split(network)
     return _reconstruct(graphdef, state, video[:, ::frame_stride], tuple(process_size))
 
 
@@ -74,16 +89,38 @@ def _reconstruct(graphdef: Any, state: Any, video: Array, size: tuple[int, int])
 def resize_frames(
     video: Float[Array, "B F H W 3"], size: tuple[int, int]
 ) -> Float[Array, "B F h w 3"]:
-    """Antialiased going down, cubic going up.
+    """The published preprocessing: first the longest side to that of `size` with the sides' ratio
+    kept, then to `size`; each time by area where no side grows, else cubic.
 
-    A departure: the published code resizes 8-bit images twice with OpenCV (to the longest side,
-    then to multiples of the patch), by area or cubic. One float resize keeps gradients and runs on
-    the accelerator; frames differ by less than the 8-bit rounding of a smooth image, more at sharp
-    edges.
+    A departure: the published code rounds to 8 bits after either step, which would end gradients.
     """
     video = video.astype(jnp.float32)
-    if video.shape[2:4] == size:
+    between = _bounded(video.shape[2], video.shape[3], max(size))
+    return _resample(_resample(video, between), size)
+
+
+def _bounded(height: int, width: int, longest: int) -> tuple[int, int]:
+    """(H, W) with the given longest side and the ratio kept, to whole pixels."""
+    scale = longest / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resample(video: Float[Array, "B F H W 3"], size: tuple[int, int]) -> Array:
+    source = video.shape[2:4]
+    if source == tuple(size):
         return video
-    method = "cubic" if size[0] > video.shape[2] or size[1] > video.shape[3] else "linear"
-    out = jax.image.resize(video, (*video.shape[:2], *size, 3), method, antialias=True)
-    return jnp.clip(out, 0.0, 1.0)
+    grows = any(new > old for old, new in zip(source, size, strict=True))
+    weights = functools.partial(bicubic_matrix, offset=0.0) if grows else area_matrix
+    rows, columns = (weights(old, new) for old, new in zip(source, size, strict=True))
+    video = jnp.einsum("yi,bfijc->bfyjc", rows, video, precision="highest")
+    video = jnp.einsum("xj,bfyjc->bfyxc", columns, video, precision="highest")
+    return jnp.clip(video, 0.0, 1.0)  # a cubic overshoots
+
+
+def area_matrix(source: int, target: int) -> np.ndarray:
+    """[target source] shares of the source pixels in each of fewer, larger pixels."""
+    edges = np.arange(target + 1) * (source / target)
+    low, high = edges[:-1, None], edges[1:, None]
+    pixels = np.arange(source)
+    overlap = np.clip(np.minimum(high, pixels + 1) - np.maximum(low, pixels), 0.0, None)
+    return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
