@@ -14,8 +14,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from tests.goldens.make_da3 import golden_config
+from worldr1_jax import cost
 from worldr1_jax.models import da3
-from worldr1_jax.models.da3_backbone import bicubic_matrix, reference_order, reorder
+from worldr1_jax.models.da3_backbone import bicubic_matrix, reference_frame
+from worldr1_jax.models.da3_config import flops
 from worldr1_jax.models.da3_gaussians import (
     GaussianConfig,
     decode_cameras,
@@ -151,21 +153,74 @@ def test_configs():
     assert (
         da3.Config.from_dict({"model_name": "da3-giant", "config": published}) == da3.Config.giant()
     )
-    with pytest.raises(ValueError, match="gs_head"):
-        da3.Config.from_dict({"config": {k: v for k, v in published.items() if k != "gs_head"}})
+    nested = {"model_name": "da3nested-giant-large", "config": {"anyview": published, "metric": {}}}
+    assert da3.Config.from_dict(nested) == da3.Config.published("da3nested-giant-large")
+    without = {k: v for k, v in published.items() if not k.startswith("gs_")}
+    assert da3.Config.from_dict({"config": without}).gs_head is None
+    with pytest.raises(ValueError, match="gs_adapter"):
+        da3.Config.from_dict({"config": {k: v for k, v in published.items() if k != "gs_adapter"}})
+    with pytest.raises(ValueError, match="'head'"):
+        da3.Config.from_dict({"config": {"net": published["net"]}})
+    with pytest.raises(ValueError, match="da3mono-large"):
+        da3.Config.from_dict({"model_name": "da3mono-large"})
     with pytest.raises(ValueError, match=r"net\.bogus"):
         da3.Config.from_dict({"config": published | {"net": {"bogus": 1}}})
 
 
-@pytest.mark.slow
-def test_giant_has_the_published_number_of_parameters():
-    config = da3.Config.giant()
+# Parameters in millions of what is built: all but the camera encoder and the ray branch.
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("da3-small", 26.18), pytest.param("da3-giant", 1226.57, marks=pytest.mark.slow)],
+)
+def test_published_sizes(name, millions):
+    """Sizes of every leaf; parity/test_da3.py compares them with the package's."""
+    config = da3.Config.published(name)
     model = nnx.eval_shape(lambda: da3.DA3(config, nnx.Rngs(0)))
     leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
     count = sum(int(np.prod(leaf.shape)) for _, leaf in leaves)
-    # 1.356 billion published, less the camera encoder and the ray branch, which are not built.
-    assert 1.19e9 < count < 1.356e9
+    assert abs(count / 1e6 - millions) < 0.01
     assert len(da3.table(config)) == len(leaves)
+
+
+def test_flops_are_those_of_the_traced_network():
+    config = golden_config()
+    graph, state = nnx.split(nnx.eval_shape(lambda: da3.DA3(config, nnx.Rngs(0))))
+    video = jax.ShapeDtypeStruct((1, 3, 14, 21, 3), jnp.float32)
+    traced = jax.make_jaxpr(lambda state, video: nnx.merge(graph, state).forward(video))(
+        state, video
+    )
+    needed = flops(config, 3, (14, 21))
+    # Resampling of maps and of the position table is not in it, and is much of a network this
+    # small.
+    assert 0.75 < needed / cost.jaxpr_flops(traced.jaxpr) <= 1.0
+    assert 4e14 < flops(da3.Config.giant(), 81, (294, 504)) < 8e14
+
+
+def test_without_gaussian_head(golden, outputs, tmp_path):
+    """As small, base and large are published."""
+    values = golden[0]
+    config = dataclasses.replace(golden_config(), gs_head=None)
+    weights = {k[2:]: v for k, v in values.items() if k.startswith("w/") and "gs_" not in k}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    model = da3.load(tmp_path)
+    got = reconstruct(model, jnp.asarray(values["video"]), process_size=(14, 21))
+    close(got.depth, outputs[0].depth)
+    assert got.gaussians is None
+    with pytest.raises(ValueError, match="no Gaussian head"):
+        model.gaussians_from(outputs[0], outputs[1], outputs[2])
+
+
+def test_the_giant_of_a_nested_model(golden, outputs, tmp_path):
+    values = golden[0]
+    weights = {k[2:].replace("model.", "model.da3.", 1): v
+               for k, v in values.items() if k.startswith("w/")}  # fmt: skip
+    weights["model.da3_metric.backbone.pretrained.cls_token"] = np.zeros(1, np.float32)
+    save_file(weights, tmp_path / "model.safetensors")
+    nested = {"anyview": golden_config().to_dict()["config"], "metric": {}}
+    (tmp_path / "config.json").write_text(json.dumps({"config": nested}))
+    state = nnx.state(da3.load(tmp_path), nnx.Param)
+    jax.tree.map(np.testing.assert_array_equal, state, nnx.state(golden[1], nnx.Param))
 
 
 def test_nano_shapes_and_gradients():
@@ -250,13 +305,14 @@ def test_move_and_back_is_nothing(outputs):
         np.testing.assert_allclose(ours, want, atol=2e-5 * float(jnp.abs(want).max()) + 1e-6)
 
 
-def test_reference_order():
+def test_reference_frame():
     tokens = jax.random.normal(jax.random.key(3), (2, 5, 8))
-    assert reference_order(tokens, "first").tolist() == [[0, 1, 2, 3, 4]] * 2
-    order = reference_order(tokens, "middle")
-    assert order.tolist() == [[2, 0, 1, 3, 4]] * 2
-    back = reorder(reorder(tokens, order), jnp.argsort(order, axis=1))
-    np.testing.assert_array_equal(back, tokens)
+    assert reference_frame(tokens, "first").tolist() == [0, 0]
+    assert reference_frame(tokens, "middle").tolist() == [2, 2]
+    angles = jnp.radians(jnp.array([60.0, 90.0, 0.0, 180.0]))
+    around = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)[None]
+    # Cosines with the others and 0: ranges of 1.37, 0.87, 1.5 and 1.
+    assert reference_frame(around, "saddle_sim_range").tolist() == [2]
 
 
 def test_resampling():

@@ -289,6 +289,7 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         gaussian_frames=r.gaussian_frames or None,
         videos_at_once=config.sample.videos_at_once,
         idle_on_host="rewards" in config.idle_on_host,
+        dtype=config.policy.dtype,
     )
 
 

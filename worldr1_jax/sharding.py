@@ -46,6 +46,8 @@ Rules = Sequence[tuple[str, tuple[Axis, ...]]]
 ACTIVATIONS: dict[str, Axis] = {
     "videos": ("data", "fsdp"),
     "tokens": "context",
+    "frames": "context",  # where a video's frames go apart: a device has whole ones
+    "sequences": ("data", "fsdp", "context"),  # frames of all videos, on one axis
     "heads": "tensor",
     "hidden": "tensor",  # of the MLP, between its column-parallel and its row-parallel product
     "features": None,  # of the residual stream

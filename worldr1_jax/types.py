@@ -36,7 +36,8 @@ class Reconstruction:
     confidence: Float[Array, "B F H W"]  # >= 1, larger is surer
     camtoworld: Float[Array, "B F 4 4"]  # OpenCV axes, the first camera at the identity
     intrinsics: Float[Array, "B F 3 3"]  # pixels of the processed image
-    gaussians: Gaussians  # leading axis [B], N = F x Gaussians per frame
+    # Leading axis [B], N = F x Gaussians per frame; None from a network without Gaussian head.
+    gaussians: Gaussians | None
 
 
 @flax.struct.dataclass

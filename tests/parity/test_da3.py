@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.goldens import make_da3
 from worldr1_jax.models import da3
+from worldr1_jax.models.da3_backbone import STRATEGIES, reference_frame
+from worldr1_jax.models.da3_config import SIZES
 from worldr1_jax.models.da3_gaussians import decode_cameras, gaussians_from, rotate_sh
 
 pytestmark = pytest.mark.parity
@@ -149,3 +154,45 @@ def test_sh_rotation_is_e3nns():
         rotate_sh(jnp.swapaxes(jnp.asarray(sh), -1, -2), jnp.asarray(rotation)), -1, -2
     )
     close(got, want, "sh")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_are_the_packages_own(name):
+    """The package's configuration gives our preset, and its network our leaves, every one."""
+    make_da3.make_reference(make_da3.golden_config())
+    from depth_anything_3.cfg import create_object, load_config, to_dict_recursive
+    from depth_anything_3.registry import MODEL_REGISTRY
+
+    published = load_config(MODEL_REGISTRY[name])
+    values = {"model_name": name, "config": to_dict_recursive(published)}
+    config = da3.Config.from_dict(json.loads(json.dumps(values)))
+    assert config == da3.Config.published(name)
+    assert da3.Config.from_dict({"model_name": name}) == config
+
+    # Shapes alone; its constructor reads the values of one small tensor.
+    real = mock.patch("torch.linspace", functools.partial(torch.linspace, device="cpu"))
+    with torch.device("meta"), real:
+        state = create_object(published).state_dict()
+    shapes = {f"model.{key}": tuple(value.shape) for key, value in state.items()}
+    kept = {k for k in shapes if not any(re.fullmatch(p, k) for p in da3.IGNORE)}
+    model = nnx.eval_shape(lambda: da3.DA3(config, nnx.Rngs(0)))
+    leaves = {
+        ".".join(map(str, path)): leaf.shape
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    table = da3.table(config, "model.da3" if "nested" in name else "model")
+    assert {key for key, _, _ in table} == kept
+    assert {leaf for _, leaf, _ in table} == leaves.keys()
+    for key, leaf, _ in table:  # our axes are in another order
+        assert sorted(shapes[key]) == sorted(leaves[leaf]), key
+
+
+@pytest.mark.parametrize("frames", [3, 7, 81])
+def test_reference_frame_is_the_packages(frames):
+    make_da3.make_reference(make_da3.golden_config())
+    from depth_anything_3.model.reference_view_selector import select_reference_view
+
+    tokens = np.random.default_rng(frames).normal(size=(6, frames, 48)).astype(np.float32)
+    for strategy in STRATEGIES:
+        want = select_reference_view(torch.from_numpy(tokens)[:, :, None], strategy).tolist()
+        assert reference_frame(jnp.asarray(tokens), strategy).tolist() == want, strategy

@@ -107,6 +107,31 @@ def for_short_keys(implementation: Implementation) -> Implementation:
     return "xla" if isinstance(implementation, str) else implementation
 
 
+def for_frames(implementation: Implementation) -> Implementation:
+    """The same for sequences that are each on one device: frames of videos, on the first axis."""
+    if isinstance(implementation, attention_context.Sharded):
+        return dataclasses.replace(implementation, context="alone")
+    return implementation
+
+
+def for_long_sequences(implementation: Implementation, tokens: int, heads: int) -> Implementation:
+    """The same for `tokens` over the context axis: keys travel (ring) where it does not divide a
+    device's heads, and the kernel's blocks are whole whatever the number of tokens is."""
+    if not isinstance(implementation, attention_context.Sharded):
+        return implementation
+    mesh, kernel, context = jax.sharding.get_abstract_mesh(), implementation.kernel, "ulysses"
+    sizes = dict.fromkeys(sharding.AXES, 1) if mesh.empty else mesh.shape
+    shards = sizes["tensor"] if heads % sizes["tensor"] == 0 else 1
+    if implementation.context == "ring" or (heads // shards) % sizes["context"]:
+        context = "ring"
+        tokens //= sizes["context"]
+    # Splash divides a sequence into equal blocks; 128 x 521 tokens would get no larger one than
+    # 128. Many tokens are padded to whole blocks, at most an eighth more.
+    if isinstance(kernel, attention_kernels.Splash) and tokens >= 8 * kernel.block:
+        kernel = dataclasses.replace(kernel, multiple=kernel.block)
+    return attention_context.Sharded(kernel, context)
+
+
 def laid_out(
     x: jax.Array,
     major_to_minor: tuple[int, ...],

@@ -4,6 +4,7 @@ lie over the context axis are exchanged.
     ulysses  all-to-all: from a part of the tokens of all heads to all tokens of a part of the heads
     ring     keys and values travel around; each device merges what its queries find in each part
     whole    queries stay where they are and keys are short enough to be everywhere (text)
+    alone    many short sequences, each on one device, over data, fsdp and context (frames)
 
 Source: DeepSpeed-Ulysses, arXiv 2309.14509; Ring Attention, arXiv 2310.01889.
 """
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from worldr1_jax import sharding
 
-CONTEXTS = ("ulysses", "ring", "whole")
+CONTEXTS = ("ulysses", "ring", "whole", "alone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,12 @@ class Sharded:
         if mesh.empty:
             return self._local(q, k, v, scale, real)
         parts = mesh.shape["context"]
-        self._check(q, k, mesh)
-        spec = sharding.spec_for(q.shape, ("videos", "tokens", "heads", None), mesh)
+        axes: tuple[str | None, ...] = ("videos", "tokens", "heads", None)
+        if self.context == "alone":
+            axes = ("sequences", None, "heads", None)
+        else:
+            self._check(q, k, mesh)
+        spec = sharding.spec_for(q.shape, axes, mesh)
         keys = spec
         if self.context == "whole":
             keys = PartitionSpec(spec[0], None, spec[2], None)
@@ -78,7 +83,7 @@ class Sharded:
         return out[:, : q.shape[1]]
 
     def _on_device(self, q, k, v, *, scale, length, parts):
-        if parts == 1 or self.context == "whole":
+        if parts == 1 or self.context in ("whole", "alone"):
             return self._local(q, k, v, scale, length)
         if self.context == "ulysses":
             q, k, v = (

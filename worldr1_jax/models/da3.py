@@ -4,14 +4,14 @@
     reconstruction = network(video)    # [B F H W 3] in [0, 1], sides multiples of the patch size
 
 Built: backbone, camera decoder, depth branch of DualDPT, GSDPT and the Gaussian adapter. Not built,
-because no reward reads them: the camera encoder, the ray branch, and the metric and sky heads;
-their keys are skipped by name. Facts from ByteDance-Seed/Depth-Anything-3 (0.1.1).
+because no reward reads them: the camera encoder, the ray branch, the ray poses, and the metric and
+sky heads; their keys are skipped by name, and of a nested model the metric branch. Of the published
+sizes only the giant has Gaussians. Facts from ByteDance-Seed/Depth-Anything-3 (0.1.1).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,22 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from worldr1_jax import sharding
 from worldr1_jax.models import convert
 from worldr1_jax.models.attention import Implementation
-from worldr1_jax.models.da3_backbone import VIT_SIZES, Backbone, BackboneConfig
+from worldr1_jax.models.da3_backbone import Backbone, pad_frames
+from worldr1_jax.models.da3_config import Config
 from worldr1_jax.models.da3_gaussians import (
-    GaussianConfig,
     decode_cameras,
     gaussians_from,
     move,
     relative_to_first,
     rigid_inverse,
 )
-from worldr1_jax.models.da3_heads import DPT, CameraDecoder, HeadConfig
+from worldr1_jax.models.da3_heads import DPT, CameraDecoder
 from worldr1_jax.types import Gaussians, Reconstruction
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -40,144 +42,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FILENAME = "model.safetensors"
 # Publisher's keys of the parts that are not built.
 IGNORE = (
-    r"model\.cam_enc\..*",
-    r"model\.head\.scratch\.refinenet\d_aux\..*",
-    r"model\.head\.scratch\.output_conv\d_aux\..*",
+    r"model\.(da3\.)?cam_enc\..*",
+    r"model\.(da3\.)?head\.scratch\.refinenet\d_aux\..*",
+    r"model\.(da3\.)?head\.scratch\.output_conv\d_aux\..*",
+    r"model\.da3_metric\..*",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The whole network; fields are grouped as the publisher's (net, head, gs_head, gs_adapter)."""
-
-    model_name: str = "da3-giant"
-    net: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
-    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
-    gs_head: HeadConfig = dataclasses.field(default_factory=lambda: HeadConfig(output_dim=38))
-    gs_adapter: GaussianConfig = dataclasses.field(default_factory=GaussianConfig)
-    ref_view_strategy: str = "saddle_balanced"
-    process_res: int = 504  # longest side of the image that the network is given, pixels
-    frame_chunk: int = (
-        8  # frames that go through a head at once, per video; bounds memory, not results
-    )
-
-    def __post_init__(self) -> None:
-        want = self.gs_adapter.raw_dim + 1
-        if self.gs_head.output_dim != want:
-            raise ValueError(
-                f"gs_head.output_dim is {self.gs_head.output_dim}; gs_adapter needs {want}"
-            )
-        for name, head in (("head", self.head), ("gs_head", self.gs_head)):
-            if self.net.patch_size % head.down_ratio:
-                raise ValueError(
-                    f"{name}.down_ratio {head.down_ratio} has to divide "
-                    f"patch_size {self.net.patch_size}"
-                )
-
-    @classmethod
-    def giant(cls) -> Config:
-        """The published giant model, the only one with Gaussians (1.36 billion parameters)."""
-        return cls()
-
-    @classmethod
-    def nano(cls) -> Config:
-        """For 64x64 videos of about 9 frames on a CPU; trained in this project, not published."""
-        gaussian = GaussianConfig(sh_degree=0, unit_rays=False, slipped_quaternions=False)
-        channels = (32, 32, 48, 64)
-        return cls(
-            model_name="da3-nano",
-            net=BackboneConfig(
-                name="nano",
-                out_layers=(1, 3, 4, 5),
-                alt_start=1,
-                qknorm_start=1,
-                rope_start=1,
-                patch_size=8,
-                img_size=64,
-                embed_dim=128,
-                depth=6,
-                num_heads=4,
-                ffn="mlp",
-            ),
-            head=HeadConfig(features=32, out_channels=channels, down_ratio=2),
-            gs_head=HeadConfig(
-                output_dim=gaussian.raw_dim + 1, features=32, out_channels=channels, down_ratio=2
-            ),
-            gs_adapter=gaussian,
-            ref_view_strategy="first",
-            process_res=64,
-            frame_chunk=32,
-        )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Reads config.json: {"model_name", "config": {"net", "head", "gs_head", "gs_adapter"}}.
-
-        Raises:
-          ValueError: a part or field that is missing or that this network does not have.
-        """
-        parts = values.get("config", values)
-        for part in ("net", "head", "gs_head", "gs_adapter"):
-            if part not in parts:
-                raise ValueError(
-                    f"config.json lacks '{part}': a DA3 model with Gaussians (da3-giant) is needed"
-                )
-        net = _fields(parts["net"], "net", BackboneConfig)
-        if net.get("name", "vitg") in VIT_SIZES:
-            size = dict(
-                zip(
-                    ("embed_dim", "depth", "num_heads", "ffn"),
-                    VIT_SIZES[net.get("name", "vitg")],
-                    strict=True,
-                )
-            )
-            net = {**size, **net}
-        adapter = dict(parts["gs_adapter"])
-        if adapter.pop("pred_color", False):
-            raise ValueError(
-                "gs_adapter.pred_color is true; only spherical harmonics (false) are built"
-            )
-        extra = {
-            k: values[k]
-            for k in ("model_name", "ref_view_strategy", "process_res", "frame_chunk")
-            if k in values
-        }
-        return cls(
-            net=BackboneConfig(**net),
-            head=HeadConfig(**_fields(parts["head"], "head", HeadConfig, ("dim_in",))),
-            gs_head=HeadConfig(**_fields(parts["gs_head"], "gs_head", HeadConfig, ("dim_in",))),
-            gs_adapter=GaussianConfig(**_fields(adapter, "gs_adapter", GaussianConfig)),
-            **extra,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`."""
-        parts = {
-            name: dataclasses.asdict(getattr(self, name))
-            for name in ("net", "head", "gs_head", "gs_adapter")
-        }
-        extra = {
-            k: getattr(self, k)
-            for k in ("model_name", "ref_view_strategy", "process_res", "frame_chunk")
-        }
-        return {"config": parts, **extra}
-
-
-def _fields(
-    values: Mapping[str, Any], part: str, cls: type, skip: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(cls)}
-    kept = {
-        k: tuple(v) if isinstance(v, list) else v
-        for k, v in values.items()
-        if k not in ("__object__", *skip)
-    }
-    for name in kept:
-        if name not in known:
-            raise ValueError(
-                f"config.json has the field '{part}.{name}', which this network does not know"
-            )
-    return kept
 
 
 @flax.struct.dataclass
@@ -193,8 +62,9 @@ class Raw:
     ]  # camera position, same units as depth, axes of the reference view
     quaternion: Float[Array, "B F 4"]  # xyzw, camera to world, not normalised
     fov: Float[Array, "B F 2"]  # vertical, horizontal, radians, >= 0
-    gaussians: Float[Array, "B F h w P"]  # see da3_gaussians.gaussians_from
-    opacity: Float[Array, "B F h w"]  # in [0, 1]
+    # See da3_gaussians.gaussians_from; None without a Gaussian head.
+    gaussians: Float[Array, "B F h w P"] | None
+    opacity: Float[Array, "B F h w"] | None  # in [0, 1]
 
 
 class DA3(nnx.Module):
@@ -221,8 +91,10 @@ class DA3(nnx.Module):
         self.cam_dec = CameraDecoder(dim, rngs=rngs)
         self.head = DPT(config.head, dim, norm=True, image_merger=False, rngs=rngs)
         bias = config.gs_adapter.initial_bias()
-        self.gs_head = DPT(
-            config.gs_head, dim, norm=False, image_merger=True, output_bias=bias, rngs=rngs
+        self.gs_head = (
+            DPT(config.gs_head, dim, norm=False, image_merger=True, output_bias=bias, rngs=rngs)
+            if config.gs_head
+            else None
         )
 
     def __call__(self, video: Float[Array, "B F H W 3"]) -> Reconstruction:
@@ -231,21 +103,24 @@ class DA3(nnx.Module):
         The first camera is the identity. Lengths are in the network's own units: comparable within
         a video, not between two. Intrinsics are in pixels of `video`.
         """
-        size = (video.shape[2], video.shape[3])
-        raw = self.forward(video)
+        frames, size = video.shape[1], (video.shape[2], video.shape[3])
+        raw = self._padded(video)
         own, intrinsics = decode_cameras(raw.translation, raw.quaternion, raw.fov, size)
-        # Placed in the network's own axes and then moved: with slipped_quaternions the two do not
-        # commute.
-        gaussians = move(self.gaussians_from(raw, own, intrinsics), rigid_inverse(own[:, 0]))
+        gaussians = None
+        if self.gs_head is not None:
+            # Placed in the network's own axes and then moved: with slipped_quaternions the two do
+            # not commute.
+            placed = self.gaussians_from(raw, own, intrinsics)
+            gaussians = move(_first_frames(placed, frames, own), rigid_inverse(own[:, 0]))
         depth, confidence = (
             jax.image.resize(x, (*x.shape[:2], *size), "linear", antialias=False)
-            for x in (raw.depth, raw.confidence)
+            for x in (raw.depth[:, :frames], raw.confidence[:, :frames])
         )
         return Reconstruction(
             depth=depth,
             confidence=confidence,
-            camtoworld=relative_to_first(own),
-            intrinsics=intrinsics,
+            camtoworld=relative_to_first(own)[:, :frames],
+            intrinsics=intrinsics[:, :frames],
             gaussians=gaussians,
         )
 
@@ -256,6 +131,10 @@ class DA3(nnx.Module):
           ValueError: a shape that is not [B F H W 3], or sides that are no multiples of the patch
             size.
         """
+        return jax.tree.map(lambda x: x[:, : video.shape[1]], self._padded(video))
+
+    def _padded(self, video: Float[Array, "B F H W 3"]) -> Raw:
+        """`forward`, with the frames that the mesh adds (da3_backbone.padded_frames)."""
         if video.ndim != 5 or video.shape[-1] != 3:
             raise ValueError(f"video has the shape {list(video.shape)}; it has to be [B F H W 3]")
         images = (video.astype(jnp.float32) - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
@@ -263,15 +142,19 @@ class DA3(nnx.Module):
             images, strategy=self.config.ref_view_strategy, implementation=self.attention
         )
         translation, quaternion, fov = self.cam_dec(taps[-1][1])
+        images = pad_frames(images, taps[0][0].shape[1])
         depth, gaussians = self._dense([tap[0] for tap in taps], images)
+        raw, opacity = None, None
+        if gaussians is not None:
+            raw, opacity = gaussians[..., :-1], jax.nn.sigmoid(gaussians[..., -1])
         return Raw(
             depth=jnp.exp(depth[..., 0]),
             confidence=jnp.exp(depth[..., 1]) + 1,
             translation=translation,
             quaternion=quaternion,
             fov=fov,
-            gaussians=gaussians[..., :-1],
-            opacity=jax.nn.sigmoid(gaussians[..., -1]),
+            gaussians=raw,
+            opacity=opacity,
         )
 
     def cameras(
@@ -288,7 +171,16 @@ class DA3(nnx.Module):
         intrinsics: Float[Array, "B F 3 3"],
         depth: Float[Array, "B F H W"] | None = None,
     ) -> Gaussians:
-        """Gaussians placed with the given cameras and depth; None is the network's own depth."""
+        """Gaussians placed with the given cameras and depth; None is the network's own depth.
+
+        Raises:
+          ValueError: a network without Gaussian head.
+        """
+        if self.config.gs_head is None or raw.gaussians is None or raw.opacity is None:
+            raise ValueError(
+                f"{self.config.model_name} has no Gaussian head: of the published models da3-giant "
+                "has one"
+            )
         ratio = self.config.gs_head.down_ratio
         size = (raw.gaussians.shape[2] * ratio, raw.gaussians.shape[3] * ratio)
         depth = raw.depth if depth is None else depth
@@ -296,27 +188,52 @@ class DA3(nnx.Module):
             self.config.gs_adapter, raw.gaussians, raw.opacity, depth, camtoworld, intrinsics, size
         )
 
-    def _dense(self, taps: list[Array], images: Array) -> tuple[Array, Array]:
-        """Both DPT heads, `frame_chunk` frames of every video at a time."""
-        frames, height, width = images.shape[1:4]
-        size, patch = (height, width), self.config.net.patch_size
+    def _dense(self, taps: list[Array], images: Array) -> tuple[Array, Array | None]:
+        """Both DPT heads, `frame_chunk` frames of every video at a time, each device its own."""
+        graph, state = nnx.split((self.head, self.gs_head))
+        size, patch = (images.shape[2], images.shape[3]), self.config.net.patch_size
 
-        def heads(arrays: tuple[list[Array], Array]) -> tuple[Array, Array]:
-            """[N ...] frames -> the two maps [N h w C]."""
-            tokens, pixels = arrays
-            return self.head(tokens, size, patch), self.gs_head(tokens, size, patch, pixels)
+        def own(state: Any, arrays: tuple[list[Array], Array]) -> tuple[Array, Array | None]:
+            head, gs_head = nnx.merge(graph, state)
 
-        if frames <= self.config.frame_chunk:
-            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (taps, images))
-            return jax.tree.map(lambda x: x.reshape(-1, frames, *x.shape[1:]), heads(flat))
-        by_frame = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (taps, images))
-        outs = jax.lax.map(heads, by_frame, batch_size=self.config.frame_chunk)
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outs)
+            def heads(arrays: tuple[list[Array], Array]) -> tuple[Array, Array | None]:
+                """[N ...] frames -> the two maps [N h w C]."""
+                tokens, pixels = arrays
+                gaussians = gs_head(tokens, size, patch, pixels) if gs_head is not None else None
+                return head(tokens, size, patch), gaussians
+
+            frames = arrays[1].shape[1]
+            if frames <= self.config.frame_chunk:
+                flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
+                return jax.tree.map(lambda x: x.reshape(-1, frames, *x.shape[1:]), heads(flat))
+            by_frame = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), arrays)
+            outs = jax.lax.map(heads, by_frame, batch_size=self.config.frame_chunk)
+            return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outs)
+
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return own(state, (taps, images))
+        # XLA would gather frames for the loop over them.
+        spec = sharding.spec_for(images.shape[:2], ("videos", "frames"), mesh)
+        return jax.shard_map(
+            own, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=False
+        )(state, (taps, images))  # fmt: skip
 
 
-def table(config: Config) -> list[tuple[str, str, str]]:
-    """Publisher's keys to leaves, for `convert`; complete for the parts that are built."""
-    root = "model.backbone.pretrained."
+def _first_frames(gaussians: Gaussians, frames: int, cameras: Array) -> Gaussians:
+    """Those of the real frames, spread over the devices of a video."""
+    count = gaussians.means.shape[1] // cameras.shape[1] * frames
+
+    def cut(x: Array) -> Array:
+        return sharding.constrain(x[:, :count], "videos", "tokens", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(cut, gaussians)
+
+
+def table(config: Config, net: str = "model") -> list[tuple[str, str, str]]:
+    """Publisher's keys to leaves, for `convert`; complete for the parts that are built. `net` is
+    where the network lies in the files: "model.da3" in those of a nested model."""
+    root = f"{net}.backbone.pretrained."
     rows = [
         (root + "cls_token", "backbone.cls_token", "copy"),
         (root + "pos_embed", "backbone.pos_embed", "copy"),
@@ -347,12 +264,12 @@ def table(config: Config) -> list[tuple[str, str, str]]:
         "fc_fov.0": "fov",
     }
     for name, leaf in camera.items():
-        rows += _layer(f"model.cam_dec.{name}", f"cam_dec.{leaf}", "linear")
+        rows += _layer(f"{net}.cam_dec.{name}", f"cam_dec.{leaf}", "linear")
     return (
         rows
-        + _norm("model.head.norm", "head.norm")
-        + _dpt_rows("head", False)
-        + _dpt_rows("gs_head", True)
+        + _norm(f"{net}.head.norm", "head.norm")
+        + _dpt_rows(net, "head", False)
+        + (_dpt_rows(net, "gs_head", True) if config.gs_head else [])
     )
 
 
@@ -364,8 +281,8 @@ def _norm(key: str, leaf: str) -> list[tuple[str, str, str]]:
     return [(f"{key}.weight", f"{leaf}.scale", "copy"), (f"{key}.bias", f"{leaf}.bias", "copy")]
 
 
-def _dpt_rows(name: str, merger: bool) -> list[tuple[str, str, str]]:
-    key, leaf = f"model.{name}.", f"{name}."
+def _dpt_rows(net: str, name: str, merger: bool) -> list[tuple[str, str, str]]:
+    key, leaf = f"{net}.{name}.", f"{name}."
     rows = []
     for i in range(4):
         rows += _layer(f"{key}projects.{i}", f"{leaf}projects.{i}", "conv2d")
@@ -407,7 +324,8 @@ def load(
     """
     config = Config.from_dict(convert.read_config(path))
     model = nnx.eval_shape(lambda: DA3(config, nnx.Rngs(0), dtype=dtype, attention=attention))
-    convert.load(model, path, table(config), mesh=mesh, shardings=shardings, ignore=IGNORE)
+    net = "model.da3" if convert.holds(path, "model.da3.backbone.pretrained.cls_token") else "model"
+    convert.load(model, path, table(config, net), mesh=mesh, shardings=shardings, ignore=IGNORE)
     return model
 
 

@@ -4,6 +4,10 @@ Before `alt_start` every layer attends within a frame. From there on, odd layers
 frames and even ones within a frame; queries and keys are normalised and rotated (2D RoPE), and the
 class token becomes a camera token. Facts from ByteDance-Seed/Depth-Anything-3 (depth_anything_3
 0.1.1).
+
+On a mesh videos lie over data and fsdp and their frames over context, padded at the end to a
+multiple of it: layers within a frame then exchange nothing, and layers across frames exchange as
+attention_context.py says, without a matrix of scores where the implementation holds none.
 """
 
 from __future__ import annotations
@@ -17,13 +21,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from worldr1_jax.models.attention import Implementation, attention
+from worldr1_jax import sharding
+from worldr1_jax.models.attention import (
+    Implementation,
+    attention,
+    build,
+    for_frames,
+    for_long_sequences,
+)
+from worldr1_jax.models.attention_context import Sharded
 
 BLOCK_EPS = 1e-6
 NORM_EPS = 1e-5  # the final norm and those of queries and keys
 ROPE_BASE = 100.0
 MIN_FRAMES_FOR_REFERENCE = 3  # with fewer frames the first one is the reference
-STRATEGIES = ("first", "middle", "saddle_balanced")
+STRATEGIES = ("first", "middle", "saddle_balanced", "saddle_sim_range")
 # name -> embed_dim, depth, num_heads, ffn, as published
 VIT_SIZES: dict[str, tuple[int, int, int, str]] = {
     "vits": (384, 12, 6, "mlp"),
@@ -76,31 +88,54 @@ class BackboneConfig:
         return (int(hidden * 2 / 3) + 7) // 8 * 8 if self.ffn == "swiglu" else hidden
 
 
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What a layer is told beside its input.
+
+    Attributes:
+      across: attend over all frames of a video, and not within each.
+      rotation: RoPE's cos and sin [N 1 head_dim], the same in every frame; None for none.
+      implementation: of attention, for sequences of this kind.
+      length: tokens of a video that are real, when there are more; only across frames.
+    """
+
+    across: bool
+    rotation: tuple[Array, Array] | None
+    implementation: Implementation
+    length: int | None
+
+
+def _both(dtype: Any) -> dict[str, Any]:
+    """Products in this dtype, of weights that rest in it: they would be rounded to it anyway."""
+    return {"dtype": dtype, "param_dtype": dtype}
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with optional query/key normalisation and rotation."""
 
     def __init__(self, config: BackboneConfig, qk_norm: bool, dtype: Any, rngs: nnx.Rngs):
         dim, self.num_heads = config.embed_dim, config.num_heads
         head_dim = dim // self.num_heads
-        self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.qkv = nnx.Linear(dim, 3 * dim, **_both(dtype), rngs=rngs)
+        self.proj = nnx.Linear(dim, dim, **_both(dtype), rngs=rngs)
         self.qk_norm = qk_norm
         if qk_norm:
             self.q_norm = nnx.LayerNorm(head_dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs)
             self.k_norm = nnx.LayerNorm(head_dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(
-        self, x: Array, rotation: tuple[Array, Array] | None, implementation: Implementation
-    ) -> Array:
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    def __call__(self, x: Float[Array, "B F N D"], how: Layer) -> Float[Array, "B F N D"]:
+        batch, frames, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(*x.shape[:3], 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        out = attention(q.astype(v.dtype), k.astype(v.dtype), v, implementation=implementation)
-        return self.proj(out.reshape(batch, tokens, dim))
+        if how.rotation is not None:
+            q, k = rotate(q, *how.rotation), rotate(k, *how.rotation)
+        sequences = (batch, frames * tokens) if how.across else (batch * frames, tokens)
+        q, k, v = (y.astype(v.dtype).reshape(*sequences, *y.shape[3:]) for y in (q, k, v))
+        length = how.length if how.across else None
+        out = attention(q, k, v, length=length, implementation=how.implementation)
+        return self.proj(out.reshape(x.shape))
 
 
 class FeedForward(nnx.Module):
@@ -110,11 +145,11 @@ class FeedForward(nnx.Module):
         dim, hidden = config.embed_dim, config.hidden_dim
         self.gated = config.ffn == "swiglu"
         if self.gated:
-            self.w12 = nnx.Linear(dim, 2 * hidden, dtype=dtype, rngs=rngs)
-            self.w3 = nnx.Linear(hidden, dim, dtype=dtype, rngs=rngs)
+            self.w12 = nnx.Linear(dim, 2 * hidden, **_both(dtype), rngs=rngs)
+            self.w3 = nnx.Linear(hidden, dim, **_both(dtype), rngs=rngs)
         else:
-            self.fc1 = nnx.Linear(dim, hidden, dtype=dtype, rngs=rngs)
-            self.fc2 = nnx.Linear(hidden, dim, dtype=dtype, rngs=rngs)
+            self.fc1 = nnx.Linear(dim, hidden, **_both(dtype), rngs=rngs)
+            self.fc2 = nnx.Linear(hidden, dim, **_both(dtype), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         if not self.gated:
@@ -135,11 +170,10 @@ class Block(nnx.Module):
         self.mlp = FeedForward(config, dtype, rngs)
         self.ls2 = nnx.Param(jnp.ones((dim,)))
 
-    def __call__(
-        self, x: Array, rotation: tuple[Array, Array] | None, implementation: Implementation
-    ) -> Array:
-        x = x + self.attn(self.norm1(x), rotation, implementation) * self.ls1[...]
-        return x + self.mlp(self.norm2(x)) * self.ls2[...]
+    def __call__(self, x: Float[Array, "B F N D"], how: Layer) -> Float[Array, "B F N D"]:
+        x = x + self.attn(self.norm1(x), how) * self.ls1[...]
+        x = x + self.mlp(self.norm2(x)) * self.ls2[...]
+        return sharding.constrain(x, "videos", "frames", None, "features")
 
 
 class Backbone(nnx.Module):
@@ -168,14 +202,14 @@ class Backbone(nnx.Module):
         strategy: str = "saddle_balanced",
         implementation: Implementation = "xla",
     ) -> list[tuple[Float[Array, "B F N D"], Float[Array, "B F D"]]]:
-        """Four taps (patch tokens, camera token), frames in the order given.
+        """Four taps (patch tokens, camera token), frames in the order given; see `padded_frames`.
 
         Args:
           images: ImageNet-normalised; H and W multiples of the patch size.
-          strategy: how the reference frame is chosen when there are 3 or more: "first", "middle",
-            "saddle_balanced".
+          strategy: how the reference frame is chosen when there are 3 or more; see
+            `reference_frame`.
           implementation: of `models.attention`; within frames it sees B*F sequences, across them B
-            long ones.
+            long ones. With one that does not hold the scores, call it under `jax.set_mesh`.
 
         Raises:
           ValueError: a size that is no multiple of the patch size, or an unknown strategy.
@@ -185,35 +219,27 @@ class Backbone(nnx.Module):
             raise ValueError(
                 f"reference strategy '{strategy}' is unknown; use one of {', '.join(STRATEGIES)}"
             )
-        batch, frames = images.shape[:2]
-        x, grid = self._embed(images)
-        local_rotation, global_rotation = self._rotations(grid, frames, jnp.float32)
-        local, order, taps = x, None, []
+        frames = images.shape[1]
+        reference = jnp.zeros(images.shape[:1], jnp.int32)
+        tokens = 1 + images.shape[2] // config.patch_size * (images.shape[3] // config.patch_size)
+        if isinstance(implementation, str):
+            implementation = build(implementation, keys=frames * tokens)
+        x, grid = self._embed(pad_frames(images, padded_frames(frames, implementation)))
+        within, across = self._kinds(grid, frames, implementation)
+        local, taps = x, []
         for i, block in enumerate(self.blocks):
-            alternating = 0 <= config.alt_start <= i
-            if (
-                i == config.alt_start - 1
-                and frames >= MIN_FRAMES_FOR_REFERENCE
-                and strategy != "first"
-            ):
-                order = reference_order(x[:, :, 0], strategy)
-                x, local = reorder(x, order), reorder(local, order)
+            chosen = frames >= MIN_FRAMES_FOR_REFERENCE and i == config.alt_start - 1
+            if chosen and strategy != "first":
+                reference = reference_frame(x[:, :frames, 0], strategy)
             if i == config.alt_start:
-                x = local = self._with_camera_token(x)
-            rotated = 0 <= config.rope_start <= i
-            if alternating and i % 2 == 1:
-                flat = x.reshape(batch, -1, x.shape[-1])
-                x = block(flat, global_rotation if rotated else None, implementation).reshape(
-                    x.shape
-                )
-            else:
-                flat = x.reshape(batch * frames, -1, x.shape[-1])
-                x = block(flat, local_rotation if rotated else None, implementation).reshape(
-                    x.shape
-                )
-                local = x
+                x = local = self._with_camera_token(x, reference)
+            how = across if 0 <= config.alt_start <= i and i % 2 == 1 else within
+            if not 0 <= config.rope_start <= i:
+                how = dataclasses.replace(how, rotation=None)
+            x = block(x, how)
+            local = x if not how.across else local
             if i in config.out_layers:
-                taps.append(self._tap(local, x, order))
+                taps.append(self._tap(local, x))
         return taps
 
     def _embed(self, images: Array) -> tuple[Array, tuple[int, int]]:
@@ -241,66 +267,82 @@ class Backbone(nnx.Module):
         patches = jnp.einsum("yi,xj,ijd->yxd", rows, columns, patches)
         return jnp.concatenate([table[:, :1], patches.reshape(1, -1, table.shape[-1])], axis=1)
 
-    def _rotations(self, grid: tuple[int, int], frames: int, dtype: Any) -> tuple[Any, Any]:
-        """RoPE tables within a frame, and across frames, where every patch is at (1, 1)."""
+    def _kinds(
+        self, grid: tuple[int, int], frames: int, implementation: Implementation
+    ) -> tuple[Layer, Layer]:
+        """Layers within a frame and across frames: where every patch is at (1, 1)."""
+        heads, tokens = self.config.num_heads, 1 + grid[0] * grid[1]
         ys, xs = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
         patches = np.stack([ys, xs], axis=-1).reshape(-1, 2) + 1
         camera = np.zeros((1, 2), patches.dtype)
-        head_dim = self.config.embed_dim // self.config.num_heads
-        across = np.tile(np.concatenate([camera, np.ones_like(patches)]), (frames, 1))
-        within = np.concatenate([camera, patches])
-        return rope_tables(within, head_dim, dtype), rope_tables(across, head_dim, dtype)
-
-    def _with_camera_token(self, x: Array) -> Array:
-        token = self.camera_token[...]
-        batch, frames, _, dim = x.shape
-        others = jnp.broadcast_to(token[:, 1:], (batch, frames - 1, dim))
-        tokens = jnp.concatenate([jnp.broadcast_to(token[:, :1], (batch, 1, dim)), others], axis=1)
-        return x.at[:, :, 0].set(tokens)
-
-    def _tap(self, local: Array, x: Array, order: Array | None) -> tuple[Array, Array]:
-        camera = (
-            jnp.concatenate([local[:, :, 0], x[:, :, 0]], axis=-1)
-            if self.config.cat_token
-            else x[:, :, 0]
+        own, same = (np.concatenate([camera, p]) for p in (patches, np.ones_like(patches)))
+        tables = [rope_tables(p, self.config.embed_dim // heads, jnp.float32) for p in (own, same)]
+        all_frames = padded_frames(frames, implementation)
+        long = for_long_sequences(implementation, all_frames * tokens, heads)
+        length = frames * tokens if all_frames > frames else None
+        return (
+            Layer(False, tables[0], for_frames(implementation), None),
+            Layer(True, tables[1], long, length),
         )
+
+    def _with_camera_token(self, x: Array, reference: Int[Array, " B"]) -> Array:
+        """The first camera token for the reference frame, the second one for all others.
+
+        A departure: the published code moves the reference frame to the front and back again. No
+        layer tells frames apart by anything else than this token, so that the order does not
+        matter, and no frame leaves its device.
+        """
+        token = self.camera_token[...]
+        chosen = jnp.arange(x.shape[1]) == reference[:, None]
+        return x.at[:, :, 0].set(jnp.where(chosen[..., None], token[:, :1], token[:, 1:]))
+
+    def _tap(self, local: Array, x: Array) -> tuple[Array, Array]:
         patches = self.norm(x[:, :, 1:])  # only the half of the latest layer is normalised
-        if self.config.cat_token:
-            patches = jnp.concatenate([local[:, :, 1:], patches], axis=-1)
-        if order is None:
-            return patches, camera
-        back = jnp.argsort(order, axis=1)
-        return reorder(patches, back), reorder(camera, back)
+        if not self.config.cat_token:
+            return patches, x[:, :, 0]
+        camera = jnp.concatenate([local[:, :, 0], x[:, :, 0]], axis=-1)
+        return jnp.concatenate([local[:, :, 1:], patches], axis=-1), camera
 
 
-def reference_order(tokens: Float[Array, "B F D"], strategy: str) -> Int[Array, "B F"]:
-    """Frame order with the reference frame first and the others as they were.
+def padded_frames(frames: int, implementation: Implementation) -> int:
+    """How many frames the taps have: a multiple of the mesh's context axis where the implementation
+    divides tokens over it. Those behind the real ones are nobody's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not isinstance(implementation, Sharded):
+        return frames
+    return -(-frames // mesh.shape["context"]) * mesh.shape["context"]
+
+
+def pad_frames(images: Float[Array, "B F H W 3"], count: int) -> Float[Array, "B G H W 3"]:
+    """Grey frames behind the real ones, `count` with them, and every frame on its device."""
+    behind = (0, count - images.shape[1])
+    images = jnp.pad(images, ((0, 0), behind, (0, 0), (0, 0), (0, 0)))
+    return sharding.constrain(images, "videos", "frames", None, None, None)
+
+
+def reference_frame(tokens: Float[Array, "B F D"], strategy: str) -> Int[Array, " B"]:
+    """Which frame's camera the others are seen from, by their class tokens; F is 2 or more.
 
     "saddle_balanced" takes the frame whose similarity to the others, norm and variance of its class
-    token, each scaled to [0, 1] over the frames, are together closest to the middle.
+    token, each scaled to [0, 1] over the frames, are together closest to the middle;
+    "saddle_sim_range" the one whose similarities to the others spread most.
     """
     batch, frames, _ = tokens.shape
     if strategy == "first":
-        chosen = jnp.zeros((batch,), jnp.int32)
-    elif strategy == "middle":
-        chosen = jnp.full((batch,), frames // 2, jnp.int32)
-    else:
-        norm = jnp.linalg.norm(tokens, axis=-1)
-        unit = tokens / norm[..., None]
-        similarity = jnp.einsum("bfd,bgd->bfg", unit, unit, precision=jax.lax.Precision.HIGHEST)
-        similarity = (similarity.sum(-1) - 1) / (frames - 1)
-        metrics = jnp.stack([similarity, norm, jnp.var(unit, axis=-1, ddof=1)])
-        low, high = metrics.min(-1, keepdims=True), metrics.max(-1, keepdims=True)
-        scaled = (metrics - low) / (high - low + 1e-8)
-        chosen = jnp.argmin(jnp.abs(scaled - 0.5).sum(0), axis=1)
-    index = jnp.arange(frames)[None]
-    shifted = jnp.where(index <= chosen[:, None], index - 1, index)
-    return jnp.where(index == 0, chosen[:, None], shifted)
-
-
-def reorder(x: Float[Array, "B F ..."], order: Int[Array, "B F"]) -> Float[Array, "B F ..."]:
-    """Frames of each video in the given order."""
-    return jax.vmap(lambda video, index: video[index])(x, order)
+        return jnp.zeros((batch,), jnp.int32)
+    if strategy == "middle":
+        return jnp.full((batch,), frames // 2, jnp.int32)
+    norm = jnp.linalg.norm(tokens, axis=-1)
+    unit = tokens / norm[..., None]
+    similarity = jnp.einsum("bfd,bgd->bfg", unit, unit, precision=jax.lax.Precision.HIGHEST)
+    if strategy == "saddle_sim_range":
+        others = similarity - jnp.eye(frames)  # as published: its own counts, as 0
+        return jnp.argmax(others.max(-1) - others.min(-1), axis=1).astype(jnp.int32)
+    similarity = (similarity.sum(-1) - 1) / (frames - 1)
+    metrics = jnp.stack([similarity, norm, jnp.var(unit, axis=-1, ddof=1)])
+    low, high = metrics.min(-1, keepdims=True), metrics.max(-1, keepdims=True)
+    scaled = (metrics - low) / (high - low + 1e-8)
+    return jnp.argmin(jnp.abs(scaled - 0.5).sum(0), axis=1).astype(jnp.int32)
 
 
 def rope_tables(positions: np.ndarray, head_dim: int, dtype: Any) -> tuple[Array, Array]:
@@ -312,7 +354,7 @@ def rope_tables(positions: np.ndarray, head_dim: int, dtype: Any) -> tuple[Array
     return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
 
 
-def rotate(x: Float[Array, "B N H D"], cos: Array, sin: Array) -> Float[Array, "B N H D"]:
+def rotate(x: Float[Array, "*b N H D"], cos: Array, sin: Array) -> Float[Array, "*b N H D"]:
     """Applies RoPE; within each of the two halves, channel c turns against channel c + D/4."""
     a, b, c, d = jnp.split(x, 4, axis=-1)
     return x * cos + jnp.concatenate([-b, a, -d, c], axis=-1) * sin

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -304,17 +305,17 @@ def _sh_directions(band: int) -> tuple[np.ndarray, np.ndarray]:
     z = 1 - 2 * (np.arange(n) + 0.5) / n
     angle, radius = golden * np.arange(n), np.sqrt(1 - z * z)
     directions = np.stack([radius * np.cos(angle), radius * np.sin(angle), z], axis=-1)
-    with jax.ensure_compile_time_eval():
-        values = np.asarray(sh_band(band, jnp.asarray(directions, jnp.float32)), np.float64)
+    values = sh_band(band, directions)
     return directions.astype(np.float32), np.linalg.pinv(values).T.astype(np.float32)
 
 
-def sh_band(band: int, d: Float[Array, "*b 3"]) -> Float[Array, "*b M"]:
+def sh_band(band: int, d: Float[Array, "*b 3"] | np.ndarray) -> Float[Array, "*b M"]:
     """Real spherical harmonics of one band (0, 1 or 2), signs as in 3D Gaussian splatting."""
-    x, y, z = jnp.moveaxis(d, -1, 0)
+    xp: Any = np if isinstance(d, np.ndarray) else jnp
+    x, y, z = xp.moveaxis(d, -1, 0)
     if band == 0:
-        return jnp.full((*x.shape, 1), SH_C0, x.dtype)
+        return xp.full((*x.shape, 1), SH_C0, x.dtype)
     if band == 1:
-        return SH_C1 * jnp.stack([-y, z, -x], axis=-1)
+        return SH_C1 * xp.stack([-y, z, -x], axis=-1)
     terms = [x * y, y * z, 2 * z * z - x * x - y * y, x * z, x * x - y * y]
-    return jnp.stack([c * t for c, t in zip(SH_C2, terms, strict=True)], axis=-1)
+    return xp.stack([c * t for c, t in zip(SH_C2, terms, strict=True)], axis=-1)

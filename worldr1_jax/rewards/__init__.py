@@ -49,6 +49,7 @@ def build(
     gaussian_frames: int | None = None,
     videos_at_once: int = 0,
     idle_on_host: bool = False,
+    dtype: Any = "float32",
 ) -> Reward:
     """Loads what the named rewards need onto the mesh.
 
@@ -68,6 +69,7 @@ def build(
       gaussian_frames: render the Gaussians of at most so many frames (see `thin`); None takes all.
       videos_at_once: that a device scores at a time, which bounds memory; 0: all that it has.
       idle_on_host: the networks wait in the hosts' memory while no video is scored.
+      dtype: of the products in the 3D network's backbone.
 
     Raises:
       ValueError: an unknown reward, or weights that cannot be read.
@@ -76,8 +78,7 @@ def build(
     if mesh is None:
         mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     distance = None if lpips is None else perceptual.load(lpips, mesh=mesh)
-    network = depth_anything.load(folder)
-    sharding.place(network, "da3", mesh)
+    network = reconstruct.load(folder, mesh=mesh, dtype=dtype)
     for module in (network, distance):
         if idle_on_host and module is not None:
             sharding.rest(module)
@@ -92,8 +93,8 @@ def build(
 
 
 def check(weights: Mapping[str, float], da3: str | Path, mode: str = "paper") -> Path:
-    """The folder of the 3D network; raises ValueError for an unknown reward or mode, no reward, or
-    no such network."""
+    """The folder of the 3D network; raises ValueError for an unknown reward or mode, no reward, no
+    such network, or one without Gaussians."""
     if mode not in MODES:
         raise ValueError(f"rewards.mode is '{mode}': it is {' or '.join(MODES)}")
     unknown = [name for name in weights if name not in NAMES]
@@ -102,7 +103,12 @@ def check(weights: Mapping[str, float], da3: str | Path, mode: str = "paper") ->
     if not any(weights.values()):
         raise ValueError("rewards.weights are all 0: at least one reward has to count")
     folder = nano.resolve(da3, "da3")
-    depth_anything.Config.from_dict(read_config(folder))
+    network = depth_anything.Config.from_dict(read_config(folder))
+    if network.gs_head is None:
+        raise ValueError(
+            f"rewards.da3 is '{da3}', a {network.model_name} without Gaussian head: S_recon needs "
+            "one, as da3-giant has"
+        )
     return folder
 
 
