@@ -103,8 +103,10 @@ def abstract_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) 
         state = jax.tree.map(partial(_described, place=whole), nnx.state(distance))
         nnx.update(distance, state)
     return Reward(
-        dict(r.weights), _placed(network, "da3", mesh), mesh, r.frame_stride, r.views or None,
-        r.depth_scale, distance, r.mode, r.change_floor, config.sample.videos_at_once,
+        dict(r.weights), _placed(network, "da3", mesh), mesh, frame_stride=r.frame_stride,
+        views=r.views or None, depth_scale=r.depth_scale, distance=distance, mode=r.mode,
+        gaussian_frames=r.gaussian_frames or None, videos_at_once=config.sample.videos_at_once,
+        asks=settings.asked_of_recon(config),
     )  # fmt: skip
 
 

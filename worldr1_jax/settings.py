@@ -279,9 +279,7 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
         da3=r.da3,
         lpips=lpips_folder(config),
         mode=r.mode,
-        change_floor=r.change_floor,
-        change_min=r.change_min,
-        texture_min=r.texture_min,
+        **asked_of_recon(config),
         mesh=mesh,
         frame_stride=r.frame_stride,
         views=r.views or None,
@@ -293,12 +291,18 @@ def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     )
 
 
+def asked_of_recon(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """What S_recon asks of a video besides likeness, by the names of `recon.s_recon`."""
+    r = config.rewards
+    return {name: r[name] for name in ("change_floor", "change_min", "texture_min")}
+
+
 def lpips_folder(config: ml_collections.ConfigDict) -> str | None:
     """Where LPIPS is, or None when S_recon compares by SSIM."""
     r = config.rewards
-    for name in ("change_floor", "change_min", "texture_min"):
-        if r[name] < 0:
-            raise ValueError(f"rewards.{name} is {r[name]}: it has to be 0 or more")
+    for name, value in asked_of_recon(config).items():
+        if value < 0:
+            raise ValueError(f"rewards.{name} is {value}: it has to be 0 or more")
     if r.likeness not in ("lpips", "ssim"):
         raise ValueError(f"rewards.likeness is '{r.likeness}': it is lpips or ssim")
     if r.likeness == "ssim":

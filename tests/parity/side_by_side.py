@@ -3,10 +3,10 @@
 python -m tests.parity.side_by_side               # the 1.3B's block, and VAE decode at 17x128x128
 python -m tests.parity.side_by_side --tokens=1024 --rounds=5
 
-Both get all cores, and the malloc that our launchers set, which keeps freed memory (cli.keep_memory;
---plain-malloc leaves it out). Rounds alternate between the two. Two figures, both torch over ours:
-the ratio of the median seconds, and of the median processor seconds, which what else runs disturbs
-less.
+Both get all cores, and the malloc that our launchers set, which keeps freed memory
+(cli.keep_memory; --plain-malloc leaves it out). Rounds alternate between the two. Two figures, both
+torch over ours: the ratio of the median seconds, and of the median processor seconds, which what
+else runs disturbs less.
 """
 
 from __future__ import annotations

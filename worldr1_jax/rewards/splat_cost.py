@@ -84,7 +84,7 @@ def sort_cycles(keys: int) -> float:
 def round_counts(grid: tiles.Grid, gaussians: int) -> tuple[int, int]:
     """Rows gathered or scattered in a round, and steps of its kernel, from the traced programs."""
 
-    def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    def shape(*dims: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(dims, dtype)
 
     slab = min(gaussians, grid.pairs)

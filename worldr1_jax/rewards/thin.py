@@ -12,6 +12,8 @@ PSNR is in tests/measure_splat.py; it is off by default (`rewards.gaussian_frame
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 from jaxtyping import Array
 
@@ -27,10 +29,10 @@ def by_frames(reconstruction: Reconstruction, keep: int | None) -> Reconstructio
     Raises:
       ValueError: a `keep` below 1, or Gaussians that the frames do not divide.
     """
-    if keep is None:
+    gaussians = reconstruction.gaussians
+    if keep is None or gaussians is None:
         return reconstruction
-    frames = reconstruction.depth.shape[1]
-    count = reconstruction.gaussians.means.shape[1]
+    frames, count = reconstruction.depth.shape[1], gaussians.means.shape[1]
     if keep < 1:
         raise ValueError(f"gaussian_frames is {keep}: it has to be 1 or more")
     if count % frames:
@@ -41,4 +43,4 @@ def by_frames(reconstruction: Reconstruction, keep: int | None) -> Reconstructio
         framed = leaf.reshape(leaf.shape[0], frames, count // frames, *leaf.shape[2:])
         return framed[:, chosen].reshape(leaf.shape[0], -1, *leaf.shape[2:])
 
-    return reconstruction.replace(gaussians=jax.tree.map(kept, reconstruction.gaussians))
+    return dataclasses.replace(reconstruction, gaussians=jax.tree.map(kept, gaussians))
