@@ -206,19 +206,17 @@ def _rewards(reward: Reward, shapes: Shapes, resting: int, network: int) -> Iter
     )  # fmt: skip
     # The 3D network stays awake until all turns are over.
     turn = {"times": shapes.turns, "resting": resting + network}
-
-    def found() -> Any:
-        made = jax.eval_shape(reward._reconstruct, reward._state, shapes.some)
-        return jax.tree.map(partial(_described, place=shapes.batch), made)
-
+    # Shaped here, where no mesh is set: the network makes constants, and these devices hold none.
+    made = jax.eval_shape(reward._reconstruct, reward._state, shapes.some)
+    found = jax.tree.map(partial(_described, place=shapes.batch), made)
     yield Lowering(
         "render",
-        lambda: reward._recon.trace(reward._lpips_state, shapes.some, found(), shapes.asked),
+        lambda: reward._recon.trace(reward._lpips_state, shapes.some, found, shapes.asked),
         turns=RENDER_ROUNDS, **turn,
     )  # fmt: skip
     yield Lowering(
         "trajectory",
-        lambda: reward._trajectory.trace(shapes.asked, found().camtoworld),
+        lambda: reward._trajectory.trace(shapes.asked, found.camtoworld),
         **turn,
     )
 
