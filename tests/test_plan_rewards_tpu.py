@@ -33,7 +33,7 @@ def planned():
     net = dataclasses.replace(net, net=small, head=heads[0], gs_head=heads[1], process_res=224)
     mesh = sharding.make_mesh({"fsdp": 4, "context": 2}, plan.topology_devices("v5e:2x4"))
     ((name, trace, needed),) = plan_rewards.lowerings(config, mesh, net)
-    yield config, mesh, plan._compile(name, trace, needed, mesh, None, "")
+    yield config, mesh, plan._compile(plan.Lowering(name, trace, needed), mesh, None, "")
     patch.undo()
 
 

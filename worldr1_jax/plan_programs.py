@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from worldr1_jax import checkpoint, settings, sharding
+from worldr1_jax import checkpoint, plan_rewards, settings, sharding
 from worldr1_jax.grpo import update as grpo
 from worldr1_jax.models import attention, da3, lora, lpips, umt5, wan_dit, wan_vae
 from worldr1_jax.models.wan import Wan
@@ -95,7 +95,7 @@ def abstract_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 def abstract_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Reward:
     """The trainer's reward with the published giant of Depth Anything 3 and LPIPS, no values."""
     r = config.rewards
-    network = nnx.eval_shape(lambda: da3.DA3(da3.Config.giant(), nnx.Rngs(0)))
+    network = plan_rewards.abstract(da3.Config.giant(), config.policy.dtype, mesh)
     distance = None
     if r.likeness == "lpips":
         distance = nnx.eval_shape(lambda: lpips.LPIPS(nnx.Rngs(0)))
@@ -103,8 +103,8 @@ def abstract_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) 
         state = jax.tree.map(partial(_described, place=whole), nnx.state(distance))
         nnx.update(distance, state)
     return Reward(
-        dict(r.weights), _placed(network, "da3", mesh), mesh, frame_stride=r.frame_stride,
-        views=r.views or None, depth_scale=r.depth_scale, distance=distance, mode=r.mode,
+        dict(r.weights), network, mesh, frame_stride=r.frame_stride, views=r.views or None,
+        depth_scale=r.depth_scale, distance=distance, mode=r.mode,
         gaussian_frames=r.gaussian_frames or None, videos_at_once=config.sample.videos_at_once,
         asks=settings.asked_of_recon(config),
     )  # fmt: skip
@@ -175,7 +175,7 @@ def lowerings(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Ite
         resting=resting("text", "rewards", "policy", "adapters", "moments", *drawn),
     )  # fmt: skip
     kept = ("text", "vae", "policy", "adapters", "moments", *drawn, "videos")
-    yield from _rewards(reward, shapes, resting(*kept), sizes["da3"])
+    yield from _rewards(config, reward, shapes, resting(*kept), sizes["da3"])
     yield _update(config, pipeline, shapes, state, resting("text", "vae", "rewards"))
     yield Lowering(
         "restore", lambda: checkpoint.digests_of.trace(jax.tree.leaves(state)), times=0,
@@ -198,12 +198,12 @@ def _rollout(config, pipeline: Pipeline, shapes: Shapes, resting: int) -> Loweri
     )  # fmt: skip
 
 
-def _rewards(reward: Reward, shapes: Shapes, resting: int, network: int) -> Iterator[Lowering]:
+def _rewards(
+    config, reward: Reward, shapes: Shapes, resting: int, network: int
+) -> Iterator[Lowering]:
     """Reconstruction, S_recon with its renderer and its measure, S_traj, and R_gen; a turn each."""
-    yield Lowering(
-        "reconstruct", lambda: reward._reconstruct.trace(reward._state, shapes.some),
-        times=shapes.turns, resting=resting,
-    )  # fmt: skip
+    for name, trace, needed in plan_rewards.lowerings(config, reward.mesh):
+        yield Lowering(name, trace, needed, times=shapes.turns, resting=resting)
     # The 3D network stays awake until all turns are over.
     turn = {"times": shapes.turns, "resting": resting + network}
     # Shaped here, where no mesh is set: the network makes constants, and these devices hold none.
