@@ -31,7 +31,6 @@ BLOCKS = ((150, 250), (40, 60), (220, 430))  # corners of the blocks that `exact
 BLOCK = 16  # px
 NOISE, OPACITY = 0.01, (0.3, 0.95)
 KEEP = (41, 21, 11, 6)
-ROUNDS = {81: 0, 41: 0, 21: 0, 11: 0, 6: 0}  # frames kept -> rounds of a view, as `full` prints
 
 
 def speed(rounds: int = 3) -> None:
@@ -97,11 +96,11 @@ def network(count: int = 32, keep: tuple[int, ...] = (9, 5, 3)) -> None:
 
 
 def cost() -> None:
-    """The model of `splat_cost` for 81 views, with the rounds that `full` has shown."""
-    for kept, rounds in ROUNDS.items():
+    """The model of `splat_cost` for 81 views, with its bound on rounds."""
+    for kept in (FRAMES, *KEEP):
         count = kept * SIZE[0] * SIZE[1]
-        terms = splat_cost.video("v5e", gaussians=count, size=SIZE, views=FRAMES, rounds=rounds)
-        show(frames=kept, gaussians=count, rounds=rounds, seconds=terms)
+        seconds = splat_cost.video("v5e", gaussians=count, size=SIZE, views=FRAMES)
+        show(frames=kept, gaussians=count, seconds=seconds)
 
 
 def full_scene() -> tuple[Reconstruction, np.ndarray]:

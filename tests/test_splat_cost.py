@@ -42,5 +42,8 @@ def test_seconds_follow_views_and_gaussians():
     assert half["total"] == pytest.approx(whole["total"] / 2)
     thinned = splat_cost.video("v5e", **FULL | {"gaussians": FULL["gaussians"] // 9, "rounds": 6})
     assert thinned["total"] < whole["total"] / 5
+    bound = splat_cost.video("v5e", **FULL | {"rounds": None})
+    # 12 million Gaussians, 1.72 tiles each, 155,648 pairs a round
+    assert bound["kernel"] == pytest.approx(whole["kernel"] * 132.8 / 50, rel=1e-3)
     with pytest.raises(ValueError, match="chip is 'v9'"):
         splat_cost.video("v9", **FULL)

@@ -1,6 +1,6 @@
 """What rendering a video costs on one TPU core: a stated model, not a measurement.
 
-    splat_cost.video("v5e", gaussians=12_002_256, size=(294, 504), views=81, rounds=40)
+    splat_cost.video("v5e", gaussians=12_002_256, size=(294, 504), views=81)
 
 A view projects all Gaussians, sorts them by depth, and then takes rounds (`tiles`): a round gathers
 its Gaussians, lists them by tile and runs the kernel. What is counted, and how it becomes cycles:
@@ -35,6 +35,7 @@ PROJECT_CYCLES = 8.3  # a Gaussian with harmonics of degree 2, v5e; a million of
 GATHER_CYCLES = 680 / 128  # a row, v5e
 SORT_CYCLES = 8.0  # a stage and register: a rotation, two comparisons, selects of key and index
 REGISTER = 1024  # keys of 32 bits
+RADIUS = 2.5  # px, half a box: 3.33 deviations of a Gaussian as wide as a pixel, smoothed
 KERNEL_CYCLES = 996.0  # a chunk of 128 Gaussians on a tile of 16x16, v5e
 
 
@@ -44,7 +45,7 @@ def video(
     gaussians: int,
     size: tuple[int, int],
     views: int,
-    rounds: float,
+    rounds: float | None = None,
     tile: int = 16,
     pairs: int | None = None,
 ) -> dict[str, float]:
@@ -54,7 +55,8 @@ def video(
       chip: of `chips.CHIPS`; its clock is used. Cycles are those of v5e.
       gaussians: of the scene, all of which every view projects and sorts.
       size: height and width of a view, px.
-      rounds: that a view takes, as a run of the scene shows (tests/measure_splat.py).
+      rounds: that a view takes, as a run of the scene shows (tests/measure_splat.py); None takes
+        `most_rounds`, where no tile is opaque before its last Gaussian.
       tile, pairs: as in `splat.render`.
 
     Raises:
@@ -64,6 +66,7 @@ def video(
         raise ValueError(f"chip is '{chip}': it knows {', '.join(CHIPS)}")
     grid = tiles.make_grid(size, tile, pairs, None, "pallas")
     rows, steps = round_counts(grid, gaussians)
+    rounds = most_rounds(grid, gaussians) if rounds is None else rounds
     cycles = {
         "project": PROJECT_CYCLES * gaussians,
         "sort by depth": sort_cycles(gaussians),
@@ -73,6 +76,12 @@ def video(
     }
     seconds = {name: views * count / CHIPS[chip].clock for name, count in cycles.items()}
     return seconds | {"total": sum(seconds.values())}
+
+
+def most_rounds(grid: tiles.Grid, gaussians: int) -> float:
+    """Rounds of a view that has every Gaussian inside and draws all of it; a bound for Gaussians
+    of up to RADIUS, which touch (1 + 2 RADIUS / tile)^2 tiles on average."""
+    return gaussians * (1 + 2 * RADIUS / grid.tile) ** 2 / grid.pairs
 
 
 def sort_cycles(keys: int) -> float:
