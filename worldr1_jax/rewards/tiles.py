@@ -176,18 +176,18 @@ def take(
     exists = cursor + jnp.arange(slab) < visible
     count = jnp.where(exists, _touches(grid, open_tiles, low, high), 0)
     ends = jnp.cumsum(count)
-    fits = ends <= grid.pairs
-    begins, total = ends - count, jnp.sum(jnp.where(fits, count, 0))
-
+    begins, fits = ends - count, ends <= grid.pairs
+    total = jnp.sum(jnp.where(fits, count, 0))
     # Pair m belongs to the last Gaussian that begins at or before m.
     mark = jnp.where(fits & (count > 0), begins, grid.pairs)
     owner = jnp.zeros(grid.pairs, jnp.int32)
     owner = owner.at[mark].max(jnp.arange(slab, dtype=jnp.int32), mode="drop")
     owner = lax.cummax(owner)
-    nth = jnp.arange(grid.pairs, dtype=jnp.int32) - begins[owner]
-    columns = jnp.maximum((high[:, 0] - low[:, 0] + 1)[owner], 1)
-    across = low[owner, 0] + nth % columns
-    tile = (low[owner, 1] + nth // columns) * grid.shape[1] + across
+    # One gather of four numbers: on a TPU a gather costs by the row.
+    width = jnp.maximum(high[:, 0] - low[:, 0] + 1, 1)
+    begin, width, left, top = jnp.stack([begins, width, low[:, 0], low[:, 1]], axis=-1)[owner].T
+    nth = jnp.arange(grid.pairs, dtype=jnp.int32) - begin
+    tile = (top + nth // width) * grid.shape[1] + left + nth % width
     # Pairs that are not there belong to a tile behind the last one.
     tile = jnp.where(jnp.arange(grid.pairs) < total, tile, grid.padded).astype(jnp.int32)
     index, start, length = by_tile(tile, owner, slab, grid.padded)
