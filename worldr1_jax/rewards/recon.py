@@ -1,10 +1,14 @@
 """S_recon: do the 3D Gaussians found in a video, seen from its recovered cameras, look like it?
 
 What the score cannot see, and what sees it instead:
-  - A still or blurred video is easy to explain: S_recon RISES when a video gets stiller or softer
-    (tests/truth_of_rewards.py). S_traj charges for the missing movement. Three options, all off or
-    low by default, make S_recon itself charge: `change_min` for stillness, `texture_min` for
-    softness, and `change_floor`, which asks for more than standing still explains.
+  - A still or blurred video is easy to explain: on 16 nano scenes S_recon RISES from 0.875 to 0.926
+    when they freeze and to 0.886 when they are half blurred, and shuffled frames pass, 0.871
+    (tests/truth_of_rewards.py). S_traj falls under all three, and so does the plain sum.
+  - Three options, all off or low by default, make S_recon itself charge: `change_min` for
+    stillness, `texture_min` for softness, and `change_floor`, which asks for more than standing
+    still explains. They can be gamed in turn: a `change_min` above what the policy's videos have
+    pays for movement as such. With 0.3 in a run of nano the gated score rose by 0.06 while the
+    PSNR of the re-renders fell by 0.8 dB.
   - A blank video is explained perfectly by a blank scene (SSIM 1, LPIPS 0). `texture` gates it: the
     score is multiplied by min(1, texture / TEXTURE_MIN).
   - Moving objects lower it; it is off in the dynamic phase.
