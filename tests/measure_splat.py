@@ -2,6 +2,7 @@
 
 python -m tests.measure_splat speed     # 100,000 Gaussians at 128x128, alternating, in one run
 python -m tests.measure_splat full      # 81 frames of 294x504: 12.0 million; some minutes, 6 GB
+python -m tests.measure_splat full --size 48 80     # the same, 311,040
 python -m tests.measure_splat network   # what thinning costs on nano's own reconstructions
 python -m tests.measure_splat cost      # seconds of a video on a core of v5e, by the model
 
@@ -13,6 +14,7 @@ lifted by the true depth with 1% of noise, as wide as a pixel, with opacities as
 import argparse
 import json
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ from worldr1_jax.types import Gaussians, Reconstruction
 
 FRAMES, SIZE = 81, (294, 504)  # what Depth Anything 3 sees of 81 frames of 480x832
 VIEWS = (20, 44)  # rendered in `full`: neither is among the frames that thinning keeps
-BLOCKS = ((150, 250), (40, 60), (220, 430))  # corners of the blocks that `exact` draws
+BLOCKS = ((0.5, 0.5), (0.1, 0.1), (0.6, 0.75))  # corners, as shares, of what `exact` draws
 BLOCK = 16  # px
 NOISE, OPACITY = 0.01, (0.3, 0.95)
 KEEP = (41, 21, 11, 6)
@@ -62,16 +64,16 @@ def speed(rounds: int = 3) -> None:
     )  # fmt: skip
 
 
-def full(keep: tuple[int, ...] = KEEP) -> None:
+def full(size: tuple[int, int], keep: tuple[int, ...]) -> None:
     """Tiled against exact on blocks of a view, and what thinning does to two views."""
-    found, video = full_scene()
+    found, video = full_scene(size)
     whole = {}
     for kept in (FRAMES, *keep):
         gaussians = jax.tree.map(lambda x: x[0], thin.by_frames(found, kept).gaussians)
         for view in VIEWS:
             pose, matrix = found.camtoworld[0, view], found.intrinsics[0, view]
             start = time.perf_counter()
-            image, rounds = jax.block_until_ready(draw(gaussians, pose, matrix))
+            image, rounds = jax.block_until_ready(draw(gaussians, pose, matrix, size))
             row = {"view": view, "seconds": time.perf_counter() - start, "rounds": int(rounds)}
             if kept == FRAMES:
                 whole[view] = image
@@ -103,12 +105,12 @@ def cost() -> None:
         show(frames=kept, gaussians=count, seconds=seconds)
 
 
-def full_scene() -> tuple[Reconstruction, np.ndarray]:
+def full_scene(size: tuple[int, int]) -> tuple[Reconstruction, np.ndarray]:
     """A reconstruction of 81 frames from the truth, and the frames."""
     rng = np.random.default_rng(3)
     spec = captions.sample_held_out(rng, False)
     path = np.asarray(trajectory.path(("orbit_left",), FRAMES, magnitudes=videos.MAGNITUDES))
-    height, width = SIZE
+    height, width = size
     video, depth = world.render(
         world.build(spec, rng), path, height=height, width=width, supersample=1
     )
@@ -132,28 +134,34 @@ def full_scene() -> tuple[Reconstruction, np.ndarray]:
     return Reconstruction(shown, shown, jnp.asarray(path)[None], matrices, gaussians), video
 
 
-@jax.jit
-def draw(gaussians, pose, matrix):
+@partial(jax.jit, static_argnames="size")
+def draw(gaussians, pose, matrix, size):
     """One tiled view, r, g, b, depth times alpha, alpha; and the rounds that it took, which are
     those of the TPU kernel too: same tiles, same room."""
-    grid = tiles.make_grid(SIZE, 16, None, None, "xla")
-    done, _ = tiles._run(grid, project(gaussians, pose, matrix, SIZE), record=False)
+    grid = tiles.make_grid(size, 16, None, None, "xla")
+    done, _ = tiles._run(grid, project(gaussians, pose, matrix, size), record=False)
     return splat._untiled(done.canvas.features, grid), done.number
 
 
-@jax.jit
-def draw_blocks(gaussians, pose, matrix):
+@partial(jax.jit, static_argnames="size")
+def draw_blocks(gaussians, pose, matrix, size):
     """The pixels of all BLOCKS by the definition."""
-    corners = jnp.array([[left, top] for top, left in BLOCKS], jnp.float32)
+    corners = jnp.array([[left, top] for top, left in corners_of(size)], jnp.float32)
     pixels = (exact.pixel_centres((BLOCK, BLOCK)) + corners[:, None]).reshape(-1, 2)
-    return exact.draw(project(gaussians, pose, matrix, SIZE), pixels)[:, :3]
+    return exact.draw(project(gaussians, pose, matrix, size), pixels)[:, :3]
+
+
+def corners_of(size):
+    """Top and left of each block, px."""
+    return [(int(top * size[0]), int(left * size[1])) for top, left in BLOCKS]
 
 
 def against_exact(gaussians, pose, matrix, image) -> list[float]:
     """PSNR of each block of the image to the definition's, in dB."""
-    wanted = np.asarray(draw_blocks(gaussians, pose, matrix)).reshape(-1, BLOCK, BLOCK, 3)
-    corners = zip(BLOCKS, wanted, strict=True)
-    return [psnr(image[t : t + BLOCK, x : x + BLOCK, :3], block) for (t, x), block in corners]
+    size = image.shape[:2]
+    wanted = np.asarray(draw_blocks(gaussians, pose, matrix, size)).reshape(-1, BLOCK, BLOCK, 3)
+    pairs = zip(corners_of(size), wanted, strict=True)
+    return [psnr(image[t : t + BLOCK, x : x + BLOCK, :3], block) for (t, x), block in pairs]
 
 
 def psnr(a, b) -> float:
@@ -178,5 +186,10 @@ def show(**figures) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("speed", "full", "network", "cost"))
-    what = {"speed": speed, "full": full, "network": network, "cost": cost}
-    what[parser.parse_args().what]()
+    parser.add_argument("--size", type=int, nargs=2, default=SIZE, help="of `full`, px")
+    parser.add_argument("--keep", type=int, nargs="*", default=KEEP, help="frames, of `full`")
+    args = parser.parse_args()
+    if args.what == "full":
+        full(tuple(args.size), tuple(args.keep))
+    else:
+        {"speed": speed, "network": network, "cost": cost}[args.what]()

@@ -80,7 +80,10 @@ def video(
 
 def most_rounds(grid: tiles.Grid, gaussians: int) -> float:
     """Rounds of a view that has every Gaussian inside and draws all of it; a bound for Gaussians
-    of up to RADIUS, which touch (1 + 2 RADIUS / tile)^2 tiles on average."""
+    of up to RADIUS, which touch (1 + 2 RADIUS / tile)^2 tiles on average.
+
+    tests/measure_splat.py has counted 79 and 96 on a small scene, where the bound is 139.
+    """
     return gaussians * (1 + 2 * RADIUS / grid.tile) ** 2 / grid.pairs
 
 
