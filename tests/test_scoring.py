@@ -67,7 +67,8 @@ def test_scores_and_picture(reward, tmp_path):
     factors = row.scores["trajectory_translation"] * row.scores["trajectory_rotation"]
     assert row.scores["trajectory"] == pytest.approx(factors, rel=1e-5)
     (tmp_path / "a.png").write_bytes(row.picture)
-    assert Image.open(tmp_path / "a.png").size[1] > 256
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.size[1] > 256
     assert "a.mp4" in scoring.table([row], ["total"])
 
 
