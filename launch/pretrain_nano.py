@@ -1,5 +1,5 @@
 """Makes the nano weights from nothing, or goes on from weights, one stage at a time. What ships
-had two rounds (nano/pretrain.py, STEPS).
+had three rounds (nano/pretrain.py, STEPS).
 
 # all stages
 python launch/pretrain_nano.py --config=configs/world.py --workdir=runs/nano
