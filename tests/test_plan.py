@@ -71,6 +71,16 @@ def test_a_loop_without_an_end_is_an_error():
         plan_hlo.read(TEXT.replace("constant(40)", "parameter(1)"))
 
 
+def test_a_loop_may_count_without_a_sign():
+    # as the compiler's own loops do, that gather a matrix while it is multiplied
+    assert (
+        plan_hlo.read(TEXT.replace("s32[]{:T(128)} constant(40)", "u32[]{:T(128)} constant(40)"))[
+            -1
+        ].times
+        == plan_hlo.read(TEXT)[-1].times
+    )
+
+
 def test_turns_that_depend_on_the_data_are_those_stated():
     ops = plan_hlo.read(TEXT.replace("constant(40)", "parameter(1)"), turns=7)
     assert {op.times for op in ops} == {7}

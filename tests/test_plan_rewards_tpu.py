@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import world
-from worldr1_jax import plan, plan_rewards, sharding
+from worldr1_jax import plan, plan_hlo, plan_rewards, sharding
 from worldr1_jax.models import da3
 
 pytest.importorskip("libtpu")
@@ -45,4 +45,6 @@ def test_the_network_compiles_with_kernels_and_fits(planned):
     assert plan_rewards.videos_at_once(config, mesh) == 4
     memory = compiled.memory_analysis()
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9
-    assert "splash_m" in compiled.as_text()  # the kernel, and not attention in XLA
+    text = compiled.as_text()
+    assert "splash_m" in text  # the kernel, and not attention in XLA
+    assert plan_hlo.read(text)  # every loop has a number of turns
