@@ -7,6 +7,7 @@ import pytest
 
 from tests.test_recon import ideal
 from worldr1_jax import rewards
+from worldr1_jax.nano import videos as nano_videos
 from worldr1_jax.rewards import recon, thin
 
 VIDEO = np.zeros((2, 3, 32, 32, 3), np.float32)
@@ -43,6 +44,21 @@ def test_unknown_rewards_and_modes_are_named():
     ):
         with pytest.raises(ValueError, match=words):
             rewards.check(weights, "nano", mode)
+
+
+def test_half_precision_changes_scores_little():
+    truth = nano_videos.sample(3, 2)
+    video = jnp.asarray(truth.video, jnp.float32) / 255
+    options = {"frame_stride": 4, "depth_scale": 4.0}
+    scores = [
+        rewards.build({"recon": 1.0, "trajectory": 1.0}, dtype=dtype, **options)(
+            video, truth.captions, truth.camtoworld
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+    for name in ("recon", "trajectory"):
+        # bfloat16 keeps three digits; 0.002 is the largest of these scores' changes
+        np.testing.assert_allclose(scores[1].parts[name], scores[0].parts[name], atol=0.01)
 
 
 def numbered(frames, per_frame):
