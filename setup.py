@@ -44,6 +44,7 @@ setup(
             "omegaconf",
             "addict",
             "e3nn",
+            "opencv-python-headless",  # the resize of depth-anything-3
             "rich",
             "pytest>=8",
             "hypothesis>=6",

@@ -99,9 +99,8 @@ def _paper() -> ml_collections.ConfigDict:
     c.rewards.likeness = "lpips"  # what S_recon compares with: lpips [paper], or ssim
     c.rewards.lpips = ""  # folder of LPIPS (AlexNet v0.1); see models/lpips.py
     c.rewards.change_floor = 0.0  # S_recon counts only what standing still cannot explain; try 0.1
-    c.rewards.change_min = (
-        0.0  # unlikeness of frames below which S_recon shrinks; try 0.3 with SSIM
-    )
+    # unlikeness of frames below which S_recon shrinks; try less than what the base's videos have
+    c.rewards.change_min = 0.0
     c.rewards.texture_min = 0.02  # local contrast below which S_recon shrinks; ours
     c.rewards.mode = "paper"  # or "released": S_traj by the formula of World-R1's code
     c.rewards.frame_stride = 1  # the 3D network sees every so many frames

@@ -1,14 +1,15 @@
 """The TPU compiler itself, on a small network; needs libtpu (pip install 'jax[tpu]') but no TPU."""
 
+import dataclasses
 import json
-import os
 
+import jax
 import pytest
 
 from configs import world
-from worldr1_jax import plan
+from worldr1_jax import plan, plan_hlo, plan_programs, sharding
 from worldr1_jax.chips import CHIPS
-from worldr1_jax.models import wan_dit
+from worldr1_jax.models import da3, wan_dit
 
 pytest.importorskip("libtpu")
 
@@ -17,8 +18,6 @@ pytest.importorskip("libtpu")
 def planned():
     """A small DiT, 8 videos of 5 frames on one host of 8 chips, two devices a video."""
     patch = pytest.MonkeyPatch()
-    patch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
-    patch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     small = wan_dit.Config(num_attention_heads=2, ffn_dim=512, num_layers=3)
     patch.setitem(plan.PRESETS, "large", lambda: small)
     config = world.get_config("large")
@@ -51,3 +50,29 @@ def test_only_weights_and_heads_cross_the_network(planned):
     # The rest is the embeddings of text and time, which weigh much in a network this narrow.
     assert sent["all-gather"] < 2 * weights
     assert "all-to-all" in sent
+
+
+def test_depth_anything_compiles_with_kernels_and_fits():
+    """Four layers of heads of 64, 5 frames, 4 videos on 8 chips, two devices a video."""
+    config = world.get_config("large")
+    with config.unlocked():
+        config.rewards.likeness = "ssim"
+    net = da3.Config.giant()
+    starts = {"alt_start": 1, "qknorm_start": 1, "rope_start": 1}
+    small = dataclasses.replace(
+        net.net, embed_dim=256, num_heads=4, depth=4, out_layers=(0, 1, 2, 3), **starts
+    )
+    heads = [
+        dataclasses.replace(head, features=32, out_channels=(32, 32, 64, 64))
+        for head in (net.head, net.gs_head)
+    ]
+    net = dataclasses.replace(net, net=small, head=heads[0], gs_head=heads[1], process_res=224)
+    mesh = sharding.make_mesh({"fsdp": 4, "context": 2}, plan.topology_devices("v5e:2x4"))
+    reward = plan_programs.abstract_reward(config, mesh, net)
+    videos = jax.ShapeDtypeStruct((4, 5, 160, 224, 3), "float32", sharding=sharding.batched(mesh))
+    with jax.set_mesh(mesh):
+        compiled = reward._reconstruct.trace(reward._state, videos).lower().compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < CHIPS["v5e"].hbm
+    assert "splash_m" in text  # the kernel, and not attention in XLA
+    assert plan_hlo.read(text)  # every loop has a number of turns

@@ -1,7 +1,5 @@
 """The renderer under the TPU compiler; needs libtpu (pip install 'jax[tpu]') but no TPU."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +13,6 @@ pytest.importorskip("libtpu")
 
 TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
 SIZE = (294, 504)  # px; what Depth Anything 3 sees of 480x832
-
-
-@pytest.fixture(autouse=True)
-def no_tpu_here(monkeypatch):
-    monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)

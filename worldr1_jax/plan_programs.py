@@ -19,12 +19,12 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from worldr1_jax import checkpoint, plan_rewards, settings, sharding
+from worldr1_jax import checkpoint, settings, sharding
 from worldr1_jax.grpo import update as grpo
-from worldr1_jax.models import attention, da3, lora, lpips, umt5, wan_dit, wan_vae
+from worldr1_jax.models import attention, da3, da3_config, lora, lpips, umt5, wan_dit, wan_vae
 from worldr1_jax.models.wan import Wan
 from worldr1_jax.pipeline import Pipeline
-from worldr1_jax.rewards import Reward, general
+from worldr1_jax.rewards import Reward, general, reconstruct
 from worldr1_jax.rollout import schedule
 
 PRESETS = {"small": wan_dit.Config.wan_1_3b, "large": wan_dit.Config.wan_14b}
@@ -72,17 +72,21 @@ def abstract_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
         )  # fmt: skip
         return lora.add(dit, config.policy.lora_rank, config.policy.lora_alpha, nnx.Rngs(1))
 
-    dit = _placed(nnx.eval_shape(make_dit), "wan_dit", mesh)
-    vae = _placed(
-        nnx.eval_shape(lambda: wan_vae.WanVAE(wan_vae.Config.wan2_1(), nnx.Rngs(0))),
-        "wan_vae", mesh,
-    )  # fmt: skip
-    text = nnx.eval_shape(
-        lambda: umt5.UMT5Encoder(umt5.Config.xxl(), nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    def make_vae() -> nnx.Module:
+        return wan_vae.WanVAE(wan_vae.Config.wan2_1(), nnx.Rngs(0))
+
+    def make_text() -> nnx.Module:
+        return umt5.UMT5Encoder(
+            umt5.Config.xxl(), nnx.Rngs(0), dtype=dtype, param_dtype=dtype
+        )  # fmt: skip
+
+    dit, vae, text = (
+        _abstract(make, name, mesh)
+        for make, name in ((make_dit, "wan_dit"), (make_vae, "wan_vae"), (make_text, "umt5"))
     )
     s = config.sample
     sigmas: Any = np.asarray(schedule.sigmas(s.steps, s.shift))  # no device to put it on
-    wan = Wan(dit, vae, _placed(text, "umt5", mesh), None, config.policy.text_tokens)
+    wan = Wan(dit, vae, text, None, config.policy.text_tokens)
     # The warp is planned apart: the rollout's text would have its loops of unknown length.
     camera = dataclasses.replace(settings.make_camera(config), mode="none")
     return Pipeline(
@@ -92,10 +96,18 @@ def abstract_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
     )  # fmt: skip
 
 
-def abstract_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Reward:
-    """The trainer's reward with the published giant of Depth Anything 3 and LPIPS, no values."""
-    r = config.rewards
-    network = plan_rewards.abstract(da3.Config.giant(), config.policy.dtype, mesh)
+def abstract_reward(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, network: da3.Config | None = None
+) -> Reward:
+    """The trainer's reward with Depth Anything 3 and LPIPS, no values; without a `network` the
+    published giant, the only size with Gaussians."""
+    r, dtype = config.rewards, jnp.dtype(config.policy.dtype)
+    chosen = da3.Config.giant() if network is None else network
+    splash = attention.build("splash", device_kind=mesh.devices.flat[0].device_kind)
+
+    def make_network() -> nnx.Module:
+        return da3.DA3(chosen, nnx.Rngs(0), dtype=dtype, attention=splash)
+
     distance = None
     if r.likeness == "lpips":
         distance = nnx.eval_shape(lambda: lpips.LPIPS(nnx.Rngs(0)))
@@ -103,7 +115,8 @@ def abstract_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) 
         state = jax.tree.map(partial(_described, place=whole), nnx.state(distance))
         nnx.update(distance, state)
     return Reward(
-        dict(r.weights), network, mesh, frame_stride=r.frame_stride, views=r.views or None,
+        dict(r.weights), _abstract(make_network, "da3", mesh), mesh,
+        frame_stride=r.frame_stride, views=r.views or None,
         depth_scale=r.depth_scale, distance=distance, mode=r.mode,
         gaussian_frames=r.gaussian_frames or None, videos_at_once=config.sample.videos_at_once,
         asks=settings.asked_of_recon(config),
@@ -202,8 +215,12 @@ def _rewards(
     config, reward: Reward, shapes: Shapes, resting: int, network: int
 ) -> Iterator[Lowering]:
     """Reconstruction, S_recon with its renderer and its measure, S_traj, and R_gen; a turn each."""
-    for name, trace, needed in plan_rewards.lowerings(config, reward.mesh):
-        yield Lowering(name, trace, needed, times=shapes.turns, resting=resting)
+    yield Lowering(
+        "reconstruct",
+        lambda: reward._reconstruct.trace(reward._state, shapes.some),
+        needed=_reconstruct_flops(config, shapes.some) / reward.mesh.size,
+        times=shapes.turns, resting=resting,
+    )  # fmt: skip
     # The 3D network stays awake until all turns are over.
     turn = {"times": shapes.turns, "resting": resting + network}
     # Shaped here, where no mesh is set: the network makes constants, and these devices hold none.
@@ -228,6 +245,14 @@ def _rewards(
         ),
         **turn,
     )
+
+
+def _reconstruct_flops(config, videos: Any) -> float:
+    giant = da3.Config.giant()
+    count, frames, height, width = videos.shape[:4]
+    frames = -(-frames // config.rewards.frame_stride)
+    size = reconstruct.processed_size(height, width, giant.process_res, giant.net.patch_size)
+    return count * da3_config.flops(giant, frames, size)
 
 
 def _update(config, pipeline: Pipeline, shapes: Shapes, state: Any, resting: int) -> Lowering:
@@ -301,17 +326,8 @@ def _described(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _placed(module: nnx.Module, table: str, mesh: jax.sharding.Mesh) -> Any:
-    """The abstract module with the places that sharding.place would give its leaves."""
-    for kind, name in ((nnx.LoRAParam, "lora"), (nnx.Not(nnx.LoRAParam), table)):
-        state = nnx.state(module, nnx.All(nnx.Param, kind))
-        if not jax.tree.leaves(state):
-            continue
-        places = sharding.shardings_of(state, name, mesh)
-        nnx.update(module, jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
-        ))  # fmt: skip
-    return module
+def _abstract(make: Callable[[], nnx.Module], table: str, mesh: jax.sharding.Mesh) -> Any:
+    return sharding.describe(nnx.eval_shape(make), table, mesh)
 
 
 def _like(adapters: Any, state: Any, whole: Any) -> Any:

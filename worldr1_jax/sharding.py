@@ -275,10 +275,28 @@ def placer(name: str, mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], Nam
 def place(module: nnx.Module, name: str, mesh: Mesh) -> nnx.Module:
     """Moves a module's parameters to their shards, in place; LoRA leaves follow the table
     `lora`."""
+    return _updated(module, name, mesh, jax.device_put)
+
+
+def describe(module: nnx.Module, name: str, mesh: Mesh) -> nnx.Module:
+    """As `place`, for a module whose leaves have a shape and a dtype but no values
+    (nnx.eval_shape)."""
+
+    def described(state: Any, places: Any) -> Any:
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+        )
+
+    return _updated(module, name, mesh, described)
+
+
+def _updated(
+    module: nnx.Module, name: str, mesh: Mesh, placed: Callable[[Any, Any], Any]
+) -> nnx.Module:
     for kind, table in ((nnx.LoRAParam, "lora"), (nnx.Not(nnx.LoRAParam), name)):
         state = nnx.state(module, nnx.All(nnx.Param, kind))
         if jax.tree.leaves(state):
-            nnx.update(module, jax.device_put(state, shardings_of(state, table, mesh)))
+            nnx.update(module, placed(state, shardings_of(state, table, mesh)))
     return module
 
 

@@ -68,7 +68,7 @@ def s_recon(
         perceptual: distance of two batches of images in [0, 1], one number an image, 0 = same.
         texture_min: see above; 0 leaves the gate out.
         change_floor: see above; 0 leaves it out. Asks for a network that knows such footage.
-        change_min: see above; 0 leaves it out. For likeness by SSIM, 0.3 is a moving camera.
+        change_min: see above; 0 leaves it out. Choose it below what the base policy has.
         moves: see above; None takes all as moving.
         method: of `splat.render`.
 
