@@ -13,7 +13,7 @@ from flax import nnx
 
 from tests import goldens
 from tests.goldens.make_wan_dit import PATH
-from worldr1_jax.models import lora, rotary, wan_dit
+from worldr1_jax.models import layers, lora, rotary, wan_dit
 from worldr1_jax.models.attention import attention
 
 
@@ -80,7 +80,7 @@ def test_bfloat16_is_near_float32(golden, published, inputs):
 
 def test_remat_changes_no_gradient(published, inputs):
     gradients = {}
-    for remat in ("none", "full", "dots", "whole"):
+    for remat in layers.REMAT_POLICIES:
         model = with_lora(published, remat=remat)
         graphdef, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
 
@@ -89,7 +89,7 @@ def test_remat_changes_no_gradient(published, inputs):
 
         gradients[remat] = jax.jit(jax.grad(loss))(adapters, base)
     assert len(jax.tree.leaves(gradients["none"])) == 16  # A and B of q, k, v, o, twice
-    for remat in ("full", "dots", "whole"):
+    for remat in layers.REMAT_POLICIES[1:]:
         for got, want in zip(
             jax.tree.leaves(gradients[remat]), jax.tree.leaves(gradients["none"]), strict=True
         ):

@@ -1,8 +1,10 @@
-"""Published figures of TPU chips, for plans and for default meshes."""
+"""TPU chips: published figures, for plans and default meshes, and the compiler's flags."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,3 +36,34 @@ CHIPS = {
 # Share of the peak that the attention kernel is taken to reach. An assumption, not a measurement:
 # heads of 128 fill half of the 256-wide matrix units of v6e and tpu7x in one of two products.
 EFFICIENCY = {"v4": 0.7, "v5e": 0.7, "v5p": 0.7, "v6e": 0.6, "tpu7x": 0.6}
+
+# What the launchers and the planner tell the TPU compiler. Weights are gathered behind other work;
+# and a program may use more of a core's memory, of which 16 or 32 MiB are the compiler's default:
+# products of matrices get larger blocks (by its own estimate, those of Wan 14B's backward pass take
+# a fifth less time on a v5p).
+FLAGS = {
+    "xla_tpu_scoped_vmem_limit_kib": "49152",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_enable_async_all_gather": "true",
+}
+_ARGS = "LIBTPU_INIT_ARGS"
+_SCOPED = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 32, "tpu7x": 32}  # MiB, the compiler's defaults
+
+
+def set_flags() -> None:
+    """Adds FLAGS to the environment, where libtpu finds them when it is loaded; a flag that is
+    there already stays as it is."""
+    args = os.environ.get(_ARGS, "")
+    new = [f"--{name}={value}" for name, value in FLAGS.items() if name not in args]
+    os.environ[_ARGS] = " ".join(filter(None, [args, *new]))
+
+
+def scoped_memory(chip: str) -> int:
+    """Bytes of a core's own memory that the compiler gives one kernel, by its flags."""
+    found = re.search(r"xla_tpu_scoped_vmem_limit_kib=(\d+)", os.environ.get(_ARGS, ""))
+    if found is None or chip == "v4":  # whose cores have no more
+        return _SCOPED[chip] << 20
+    return int(found.group(1)) << 10

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from worldr1_jax import cost, plan_hlo, plan_programs, settings
+from worldr1_jax import chips, cost, plan_hlo, plan_programs, settings
 from worldr1_jax.chips import CHIPS, EFFICIENCY, Chip
 from worldr1_jax.models.attention_kernels import generation
 from worldr1_jax.plan_programs import PRESETS, Lowering
@@ -66,6 +66,7 @@ def topology_devices(name: str) -> list[Any]:
     """
     from jax.experimental import topologies
 
+    chips.set_flags()
     slices, _, shape = name.rpartition("*")
     options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
     if shape.endswith(":1x1"):

@@ -181,7 +181,7 @@ def _op(computations, result, opcode, rest, shapes, operands, times) -> Iterator
         traffic = sent(kind, max(_sizes(shapes[result]), default=0), group)
     elif opcode == "custom-call" and "tpu_custom_call" in rest:
         kind, count = "kernel", 0
-        flops = _kernel_flops(result, [shapes.get(name, "") for name in operands])
+        flops = _kernel_flops(result, shapes[result], [shapes.get(name, "") for name in operands])
     elif not count:
         return
     name = source.group(1) if source else ""
@@ -230,14 +230,17 @@ def _group(rest: str) -> int:
     return len(match.group(1).split(",")) if match else 0
 
 
-def _kernel_flops(name: str, operands: list[str]) -> float:
+def _kernel_flops(name: str, result: str, operands: list[str]) -> float:
     """Of jax's splash attention, from the shapes of its [heads N D] operands; else 0."""
     match = _KERNEL.search(name)
     if match is None:
         return 0.0
     shapes = [s for s in (_dimensions(text) for text in operands) if len(s) >= 3 and s[-1] >= 64]
     query, key = shapes[0], shapes[1]
-    return 2.0 * KERNEL_PRODUCTS[match.group(1)] * math.prod(query) * key[-2]
+    products = KERNEL_PRODUCTS[match.group(1)]
+    if any(dims.count(",") > 2 for _, dims, _ in _SHAPE.findall(result)):
+        products += 1  # the kernel of dk and dv gives dq as well, apart for each block of keys
+    return 2.0 * products * math.prod(query) * key[-2]
 
 
 def _operands(rest: str) -> list[str]:

@@ -57,18 +57,12 @@ class Lowering:
 
 def abstract_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Pipeline:
     """The trainer's pipeline with leaves that have a shape, a dtype and a place, but no values."""
-    kind = mesh.devices.flat[0].device_kind
-    context = "ulysses"
-    heads = PRESETS[config.variant]().num_attention_heads
-    if heads // mesh.shape["tensor"] % mesh.shape["context"]:
-        context = "ring"
-    implementation = attention.build(f"{context}:splash", device_kind=kind)
-    dtype = jnp.dtype(config.policy.dtype)
+    preset, dtype = PRESETS[config.variant](), jnp.dtype(config.policy.dtype)
 
     def make_dit() -> nnx.Module:
         dit = wan_dit.WanDiT(
-            PRESETS[config.variant](), nnx.Rngs(0), dtype=dtype, param_dtype=dtype,
-            remat=config.policy.remat, implementation=implementation,
+            preset, nnx.Rngs(0), dtype=dtype, param_dtype=dtype, remat=config.policy.remat,
+            implementation=attention.for_mesh(mesh, preset.num_attention_heads, dtype),
         )  # fmt: skip
         return lora.add(dit, config.policy.lora_rank, config.policy.lora_alpha, nnx.Rngs(1))
 
@@ -103,10 +97,10 @@ def abstract_reward(
     published giant, the only size with Gaussians."""
     r, dtype = config.rewards, jnp.dtype(config.policy.dtype)
     chosen = da3.Config.giant() if network is None else network
-    splash = attention.build("splash", device_kind=mesh.devices.flat[0].device_kind)
+    kernel = attention.for_mesh(mesh, chosen.net.num_heads, dtype)
 
     def make_network() -> nnx.Module:
-        return da3.DA3(chosen, nnx.Rngs(0), dtype=dtype, attention=splash)
+        return da3.DA3(chosen, nnx.Rngs(0), dtype=dtype, attention=kernel)
 
     distance = None
     if r.likeness == "lpips":

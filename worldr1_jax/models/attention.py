@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from worldr1_jax import sharding
+from worldr1_jax import chips, sharding
 from worldr1_jax.models import attention_context, attention_kernels
 
 Implementation = str | Callable[..., jax.Array]
@@ -96,8 +97,25 @@ def build(name: str, *, device_kind: str | None = None, keys: int | None = None)
         kernel = attention_kernels.CuDnn()
     else:
         chip = attention_kernels.generation(device_kind)
-        kernel = attention_kernels.Splash(attention_kernels.BLOCKS[chip])
+        kernel = attention_kernels.Splash(
+            attention_kernels.BLOCKS[chip], attention_kernels.keys_in(chips.scoped_memory(chip))
+        )
     return attention_context.Sharded(kernel, context or "ulysses")
+
+
+def for_mesh(mesh: Mesh | None, heads: int, dtype: Any) -> Implementation:
+    """What a network of so many heads runs on the devices of a mesh: their kernel, and for tokens
+    over the context axis all-to-all exchange, or a ring where it does not divide the heads.
+
+    On CPUs "auto", which leaves a context axis to the compiler; the same without a mesh.
+    """
+    if mesh is None or mesh.devices.flat[0].platform == "cpu":
+        return "auto"
+    device = mesh.devices.flat[0]
+    local = "auto" if device.platform == "tpu" or jnp.dtype(dtype).itemsize == 2 else "blocks"
+    shards = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
+    context = "ring" if heads // shards % mesh.shape["context"] else "ulysses"
+    return build(f"{context}:{local}", device_kind=device.device_kind)
 
 
 def for_short_keys(implementation: Implementation) -> Implementation:

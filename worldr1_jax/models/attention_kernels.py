@@ -128,10 +128,14 @@ class Splash:
 
     Attributes:
       block: queries and keys of a block; smaller ones where there are fewer.
+      keys: that a block of the backward pass has in the core's memory at a time. The kernel gives
+        the shares of all these blocks in the gradient of the queries apart, in HBM, so that few
+        and large ones cost least; `keys_in` says what fits.
       interpret: run the kernel's arithmetic on any device, slowly, for tests.
     """
 
     block: int = 1024
+    keys: int = 2048
     interpret: bool = False
     multiple: int = LANES
 
@@ -181,9 +185,8 @@ class Splash:
         compute = _divisor(block_k, 1024)
         sizes = splash.BlockSizes(
             block_q=block_q, block_kv=block_k, block_kv_compute=compute,
-            block_q_dkv=min(block_q, _divisor(rows, 1024)), block_kv_dkv=compute,
-            block_kv_dkv_compute=compute,
-            block_q_dq=min(block_q, _divisor(rows, 1024)), block_kv_dq=compute,
+            block_q_dkv=_divisor(rows, 1024), block_kv_dkv=_divisor(columns, self.keys, compute),
+            block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
         )  # fmt: skip
         mask = masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads)
         return splash.make_splash_mha(
@@ -214,6 +217,12 @@ class CuDnn:
             q, k, v, scale=scale, implementation="cudnn", query_seq_lengths=queries,
             key_value_seq_lengths=keys,
         )  # fmt: skip
+
+
+def keys_in(memory: int) -> int:
+    """Keys of a block of the splash kernel's backward pass that fit into so many bytes of a core's
+    memory: 16, 32 and 48 MiB hold 2048, 4096 and 8192, as the compiler has it (4.2 KB a key)."""
+    return 1 << ((memory // 4608).bit_length() - 1)
 
 
 def generation(device_kind: str) -> str:
@@ -267,10 +276,11 @@ def _heads_first(x):
     return jnp.swapaxes(x, 1, 2)
 
 
-def _divisor(length: int, largest: int) -> int:
-    """The largest multiple of LANES up to `largest` that divides the length."""
+def _divisor(length: int, largest: int, unit: int = LANES) -> int:
+    """The largest multiple of `unit` up to `largest`, or `unit`, that divides the length."""
     if length % LANES:
         raise ValueError(
             f"splash attention got {length} tokens a device; it needs a multiple of {LANES}"
         )
-    return max(n for n in range(LANES, min(length, largest) + 1, LANES) if length % n == 0)
+    most = max(min(length, largest), unit)
+    return max(n for n in range(unit, most + 1, unit) if length % n == 0)

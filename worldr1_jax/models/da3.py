@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from worldr1_jax import sharding
 from worldr1_jax.models import convert
-from worldr1_jax.models.attention import Implementation
+from worldr1_jax.models.attention import Implementation, for_mesh
 from worldr1_jax.models.da3_backbone import Backbone, pad_frames
 from worldr1_jax.models.da3_config import Config
 from worldr1_jax.models.da3_gaussians import (
@@ -313,17 +313,19 @@ def load(
     dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
     shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
-    attention: Implementation = "xla",
+    attention: Implementation | None = None,
 ) -> DA3:
     """The network in a publisher's folder (config.json, model.safetensors), read strictly.
 
-    `shardings` maps a leaf's path and shape to where it lives, as in `convert.load`.
+    `shardings` maps a leaf's path and shape to where it lives, as in `convert.load`; without
+    `attention` it is what suits the mesh (attention.for_mesh).
 
     Raises:
       ValueError: files, fields, keys or shapes that do not fit, named.
     """
     config = Config.from_dict(convert.read_config(path))
-    model = nnx.eval_shape(lambda: DA3(config, nnx.Rngs(0), dtype=dtype, attention=attention))
+    kernel = attention or for_mesh(mesh, config.net.num_heads, dtype)
+    model = nnx.eval_shape(lambda: DA3(config, nnx.Rngs(0), dtype=dtype, attention=kernel))
     net = "model.da3" if convert.holds(path, "model.da3.backbone.pretrained.cls_token") else "model"
     convert.load(model, path, table(config, net), mesh=mesh, shardings=shardings, ignore=IGNORE)
     return model

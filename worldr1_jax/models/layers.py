@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from worldr1_jax import sharding
+
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Stack = tuple[int, ...]
 Block = TypeVar("Block", bound=nnx.Module)
@@ -66,16 +68,34 @@ class Linear(nnx.Module):
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
 
-    def __call__(self, x: Float[Array, "... i"], adapters: bool = True) -> Float[Array, "... o"]:
-        """Runs in x.dtype. `adapters=False` leaves the low-rank term out."""
-        y = x @ self.kernel[...].astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "... i"], adapters: bool = True, *, heads: int = 0, axes: int = 1
+    ) -> Float[Array, "... o"]:
+        """Runs in x.dtype.
+
+        Args:
+          x: features on its last `axes` axes.
+          adapters: False leaves the low-rank term out.
+          heads: other than 0, the result is [... heads o / heads]. As the product's own shape: a
+            reshape after it (or before one of two axes) would cost TPUs a transposition.
+        """
+        kernel = self.kernel[...]
+        out = (heads, kernel.shape[-1] // heads) if heads else kernel.shape[-1:]
+        y = _product(x, kernel, axes, out)
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + self.bias[...].astype(x.dtype).reshape(out)
         if adapters and self.lora_a is not None and self.lora_b is not None:
             # A and B rest in float32 so that small updates are not lost; only their use is rounded.
-            low = (x @ self.lora_a[...].astype(x.dtype)) * jnp.asarray(self.lora_scale, x.dtype)
-            y = y + low @ self.lora_b[...].astype(x.dtype)
+            a, b = self.lora_a[...], self.lora_b[...]
+            low = _product(x, a, axes, a.shape[-1:]) * jnp.asarray(self.lora_scale, x.dtype)
+            y = y + _product(low, b, 1, out)
         return y
+
+
+def _product(x: jax.Array, matrix: jax.Array, axes: int, out: tuple[int, ...]) -> jax.Array:
+    """x, whose last `axes` axes are the matrix's rows, times the matrix, its columns as `out`."""
+    shape = (*x.shape[x.ndim - axes :], *out)
+    return jnp.tensordot(x, matrix.astype(x.dtype).reshape(shape), axes)
 
 
 class Mlp(nnx.Module):
@@ -118,17 +138,18 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Unit mean square over the last axis, times a learned scale, in float32."""
+    """Unit mean square over the features, times a learned scale, in float32."""
 
     def __init__(self, features: int, *, eps: float, stack: Stack = ()):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((*stack, features)))
 
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        """Returns float32, whatever the dtype of x."""
+    def __call__(self, x: Float[Array, "... d"], *, axes: int = 1) -> Float[Array, "... d"]:
+        """Returns float32, whatever the dtype of x, whose last `axes` axes hold the features."""
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return x * self.scale[...]
+        over = tuple(range(-axes, 0))
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(over, keepdims=True) + self.eps)
+        return x * self.scale[...].reshape(x.shape[-axes:])
 
 
 class Embedding(nnx.Module):
@@ -156,6 +177,7 @@ def scan_layers(
     x: jax.Array,
     call: Callable[[Block, jax.Array], jax.Array],
     *,
+    table: str,
     remat: str = "none",
 ) -> jax.Array:
     """Runs the L layers that `blocks` stacks: x = call(layer 0, x), x = call(layer 1, x), ...
@@ -164,6 +186,7 @@ def scan_layers(
       blocks: a module whose every leaf has the layers as its leading axis.
       x: what flows from layer to layer; shape and dtype stay the same.
       call: one layer. Whatever else it needs, it closes over.
+      table: name of the network's sharding rules, by which each layer's weights are gathered.
       remat: what the backward pass recomputes: "none", "full" (all but the inputs of each layer),
         "dots" (all but the inputs and the results of matmuls with weights) or "whole" (all but the
         input of the first layer, and then as "full": one forward more, and of several calls before
@@ -176,7 +199,7 @@ def scan_layers(
     graphdef, stacked = nnx.split(blocks)
 
     def body(carry: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-        return call(nnx.merge(graphdef, layer), carry), None
+        return call(nnx.merge(graphdef, sharding.gathered(layer, table)), carry), None
 
     # prevent_cse guards against undoing the remat outside of loops; inside a scan it only costs.
     if remat in ("full", "whole"):

@@ -25,6 +25,7 @@ from worldr1_jax.models import convert, layers, rotary, wan_dit_names
 from worldr1_jax.models.attention import (
     Implementation,
     attention,
+    for_mesh,
     for_short_keys,
     laid_out,
     padded,
@@ -177,27 +178,34 @@ class WanAttention(nnx.Module):
     ) -> Float[Array, "B N d"]:
         """Queries from x, keys and values from context, whose first `length` rows are real; `rope`
         turns queries and keys."""
+        # A TPU would transpose between a product and its heads, so that there each makes, or takes,
+        # them itself; a CPU is slower at products of more axes, and reshapes for nothing.
+        on_cpu, long = isinstance(implementation, str), context is x
+        axes, heads = (1, 0) if on_cpu else (2, self.heads)
+        q = self._place(self.to_q(x, adapters, heads=heads), True, implementation)
+        k, v = (
+            self._place(to(context, adapters, heads=heads), long, implementation)
+            for to in (self.to_k, self.to_v)
+        )
         # Rounded to the module's dtype before they turn: no float32 copy of them leaves a fusion.
-        q = self._heads(self.norm_q(self.to_q(x, adapters)).astype(x.dtype))
-        k = self._heads(self.norm_k(self.to_k(context, adapters)).astype(x.dtype))
-        v = self._heads(self.to_v(context, adapters))
+        q, k = (
+            self._heads(norm(y, axes=axes).astype(x.dtype))
+            for norm, y in ((self.norm_q, q), (self.norm_k, k))
+        )
         if rope is not None:
-            turn = rotary.rotate if isinstance(implementation, str) else rotary.rotate_by_product
+            turn = rotary.rotate if on_cpu else rotary.rotate_by_product
             q, k = turn(q, *rope).astype(x.dtype), turn(k, *rope).astype(x.dtype)
         real = length if length < context.shape[1] else None
-        long = context is x
-        q = self._place(q, True, implementation)
-        k, v = (self._place(y, long, implementation) for y in (k, v))
-        out = attention(q, k, v, length=real, implementation=implementation)
-        return self.to_out(out.reshape(x.shape), adapters)
+        out = attention(q, k, self._heads(v), length=real, implementation=implementation)
+        return self.to_out(out.reshape(x.shape) if on_cpu else out, adapters, axes=axes)
 
     @staticmethod
     def _place(x: jax.Array, long: bool, implementation: Implementation) -> jax.Array:
-        axes = ("videos", "tokens" if long else "text", "heads", None)
-        return laid_out(sharding.constrain(x, *axes), (0, 2, 1, 3), axes, implementation)
+        axes = ("videos", "tokens" if long else "text", "heads", None)[: x.ndim]
+        return laid_out(sharding.constrain(x, *axes), (0, 2, 1, 3)[: x.ndim], axes, implementation)
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+        return x.reshape(*x.shape[:2], self.heads, -1)
 
 
 class WanBlocks(nnx.Module):
@@ -327,7 +335,7 @@ class WanDiT(nnx.Module):
                 implementation=self.implementation, adapters=adapters, length=tokens,
             )  # fmt: skip
 
-        x = layers.scan_layers(self.blocks, x, block, remat=self.remat)[:, :tokens]
+        x = layers.scan_layers(self.blocks, x, block, table="wan_dit", remat=self.remat)[:, :tokens]
         shift, scale = jnp.split(self.scale_shift_table[...] + temb[:, None], 2, axis=1)
         x = (self.norm_out(x) * (1 + scale) + shift).astype(self.dtype)
         x = self.proj_out(x).astype(jnp.float32)
@@ -454,7 +462,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
     remat: str = "none",
-    implementation: Implementation = "xla",
+    implementation: Implementation | None = None,
 ) -> WanDiT:
     """Reads a folder with config.json and safetensors, of diffusers or of Wan-Video's own release.
 
@@ -463,7 +471,8 @@ def load(
       dtype: compute dtype (see WanDiT).
       param_dtype: dtype in which kernels of the blocks rest; None means `dtype`.
       mesh, shardings: where the leaves go as they stream in (see convert.load).
-      remat, implementation: see WanDiT.
+      remat: see WanDiT.
+      implementation: of attention; None takes what suits the mesh (attention.for_mesh).
 
     Raises:
       ValueError: a config this network cannot honour, or files that do not fit it.
@@ -477,7 +486,7 @@ def load(
             dtype=dtype,
             param_dtype=kernels,
             remat=remat,
-            implementation=implementation,
+            implementation=implementation or for_mesh(mesh, config.num_attention_heads, dtype),
         )
     )
     layout = "wan" if convert.holds(path, "head.head.weight") else "diffusers"

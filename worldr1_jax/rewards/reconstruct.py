@@ -36,7 +36,7 @@ def load(folder: str | Path, *, mesh: jax.sharding.Mesh, dtype: Any = "float32")
     runs it in half precision."""
     places = sharding.placer("da3", mesh)
     dtype = jnp.dtype(dtype)
-    return da3.load(folder, dtype=dtype, mesh=mesh, shardings=places, attention="auto")
+    return da3.load(folder, dtype=dtype, mesh=mesh, shardings=places)
 
 
 def reconstruct(
