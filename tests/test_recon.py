@@ -54,7 +54,7 @@ def test_an_ideal_reconstruction_scores_one():
     score, parts = s_recon(video, found)
     np.testing.assert_allclose(score, 1.0, atol=1e-3)
     assert (parts["psnr"] > 60).all() and (parts["coverage"] > 0.5).all()
-    assert set(parts) == {"psnr", "ssim", "coverage", "texture"}
+    assert set(parts) == {"psnr", "ssim", "coverage", "texture", "texture_least"}
 
 
 def test_the_same_instants_are_compared():
@@ -75,7 +75,17 @@ def test_blank_videos_do_not_win():
     video = jnp.zeros_like(video)
     ungated, _ = s_recon(video, found.replace(gaussians=empty), texture_min=0.0)
     np.testing.assert_allclose(ungated, 1.0, atol=1e-5)
-    assert float(recon.texture(jnp.full((1, 2, 24, 24, 3), 0.7))[0]) < 1e-4
+    assert float(recon.texture(jnp.full((1, 2, 24, 24, 3), 0.7)).max()) < 1e-4
+
+
+def test_the_frame_that_shows_least_is_found_among_all():
+    """Also when it is none of those that are rendered again."""
+    video, found = ideal()
+    _, before = s_recon(video, found, views=1)
+    _, after = s_recon(video.at[0, 1].set(0.3), found, views=1)
+    assert float(after["texture_least"][0]) < recon.BLANK < float(before["texture_least"][0])
+    np.testing.assert_array_equal(after["texture"], before["texture"])
+    np.testing.assert_array_equal(after["texture_least"][1], before["texture_least"][1])
 
 
 def test_perceptual_distance_replaces_ssim():

@@ -46,6 +46,22 @@ def test_unknown_rewards_and_modes_are_named():
             rewards.check(weights, "nano", mode)
 
 
+def test_videos_that_show_nothing_cannot_be_learnt_from(reward):
+    """A black one, a gray one, and one with a single black frame: no path is made up for them."""
+    truth = nano_videos.sample(3, 4)
+    videos = jnp.asarray(truth.video, jnp.float32) / 255
+    videos = videos.at[0].set(0.0).at[1].set(0.5).at[2, 7].set(0.0)
+    scores = reward(videos, truth.captions, truth.camtoworld, consistency=True)
+    assert scores.valid.tolist() == [False, False, False, True]
+    for name in ("trajectory", "trajectory_rotation", "cam_mc", "mvcs"):
+        np.testing.assert_array_equal(np.isfinite(scores.parts[name]), scores.valid, name)
+    np.testing.assert_array_equal(np.isfinite(scores.total), scores.valid)
+    assert (scores.parts["recon"][:2] < 0.01).all()
+    # Where the path does not count, S_recon's gate is what keeps them from winning.
+    alone = reward(videos, truth.captions, truth.camtoworld, off=("trajectory",))
+    assert alone.valid.all() and (alone.total[:2] < 0.01).all()
+
+
 def test_half_precision_changes_scores_little():
     truth = nano_videos.sample(3, 2)
     video = jnp.asarray(truth.video, jnp.float32) / 255

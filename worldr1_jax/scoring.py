@@ -114,8 +114,8 @@ def score(
     """Scores of (video file, prompt) pairs, in their order, one video at a time.
 
     A video that cannot be judged gets a sentence instead of scores: a file that cannot be read, one
-    with fewer frames than a path needs, or one that shows nothing (see `recon.TEXTURE_MIN`), whose
-    recovered path would be made up.
+    with fewer frames than a path needs, or one with a frame that shows nothing (see `recon.BLANK`),
+    whose recovered path would be made up.
     """
     for path, prompt in pairs:
         try:
@@ -174,9 +174,12 @@ def _score_one(
     measured["general"] = reward.general(batch, [prompt] * parts)
     measured["total"] = reward.combine(measured).total
     values = {name: float(sharding.to_host(value)[0]) for name, value in measured.items()}
-    texture = values["texture"]
-    if texture < recon.TEXTURE_MIN:
-        text = f"{path} shows next to nothing (texture {texture:.4f}, below {recon.TEXTURE_MIN})"
+    least = values["texture_least"]
+    if least < recon.BLANK:
+        text = (
+            f"{path} has a frame that shows next to nothing (texture {least:.4f}, below "
+            f"{recon.BLANK:.4f})"
+        )
         return Scored(path, prompt, {}, error=text)
     picture = b""
     if with_pictures:

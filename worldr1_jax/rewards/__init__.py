@@ -144,6 +144,7 @@ class Reward:
         self._renderer = "pallas" if on_tpu else "tiled"
         self._recon = jax.jit(self._recon_of_videos)
         self._trajectory = jax.jit(self._trajectory_of_videos)
+        self._masked = jax.jit(combine.masked)
         self._turn = jax.jit(self._turn_of, static_argnums=2)
         self._joined = jax.jit(self._join, out_shardings=sharding.batched(mesh))
         self._mvcs = jax.jit(recon.mvcs)
@@ -203,7 +204,8 @@ class Reward:
                 parts |= wait_for(self.geometry(videos, found, camtoworld))
             if consistency:
                 with stage("consistency") as wait_for:
-                    parts["mvcs"] = wait_for(self.consistency(found))
+                    measured = {"mvcs": wait_for(self.consistency(found))}
+                parts |= self._where_shown(measured, parts)
         with stage("general") as wait_for:
             parts["general"] = wait_for(self.general(videos, prompts))
         return parts
@@ -247,13 +249,19 @@ class Reward:
             return self._reconstruct(sharding.awake(self._state), videos)
 
     def geometry(self, videos, found: Reconstruction, camtoworld) -> dict[str, Array]:
-        """S_recon (PSNR and SSIM beside it) and S_traj (its factors and its errors beside it)."""
+        """S_recon (PSNR and SSIM beside it) and S_traj (its factors and its errors beside it; NaN
+        where a frame shows nothing, see `recon.BLANK`)."""
         asked = sharding.to_global(np.asarray(camtoworld, np.float32), sharding.batched(self.mesh))
         with sharding.on(self.mesh):
             lpips = sharding.awake(self._lpips_state)
             score, extra = self._recon(lpips, videos, found, asked)
             paths = self._trajectory(asked, found.camtoworld)
-            return {"recon": score, **paths, **extra}
+        return {"recon": score, **self._where_shown(paths, extra), **extra}
+
+    def _where_shown(self, scores: dict[str, Array], parts: dict[str, Array]) -> dict[str, Array]:
+        """The scores, NaN for videos with a frame that shows nothing."""
+        with sharding.on(self.mesh):
+            return self._masked(scores, parts["texture_least"] >= recon.BLANK)
 
     def consistency(self, found: Reconstruction) -> Array:
         """MVCS, a measure beside the rewards: see `recon.mvcs`."""

@@ -10,7 +10,9 @@ What the score cannot see, and what sees it instead:
     pays for movement as such. With 0.3 in a run of nano the gated score rose by 0.06 while the
     PSNR of the re-renders fell by 0.8 dB.
   - A blank video is explained perfectly by a blank scene (SSIM 1, LPIPS 0). `texture` gates it: the
-    score is multiplied by min(1, texture / TEXTURE_MIN).
+    score is multiplied by min(1, texture / TEXTURE_MIN). Where a single frame is below BLANK, its
+    camera would be made up (nano's network gives black videos a mean S_traj of 0.41): such a video
+    gets no S_traj, and no total where S_traj counts.
   - Moving objects lower it; it is off in the dynamic phase.
 """
 
@@ -30,6 +32,7 @@ from worldr1_jax.types import Reconstruction
 WINDOW, SIGMA = 7, 1.5  # px; SSIM's Gaussian window, 7 instead of 11 because nano frames are small
 C1, C2 = 0.01**2, 0.03**2  # SSIM's stabilisers for a range of 1
 TEXTURE_MIN = 0.02  # mean local standard deviation of brightness; about 5 of 255 levels
+BLANK = 1 / 255  # texture below which a frame shows nothing: one level of 8 bits
 MSE_MIN = 1e-10  # PSNR is at most 100 dB
 
 Perceptual = Callable[[Float[Array, "N H W 3"], Float[Array, "N H W 3"]], Float[Array, " N"]]
@@ -74,8 +77,9 @@ def s_recon(
 
     Returns:
         The scores [B] in [0, 1], NaN where the video or its reconstruction is not finite; and
-        psnr (dB, at most 100), ssim (-1 to 1), coverage (mean alpha) and texture beside them, and
-        perceptual, the mean distance, where one is given.
+        psnr (dB, at most 100), ssim (-1 to 1), coverage (mean alpha), texture and texture_least
+        (that of the frame that shows least, of all frames) beside them, and perceptual, the mean
+        distance, where one is given.
 
     Raises:
         ValueError: shapes that do not belong together, or fewer than 1 or more than F views.
@@ -87,7 +91,8 @@ def s_recon(
         )
     size = reconstruction.depth.shape[2:]
     chosen = frame_indices(video.shape[1], views)
-    frames = reconstruct.resize_frames(video[:, chosen], (size[0], size[1]))
+    resized = reconstruct.resize_frames(video, (size[0], size[1]))
+    frames = resized[:, chosen]
     rendered = splat.render(
         reconstruction.gaussians,
         reconstruction.camtoworld[:, chosen],
@@ -107,7 +112,7 @@ def s_recon(
         if change_min > 0:
             judged = judged * jnp.minimum(1.0, change / change_min)
         judged = judged if moves is None else jnp.where(moves, judged, likeness)
-    detail = texture(frames)
+    detail = jnp.mean(texture(frames), axis=1)
     gate = jnp.minimum(1.0, detail / texture_min) if texture_min > 0 else 1.0
     score = jnp.clip(judged, 0.0, 1.0) * gate
     parts = {
@@ -115,6 +120,7 @@ def s_recon(
         "ssim": similarity,
         "coverage": jnp.mean(rendered.alpha, axis=(1, 2, 3)),
         "texture": detail,
+        "texture_least": jnp.min(texture(resized), axis=1),
     }
     if perceptual is not None:
         parts["perceptual"] = 1.0 - likeness
@@ -231,12 +237,12 @@ def ssim(
     return jnp.mean(brightness * structure, axis=(-3, -2, -1))
 
 
-def texture(video: Float[Array, "B F H W 3"]) -> Float[Array, " B"]:
-    """Mean local standard deviation of brightness (SSIM's window); 0 for a blank video."""
+def texture(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F"]:
+    """Mean local standard deviation of brightness (SSIM's window); 0 for a blank frame."""
     gray = jnp.mean(video, axis=-1, keepdims=True)
-    gray = gray - jnp.mean(gray, axis=(1, 2, 3), keepdims=True)  # or rounding looks like texture
+    gray = gray - jnp.mean(gray, axis=(2, 3), keepdims=True)  # or rounding looks like texture
     variance = _blur(gray * gray) - _blur(gray) ** 2
-    return jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0)), axis=(1, 2, 3, 4))
+    return jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0)), axis=(2, 3, 4))
 
 
 def _blur(image: Float[Array, "*batch H W C"]) -> Float[Array, "*batch h w C"]:
