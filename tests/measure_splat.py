@@ -23,7 +23,7 @@ import numpy as np
 from worldr1_jax import rewards
 from worldr1_jax.camera import trajectory
 from worldr1_jax.nano import captions, videos, world
-from worldr1_jax.rewards import exact, recon, splat, splat_cost, thin, tiles
+from worldr1_jax.rewards import exact, recon, splat, splat_cost, thin, tile_kernel, tiles
 from worldr1_jax.rewards.projection import project
 from worldr1_jax.types import Gaussians, Reconstruction
 
@@ -77,6 +77,7 @@ def full(size: tuple[int, int], keep: tuple[int, ...]) -> None:
             row = {"view": view, "seconds": time.perf_counter() - start, "rounds": int(rounds)}
             if kept == FRAMES:
                 whole[view] = image
+                row |= work(gaussians, pose, matrix, size)
                 if view == VIEWS[0]:
                     row["psnr_to_exact"] = against_exact(gaussians, pose, matrix, image)
             else:
@@ -141,6 +142,37 @@ def draw(gaussians, pose, matrix, size):
     grid = tiles.make_grid(size, 16, None, None, "xla")
     done, _ = tiles._run(grid, project(gaussians, pose, matrix, size), record=False)
     return splat._untiled(done.canvas.features, grid), done.number
+
+
+def work(gaussians, pose, matrix, size) -> dict[str, float]:
+    """What a view takes, counted as its rounds go by, and beside it what `splat_cost` takes it for:
+    tiles that a listed Gaussian touches, and chunks of the TPU kernel. Its seconds are of 81 such
+    views."""
+    grid = tiles.make_grid(size, 16, None, None, "xla")
+    view = jax.jit(project, static_argnums=3)(gaussians, pose, matrix, size)
+    slab = min(view.rows.shape[0], grid.pairs)
+    order, visible = jax.jit(tiles._depth_order, static_argnums=1)(view, slab)
+
+    @jax.jit
+    def one_round(view, order, canvas, cursor):
+        lists = tiles.take(grid, view, order, visible, cursor, canvas.open)
+        drawn = jnp.where(canvas.open, -(-lists.length // tile_kernel.CHUNK), 0).sum()
+        after = tiles.composite(grid, lists, canvas, jnp.int32(0), False)
+        return after, cursor + lists.taken, jnp.stack([lists.length.sum(), drawn])
+
+    canvas, cursor, rounds, total = tiles.blank(grid.padded, 256), jnp.int32(0), 0, np.zeros(2)
+    while cursor < visible and bool(canvas.open[: grid.tiles].any()):
+        canvas, cursor, counts = one_round(view, order, canvas, cursor)
+        rounds, total = rounds + 1, total + np.asarray(counts)
+    count, listed = view.rows.shape[0], min(int(cursor), int(visible))
+    steps = splat_cost.round_counts(grid, count)[1]
+    model = splat_cost.video("v5e", gaussians=count, size=size, views=FRAMES, rounds=rounds)
+    return {
+        "rounds": rounds, "most_rounds": splat_cost.most_rounds(grid, count),
+        "visible": int(visible), "listed": listed, "touched_tiles": total[0] / listed,
+        "touched_tiles_by_model": (1 + 2 * splat_cost.RADIUS / grid.tile) ** 2,
+        "chunks": int(total[1]), "chunks_by_model": rounds * steps, "v5e_seconds": model["total"],
+    }  # fmt: skip
 
 
 @partial(jax.jit, static_argnames="size")
