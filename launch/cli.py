@@ -80,7 +80,8 @@ def keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return  # not glibc: nothing to set
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+    libc.mallopt(m_arena_max, 1)  # other threads' arenas map what is over 64 MB all the same
     libc.mallopt(m_mmap_max, 0)
     libc.mallopt(m_trim_threshold, 2**31 - 1)
     libc.mallopt(m_top_pad, 64 * 2**20)

@@ -124,6 +124,8 @@ def test_names_that_do_not_exist_and_shapes_that_do_not_fit_are_refused():
 
 def test_auto_takes_what_the_device_has():
     assert attn.build("auto", device_kind="cpu", keys=80) is attn.build("xla", device_kind="cpu")
+    many = attn.build("auto", device_kind="cpu", keys=757)  # a frame of Depth Anything 3
+    assert isinstance(many.kernel, attention_kernels.Blocks)
     assert isinstance(attn.build("auto", device_kind="TPU v5").kernel, attention_kernels.Splash)
     assert attn.build("ring", device_kind="TPU v6 lite").kernel.block == 2048
     assert isinstance(attn.build("auto", device_kind="NVIDIA H100").kernel, attention_kernels.CuDnn)

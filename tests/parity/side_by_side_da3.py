@@ -2,9 +2,10 @@
 
 python -m tests.parity.side_by_side_da3 --frames=4 --rounds=5
 
-Both have the same random weights and get all cores; figures as in side_by_side.py. "same work" is
-backbone, depth and cameras on both sides. "package" is the package's own forward, which also
-computes rays that no reward reads.
+Both have the same random weights and get all cores, and the malloc that our launchers set
+(--plain-malloc leaves it out); figures as in side_by_side.py. "same work" is backbone, depth and
+cameras on both sides. "package" is the package's own forward, which also computes rays that no
+reward reads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from flax import nnx
 from safetensors.numpy import save_file
 
+from launch import cli
 from tests.goldens import make_da3
 from tests.parity.side_by_side import versus
 from worldr1_jax.models import da3
@@ -34,7 +36,10 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=294)
     parser.add_argument("--width", type=int, default=504)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plain-malloc", action="store_true", help="glibc's defaults")
     args = parser.parse_args()
+    if not args.plain_malloc:
+        cli.keep_memory()
     for name in args.models:
         compare(name, (args.frames, args.height, args.width), args.rounds)
 

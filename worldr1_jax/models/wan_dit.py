@@ -241,12 +241,13 @@ class WanBlocks(nnx.Module):
         other = {**kwargs, "implementation": for_short_keys(implementation)}
         rows = jnp.split(self.scale_shift_table[...] + modulation, 6, axis=1)
         shift1, scale1, gate1, shift3, scale3, gate3 = rows
-        h = (self.norm1(x) * (1 + scale1) + shift1).astype(dtype)
-        x = (x + self.attn1(h, h, rope, length=length, **kwargs) * gate1).astype(dtype)
+        h = (layers.times_row(self.norm1(x), 1 + scale1) + shift1).astype(dtype)
+        y = self.attn1(h, h, rope, length=length, **kwargs)
+        x = (x + layers.times_row(y, gate1)).astype(dtype)
         h = x if self.norm2 is None else self.norm2(x).astype(dtype)
         x = x + self.attn2(h, text, None, length=text.shape[1], **other)
-        h = (self.norm3(x) * (1 + scale3) + shift3).astype(dtype)
-        x = (x + self.ffn(h) * gate3).astype(dtype)
+        h = (layers.times_row(self.norm3(x), 1 + scale3) + shift3).astype(dtype)
+        x = (x + layers.times_row(self.ffn(h), gate3)).astype(dtype)
         axes = ("videos", "tokens", "features")
         return laid_out(sharding.constrain(x, *axes), (0, 1, 2), axes, implementation)
 
