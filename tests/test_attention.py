@@ -1,6 +1,8 @@
 """Every implementation of attention against the plain one, forward and backward, on any mesh."""
 
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +122,32 @@ def test_names_that_do_not_exist_and_shapes_that_do_not_fit_are_refused():
     mesh = sharding.make_mesh({"context": 8})
     with sharding.on(mesh), pytest.raises(ValueError, match="do not divide over context = 8"):
         attn.attention(q, k, v, implementation=attn.build("ring:blocks", device_kind="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "dtype", "kernel"),
+    [
+        ("tpu", "TPU v5 lite", "bfloat16", attention_kernels.Splash),
+        ("gpu", "NVIDIA H100", "bfloat16", attention_kernels.CuDnn),
+        ("gpu", "NVIDIA H100", "float32", attention_kernels.Blocks),
+    ],
+)
+def test_a_mesh_gets_the_kernel_of_its_devices(platform, kind, dtype, kernel):
+    """Else training would hold matrices of scores that no plan has counted."""
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    mesh: Any = SimpleNamespace(
+        devices=np.array([device]), shape={"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
+    )
+    found: Any = attn.for_mesh(mesh, 40, dtype)
+    assert isinstance(found.kernel, kernel) and found.context == "ulysses"
+    odd: Any = attn.for_mesh(mesh, 6, dtype)
+    assert odd.context == "ring"
+    assert attn.for_mesh(None, 40, dtype) == "auto"
+
+
+@pytest.mark.parametrize(("mebibytes", "keys"), [(16, 2048), (32, 4096), (48, 8192)])
+def test_a_block_of_keys_fits_into_the_cores_memory(mebibytes, keys):
+    assert attention_kernels.keys_in(mebibytes << 20) == keys
 
 
 def test_auto_takes_what_the_device_has():

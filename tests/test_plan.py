@@ -1,10 +1,11 @@
 """What is read from a compiled module, and the figures made of it, by hand."""
 
+import os
 import types
 
 import pytest
 
-from worldr1_jax import plan, plan_hlo
+from worldr1_jax import chips, plan, plan_hlo
 from worldr1_jax.chips import Chip
 
 MODULE = """HloModule jit_f, is_scheduled=true
@@ -64,6 +65,28 @@ def test_collectives_count_what_a_device_sends(ops):
 
 def test_kernels_count_their_products(ops):
     assert ops["kernel"].flops == 2 * 2.0 * 2 * 256 * 128 * 512
+
+
+def test_a_backward_kernel_with_the_gradient_of_queries_counts_a_product_more():
+    operand, parts = "bf16[2,256,128]{2,1,0}", "bf16[4,2,256,128]{3,2,1,0}"
+    one = 2.0 * 2 * 256 * 128 * 256
+    flops = [
+        plan_hlo._kernel_flops("splash_mha_dkv.1", f"({result})", [operand] * 3)
+        for result in (operand, f"{parts}, {operand}")
+    ]
+    assert flops == [4 * one, 5 * one]
+
+
+def test_the_compilers_flags_are_added_once_and_say_how_much_memory_a_kernel_has(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    assert chips.scoped_memory("v5p") == 16 << 20
+    chips.set_flags()
+    chips.set_flags()
+    assert os.environ["LIBTPU_INIT_ARGS"].count("xla_tpu_scoped_vmem_limit_kib") == 1
+    assert chips.scoped_memory("v5p") == 48 << 20 and chips.scoped_memory("v4") == 16 << 20
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=20000")
+    chips.set_flags()
+    assert chips.scoped_memory("v5p") == 20000 << 10
 
 
 def test_a_loop_without_an_end_is_an_error():
