@@ -37,11 +37,16 @@ CHIPS = {
 # heads of 128 fill half of the 256-wide matrix units of v6e and tpu7x in one of two products.
 EFFICIENCY = {"v4": 0.7, "v5e": 0.7, "v5p": 0.7, "v6e": 0.6, "tpu7x": 0.6}
 
-# What the launchers and the planner tell the TPU compiler. Weights are gathered behind other work;
-# and a program may use more of a core's memory, of which 16 or 32 MiB are the compiler's default:
-# products of matrices get larger blocks (by its own estimate, those of Wan 14B's backward pass take
-# a fifth less time on a v5p).
+# What the launchers and the planner tell the TPU compiler.
+# - Weights are gathered whole, behind other work. Left to itself, the compiler multiplies by one
+#   device's part of a kernel after the other and adds up the results in HBM, in several passes over
+#   all tokens. (A gather in the model's own words would be kept, of all layers, for the backward
+#   pass.)
+# - A program may use more of a core's memory, of which 16 or 32 MiB are the default: products of
+#   matrices get larger blocks; by the compiler's own estimate, those of Wan 14B's backward pass
+#   take a fifth less time on a v5p.
 FLAGS = {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     "xla_tpu_scoped_vmem_limit_kib": "49152",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",

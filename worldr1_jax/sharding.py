@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from worldr1_jax.models.convert import leaf_path
 
@@ -196,7 +196,7 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def spec_of(
-    path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | AbstractMesh
+    path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh
 ) -> tuple[int, PartitionSpec]:
     """Index of the rule that matches and the placement it gives to a leaf of this shape.
 
@@ -244,36 +244,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def gathered(layer: Any, name: str, prefix: str = "blocks.") -> Any:
-    """The weights of one layer of a scanned stack, as its products use them: whole, but for tensor.
-
-    Left to itself, the TPU compiler multiplies by a part of a kernel at a time, while the next part
-    is on its way, and adds up the results in HBM: a gather that costs several passes over all
-    tokens. Gathered first, a kernel crosses the network once, behind other work.
-
-    Args:
-      layer: nnx state of one layer, the stack's axis gone.
-      name: of the table in RULES; adapters follow the table `lora`.
-      prefix: of the leaves' paths in that table.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-        return layer
-    flat = []
-    for path, leaf in nnx.to_flat_state(layer):
-        rules = RULES["lora" if isinstance(leaf, nnx.LoRAParam) else name]
-        value = leaf.get_raw_value()
-        _, spec = spec_of(prefix + leaf_path(path), (1, *value.shape), rules, mesh)
-        whole = PartitionSpec(*(_without_split(axis) for axis in spec[1:]))
-        flat.append((path, leaf.replace(jax.lax.with_sharding_constraint(value, whole))))
-    return nnx.from_flat_state(flat)
-
-
-def _without_split(axis: Axis) -> Axis:
-    names = (axis,) if isinstance(axis, str) else axis or ()
-    return next((name for name in names if name not in _SPLIT), None)
 
 
 def shardings_of(state: Any, name: str, mesh: Mesh) -> Any:

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from worldr1_jax import sharding
-
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Stack = tuple[int, ...]
 Block = TypeVar("Block", bound=nnx.Module)
@@ -197,7 +195,6 @@ def scan_layers(
     x: jax.Array,
     call: Callable[[Block, jax.Array], jax.Array],
     *,
-    table: str,
     remat: str = "none",
 ) -> jax.Array:
     """Runs the L layers that `blocks` stacks: x = call(layer 0, x), x = call(layer 1, x), ...
@@ -206,7 +203,6 @@ def scan_layers(
       blocks: a module whose every leaf has the layers as its leading axis.
       x: what flows from layer to layer; shape and dtype stay the same.
       call: one layer. Whatever else it needs, it closes over.
-      table: name of the network's sharding rules, by which each layer's weights are gathered.
       remat: what the backward pass recomputes: "none", "full" (all but the inputs of each layer),
         "dots" (all but the inputs and the results of matmuls with weights) or "whole" (all but the
         input of the first layer, and then as "full": one forward more, and of several calls before
@@ -219,7 +215,7 @@ def scan_layers(
     graphdef, stacked = nnx.split(blocks)
 
     def body(carry: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-        return call(nnx.merge(graphdef, sharding.gathered(layer, table)), carry), None
+        return call(nnx.merge(graphdef, layer), carry), None
 
     # prevent_cse guards against undoing the remat outside of loops; inside a scan it only costs.
     if remat in ("full", "whole"):

@@ -188,7 +188,7 @@ class UMT5Encoder(nnx.Module):
         allowed = mask.astype(bool)[:, None, None, :]
         x = self.token_embedding(token_ids).astype(jnp.float32)
         x = layers.scan_layers(
-            self.blocks, x, lambda layer, x: layer(x, allowed, buckets, self.dtype), table="umt5"
+            self.blocks, x, lambda layer, x: layer(x, allowed, buckets, self.dtype)
         )
         return self.norm_out(x)
 

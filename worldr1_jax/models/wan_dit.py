@@ -336,7 +336,7 @@ class WanDiT(nnx.Module):
                 implementation=self.implementation, adapters=adapters, length=tokens,
             )  # fmt: skip
 
-        x = layers.scan_layers(self.blocks, x, block, table="wan_dit", remat=self.remat)[:, :tokens]
+        x = layers.scan_layers(self.blocks, x, block, remat=self.remat)[:, :tokens]
         shift, scale = jnp.split(self.scale_shift_table[...] + temb[:, None], 2, axis=1)
         x = (self.norm_out(x) * (1 + scale) + shift).astype(self.dtype)
         x = self.proj_out(x).astype(jnp.float32)
