@@ -82,6 +82,18 @@ def test_blocks_of_one_head_equal_the_reference(context):
         np.testing.assert_allclose(a, b, **TOLERANCE)
 
 
+def test_zeros_behind_the_last_block_of_keys_are_no_keys():
+    """All 37 keys are real, and logits are so low that a zero key would overflow the softmax."""
+    q, _, v, target = _inputs()
+    q = jnp.abs(q)
+    grads = []
+    for kernel in (attention_context.Sharded(attention_kernels.Blocks(rows=16)), "xla"):
+        call = functools.partial(attn.attention, implementation=kernel)
+        grads.append(jax.jit(lambda *x, c=call: jax.vjp(c, *x)[1](target))(q, -100.0 * q, v))
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # logits of hundreds, in float32
+
+
 def test_devices_loop_over_their_own_heads():
     """Heads over `tensor` are not gathered, and each device's loop is over its part of them."""
     q, k, v, _ = _inputs()

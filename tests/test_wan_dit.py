@@ -13,6 +13,7 @@ from flax import nnx
 
 from tests import goldens
 from tests.goldens.make_wan_dit import PATH
+from worldr1_jax import sharding
 from worldr1_jax.models import layers, lora, rotary, wan_dit
 from worldr1_jax.models.attention import attention
 
@@ -253,3 +254,24 @@ def test_rotary_scores_depend_on_distance_only():
     np.testing.assert_allclose(scores[3, 3, 1, 1], scores[2, 4, 0, 2], atol=1e-5)
     np.testing.assert_allclose(scores[2, 2, 2, 2], q @ k, atol=1e-5)
     assert abs(scores[0, 0, 1, 0] - scores[0, 0, 0, 1]) > 1e-3
+
+
+@pytest.mark.parametrize("videos", [1, 2])
+def test_rows_scale_the_tokens_of_their_video(videos):
+    x, grad = jax.random.normal(jax.random.key(0), (2, videos, 5, 4))
+    row = jax.random.normal(jax.random.key(1), (videos, 1, 4))
+    out, back = jax.vjp(layers.times_row, x, row)
+    np.testing.assert_array_equal(out, x * row)
+    d_x, d_row = back(grad)
+    np.testing.assert_array_equal(d_x, grad * row)
+    np.testing.assert_allclose(d_row, (grad * x).sum(1, keepdims=True), rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_are_rows_of_one_matrix_unless_a_mesh_divides_them():
+    x = jnp.zeros((2, 3, 4))
+    assert layers.as_matrix(x).shape == (6, 4)
+    assert layers.as_matrix(x[0, 0]).shape == (4,)
+    with sharding.on(sharding.make_mesh({"data": 1}, jax.devices()[:1])):
+        assert layers.as_matrix(x).shape == (6, 4)
+    with sharding.on(sharding.make_mesh({"data": 2}, jax.devices()[:2])):
+        assert layers.as_matrix(x).shape == (2, 3, 4)
