@@ -78,14 +78,18 @@ def test_a_backward_kernel_with_the_gradient_of_queries_counts_a_product_more():
 
 
 def test_the_compilers_flags_are_added_once_and_say_how_much_memory_a_kernel_has(monkeypatch):
-    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
     assert chips.scoped_memory("v5p") == 16 << 20
     chips.set_flags()
     chips.set_flags()
     assert os.environ["LIBTPU_INIT_ARGS"].count("xla_tpu_scoped_vmem_limit_kib") == 1
     assert chips.scoped_memory("v5p") == 48 << 20 and chips.scoped_memory("v4") == 16 << 20
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=20000")
+    longer = "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false"  # than another's name
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"{longer} --xla_tpu_scoped_vmem_limit_kib=20000")
     chips.set_flags()
+    args = os.environ["LIBTPU_INIT_ARGS"].split()
+    assert longer in args and "--xla_tpu_enable_async_collective_fusion=true" in args
+    assert len(args) == len(chips.FLAGS)
     assert chips.scoped_memory("v5p") == 20000 << 10
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from tests import tiny, torch_archive
 from worldr1_jax import sharding
-from worldr1_jax.models import convert, lora, umt5, wan, wan_dit, wan_vae
+from worldr1_jax.models import convert, lora, umt5, wan, wan_dit, wan_dit_config, wan_vae
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def original(folder, model, tmp_path, monkeypatch):
     """The same weights in the files of Wan-Video's own release, whose VAE and text encoder have one
     size each, which here is the tiny one."""
     config = model.dit.config
-    named = {ours: theirs for theirs, ours in wan_dit._ORIGINAL_FIELDS.items()}
+    named = {ours: theirs for theirs, ours in wan_dit_config._ORIGINAL_FIELDS.items()}
     fields = {named[k]: v for k, v in config.to_dict().items() if k in named}
     fields |= {"dim": config.dim, "model_type": "t2v", "text_len": 512}
     rows = wan_dit.table(config, "wan")

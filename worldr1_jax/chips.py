@@ -43,8 +43,8 @@ EFFICIENCY = {"v4": 0.7, "v5e": 0.7, "v5p": 0.7, "v6e": 0.6, "tpu7x": 0.6}
 #   all tokens. (A gather in the model's own words would be kept, of all layers, for the backward
 #   pass.)
 # - A program may use more of a core's memory, of which 16 or 32 MiB are the default: products of
-#   matrices get larger blocks; by the compiler's own estimate, those of Wan 14B's backward pass
-#   take a fifth less time on a v5p.
+#   matrices get larger blocks. By the compiler's own estimate, the largest of Wan 14B takes a v5p
+#   10.2 ms in place of 11.6 forward, and 10.4 in place of 16.0 backward.
 FLAGS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     "xla_tpu_scoped_vmem_limit_kib": "49152",
@@ -62,7 +62,7 @@ def set_flags() -> None:
     """Adds FLAGS to the environment, where libtpu finds them when it is loaded; a flag that is
     there already stays as it is."""
     args = os.environ.get(_ARGS, "")
-    new = [f"--{name}={value}" for name, value in FLAGS.items() if name not in args]
+    new = [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}=" not in args]
     os.environ[_ARGS] = " ".join(filter(None, [args, *new]))
 
 

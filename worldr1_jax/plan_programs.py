@@ -21,7 +21,17 @@ from flax import nnx
 
 from worldr1_jax import checkpoint, settings, sharding
 from worldr1_jax.grpo import update as grpo
-from worldr1_jax.models import attention, da3, da3_config, lora, lpips, umt5, wan_dit, wan_vae
+from worldr1_jax.models import (
+    attention,
+    da3,
+    da3_config,
+    lora,
+    lpips,
+    umt5,
+    wan_dit,
+    wan_dit_config,
+    wan_vae,
+)
 from worldr1_jax.models.wan import Wan
 from worldr1_jax.pipeline import Pipeline
 from worldr1_jax.rewards import Reward, general, reconstruct
@@ -282,8 +292,8 @@ def _update(config, pipeline: Pipeline, shapes: Shapes, state: Any, resting: int
 def _forward(config, pipeline: Pipeline) -> tuple[float, float, int]:
     """FLOPs of a forward in products with weights and in attention; branches of guidance."""
     dit = PRESETS[config.variant]()
-    tokens = wan_dit.tokens(dit, pipeline.latent_shape[:3])
-    linear, scores = wan_dit.flops(dit, tokens, config.policy.text_tokens)
+    tokens = wan_dit_config.tokens(dit, pipeline.latent_shape[:3])
+    linear, scores = wan_dit_config.flops(dit, tokens, config.policy.text_tokens)
     return linear, scores, 2 if config.sample.guidance != 1 else 1
 
 

@@ -22,7 +22,7 @@ from worldr1_jax.data import text_cache
 from worldr1_jax.data.loader import Loader
 from worldr1_jax.data.world_prompts import generate as world_prompts
 from worldr1_jax.grpo import update as grpo
-from worldr1_jax.models import wan, wan_dit
+from worldr1_jax.models import wan, wan_dit, wan_dit_config
 from worldr1_jax.models.attention_kernels import generation
 from worldr1_jax.models.lora import Adapters
 from worldr1_jax.nano import captions
@@ -200,7 +200,7 @@ def least_context(
     branches = 2 if config.sample.guidance != 1 else 1
     held = 1 if config.policy.remat == "whole" or branches == 1 else branches + 1
     size = (1 + (config.frames - 1) // 4, config.height // 8, config.width // 8)
-    numbers = wan_dit.tokens(dit, size) * dit.dim
+    numbers = wan_dit_config.tokens(dit, size) * dit.dim
     needed = numbers * (2 * held * dit.num_layers * KEPT[config.policy.remat] + BLOCK)
     chip = chips.CHIPS[generation(devices[0].device_kind)]
     weights = 2 * dit.num_layers * dit.dim * (8 * dit.dim + 2 * dit.ffn_dim) / len(devices)

@@ -113,8 +113,8 @@ def for_mesh(mesh: Mesh | None, heads: int, dtype: Any) -> Implementation:
         return "auto"
     device = mesh.devices.flat[0]
     local = "auto" if device.platform == "tpu" or jnp.dtype(dtype).itemsize == 2 else "blocks"
-    shards = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
-    context = "ring" if heads // shards % mesh.shape["context"] else "ulysses"
+    here = attention_context.heads_of_a_device(heads, mesh.shape)
+    context = "ring" if here % mesh.shape["context"] else "ulysses"
     return build(f"{context}:{local}", device_kind=device.device_kind)
 
 
@@ -139,8 +139,8 @@ def for_long_sequences(implementation: Implementation, tokens: int, heads: int) 
         return implementation
     mesh, kernel, context = jax.sharding.get_abstract_mesh(), implementation.kernel, "ulysses"
     sizes = dict.fromkeys(sharding.AXES, 1) if mesh.empty else mesh.shape
-    shards = sizes["tensor"] if heads % sizes["tensor"] == 0 else 1
-    if implementation.context == "ring" or (heads // shards) % sizes["context"]:
+    here = attention_context.heads_of_a_device(heads, sizes)
+    if implementation.context == "ring" or here % sizes["context"]:
         context = "ring"
         tokens //= sizes["context"]
     # Splash divides a sequence into equal blocks; 128 x 521 tokens would get no larger one than

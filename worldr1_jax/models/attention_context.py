@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,16 +62,15 @@ class Sharded:
         )(q, k, v)  # fmt: skip
 
     def _check(self, q, k, mesh) -> None:
-        parts, heads = mesh.shape["context"], q.shape[2]
+        parts, heads = mesh.shape["context"], heads_of_a_device(q.shape[2], mesh.shape)
         if q.shape[1] % parts or (self.context != "whole" and k.shape[1] % parts):
             raise ValueError(
                 f"{q.shape[1]} queries and {k.shape[1]} keys do not divide over context = {parts}: "
                 "pad them and say how many are real (length)"
             )
-        shards = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
-        if self.context == "ulysses" and (heads // shards) % parts:
+        if self.context == "ulysses" and heads % parts:
             raise ValueError(
-                f"{heads // shards} heads a device do not divide over context = {parts}: use 'ring'"
+                f"{heads} heads a device do not divide over context = {parts}: use 'ring'"
             )
 
     def _local(self, q, k, v, scale, length):
@@ -98,6 +98,11 @@ class Sharded:
             _pad_tokens(q, rows), _pad_tokens(k, columns), _pad_tokens(v, columns),
         )  # fmt: skip
         return out[:, : q.shape[1]]
+
+
+def heads_of_a_device(heads: int, sizes: Mapping[str, int]) -> int:
+    """Of a network's heads, on a mesh of these sizes: all where tensor does not divide them."""
+    return heads // sizes["tensor"] if heads % sizes["tensor"] == 0 else heads
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))

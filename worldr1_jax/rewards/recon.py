@@ -112,7 +112,8 @@ def s_recon(
         if change_min > 0:
             judged = judged * jnp.minimum(1.0, change / change_min)
         judged = judged if moves is None else jnp.where(moves, judged, likeness)
-    detail = jnp.mean(texture(frames), axis=1)
+    shown = texture(resized)
+    detail = jnp.mean(shown[:, chosen], axis=1)
     gate = jnp.minimum(1.0, detail / texture_min) if texture_min > 0 else 1.0
     score = jnp.clip(judged, 0.0, 1.0) * gate
     parts = {
@@ -120,7 +121,7 @@ def s_recon(
         "ssim": similarity,
         "coverage": jnp.mean(rendered.alpha, axis=(1, 2, 3)),
         "texture": detail,
-        "texture_least": jnp.min(texture(resized), axis=1),
+        "texture_least": jnp.min(shown, axis=1),
     }
     if perceptual is not None:
         parts["perceptual"] = 1.0 - likeness
