@@ -29,8 +29,8 @@ from worldr1_jax.models import attention_context, attention_kernels
 Implementation = str | Callable[..., jax.Array]
 
 NAMES = ("auto", "xla", "blocks", "splash", "cudnn")
-# Keys up to which "auto" on a CPU holds all logits. From 757 to 3,028 keys, blocks take 0.75 to 0.85
-# of the processor time, with the malloc that the launchers set.
+# Keys up to which "auto" on a CPU holds all logits. From 757 to 3,028 keys, blocks take 0.75 to
+# 0.85 of the processor time, with the malloc that the launchers set.
 SHORT = 512
 
 
