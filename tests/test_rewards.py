@@ -12,6 +12,7 @@ from worldr1_jax.rewards import recon, thin
 
 VIDEO = np.zeros((2, 3, 32, 32, 3), np.float32)
 PATHS = np.tile(np.eye(4, dtype=np.float32), (2, 3, 1, 1))
+WEIGHTS = {"recon": 1.0, "trajectory": 1.0, "general": 1.0}
 PROMPTS = ["Camera push in. A red sphere."] * 2
 
 
@@ -34,6 +35,27 @@ def reward():
 def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, words):
     with pytest.raises(ValueError, match=words):
         reward(videos, prompts, paths)
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 2])
+def test_videos_may_be_made_as_they_are_scored(at_once):
+    """From what stands for them, here their bytes, some at a time; the scores are the same."""
+    reward = rewards.build(WEIGHTS, da3="nano", frame_stride=8, videos_at_once=at_once)
+    truth = nano_videos.sample(5, 4)
+    videos = np.asarray(truth.video, np.float32) / 255
+    want = reward(videos, truth.captions, truth.camtoworld)
+    given = []
+
+    def decode(some, places):
+        np.testing.assert_array_equal(some, truth.video[places])
+        given.append(len(places))
+        return jnp.asarray(some, jnp.float32) / 255
+
+    got = reward(truth.video, truth.captions, truth.camtoworld, decode=decode)
+    assert given == [at_once or 4] * (4 // (at_once or 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    with pytest.raises(ValueError, match="have to be floats"):
+        reward(truth.video, truth.captions, truth.camtoworld, decode=lambda some, places: some)
 
 
 def test_unknown_rewards_and_modes_are_named():

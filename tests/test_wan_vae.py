@@ -15,7 +15,7 @@ from tests import goldens
 from tests.goldens.make_wan_vae import PATH
 from worldr1_jax import sharding
 from worldr1_jax.models import wan_vae
-from worldr1_jax.pipeline import spread
+from worldr1_jax.pipeline import COLUMNS
 
 TINY = wan_vae.Config(
     base_dim=4,
@@ -121,7 +121,9 @@ def test_chunks_keep_memory_and_columns_split_it(tiny):
     assert many <= 1.05 * few, (few, many)
     mesh = sharding.make_mesh({"context": 2, "tensor": 2}, jax.devices()[:4])
     with jax.set_mesh(mesh):
-        split, each = plan(lambda state, z: decode(state, spread(z, mesh)), latents[0])
+        split, each = plan(
+            lambda state, z: decode(state, sharding.constrain(z, *COLUMNS)), latents[0]
+        )
         got = split(state, latents[0])
     # At this size 0.61: each device holds the logits of a frame's pixels whole, and few columns
     # beside those at its edges. tests.vae_memory has the published size.

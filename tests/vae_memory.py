@@ -18,7 +18,7 @@ from flax import nnx
 
 from worldr1_jax import sharding
 from worldr1_jax.models import wan_vae
-from worldr1_jax.pipeline import spread
+from worldr1_jax.pipeline import COLUMNS
 
 
 def main() -> None:
@@ -54,12 +54,13 @@ def compiled(model, what: str, size: tuple[int, int, int], chunked: bool, mesh):
         return nnx.merge(graph, state).encode(x, chunked=chunked)
 
     def decode(state, x):
-        return nnx.merge(graph, state).decode(spread(x, mesh), chunked=chunked)
+        return nnx.merge(graph, state).decode(sharding.constrain(x, *COLUMNS), chunked=chunked)
 
     options = {"xla_backend_optimization_level": 0}
     x = video if what == "encode" else jax.eval_shape(encode, state, video)
     function = encode if what == "encode" else decode
-    return jax.jit(function, compiler_options=options).lower(state, x).compile()
+    with jax.set_mesh(mesh):
+        return jax.jit(function, compiler_options=options).lower(state, x).compile()
 
 
 if __name__ == "__main__":

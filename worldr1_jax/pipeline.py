@@ -7,7 +7,6 @@ Every stage is compiled once per batch size; batches lie over the mesh's data an
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from worldr1_jax import sharding
@@ -60,33 +59,50 @@ class Camera:
                 )
 
 
+COLUMNS = ("videos", None, None, "columns", None)  # latents over the devices of their video
 IDLE = ("text", "vae", "policy", "rewards")  # networks that may wait on the hosts
 
 
 class TextStage:
-    """Prompts to embeddings `[B N D]` float32 over the mesh, padded places at zero; compiled once
-    per batch size."""
+    """Prompts to embeddings `[B N D]` float32 over the mesh, padded places at zero.
+
+    Each different prompt is encoded once, for the members of a group share theirs, and every device
+    takes one at a time: the encoder's memory depends on no batch size, and it is compiled once.
+    """
 
     def __init__(
         self, encoder: umt5.UMT5Encoder, tokenizer: Any, tokens: int, mesh: jax.sharding.Mesh
     ):
         self._tokenizer, self._tokens, self._mesh = tokenizer, tokens, mesh
         self._graph, self._state = nnx.split(encoder)
-        self._run = jax.jit(self._embed)
+        self._run, self._members = jax.jit(self._embed), jax.jit(self._rows_of)
 
     def __call__(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
         """The embeddings; the mesh has to divide the number of prompts."""
-        arrays = (batched(a, self._mesh) for a in tokenize(self._tokenizer, prompts, self._tokens))
+        unique = list(dict.fromkeys(prompts))
+        members = np.array([unique.index(prompt) for prompt in prompts])
+        at_once = sharding.batch_parts(self._mesh, "sequences")
+        unique += [unique[-1]] * (-len(unique) % at_once)
+        state, rows = sharding.awake(self._state), []
         with sharding.on(self._mesh):
-            return self._run(sharding.awake(self._state), *arrays)
+            for first in range(0, len(unique), at_once):
+                chosen = tokenize(self._tokenizer, unique[first : first + at_once], self._tokens)
+                rows.append(self._run(state, *(placed(a, self._mesh, "sequences") for a in chosen)))
+            return self._members(rows, members)
 
     def _embed(self, state, ids, mask):
-        return umt5.zero_padding(nnx.merge(self._graph, state)(ids, mask), mask)
+        found = umt5.zero_padding(nnx.merge(self._graph, state)(ids, mask), mask)
+        return sharding.constrain(found, "sequences", None, None)
+
+    def _rows_of(self, rows, members):
+        return sharding.constrain(jnp.concatenate(rows)[members], "videos", "words", None)
 
 
-def batched(array: np.ndarray, mesh: jax.sharding.Mesh) -> Array:
-    """A host array over the mesh, split as a batch of videos is."""
-    return sharding.to_global(np.asarray(array), sharding.batched(mesh))
+def placed(array: np.ndarray, mesh: jax.sharding.Mesh, *axes: str | None) -> Array:
+    """A host array over the mesh, by what its first axes are (see `sharding.spec_for`)."""
+    names = (*axes, *(None,) * (array.ndim - len(axes)))
+    spec = sharding.spec_for(array.shape, names, mesh)
+    return sharding.to_global(np.asarray(array), NamedSharding(mesh, spec))
 
 
 class Pipeline:
@@ -127,6 +143,9 @@ class Pipeline:
 
     def velocity(self, adapters, base, latents, timestep, text, adapters_on: bool = True) -> Array:
         """The one forward that rollout and update share."""
+        # What rests over the devices of a video comes together: little, next to the forward.
+        latents = sharding.constrain(latents, "videos", None, None, None, None)
+        text = sharding.constrain(text, "videos", None, None)
         state = jax.tree.unflatten(self._treedef, jax.tree.leaves(adapters))
         dit = nnx.merge(self._graph, state, base)
         return dit(latents, timestep, text, adapters=adapters_on)
@@ -134,7 +153,8 @@ class Pipeline:
     def encode(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
         """Text embeddings with padded places at zero, over the mesh."""
         if self._text_cache is not None:
-            return batched(self._text_cache(prompts).astype(np.float32), self.mesh)
+            rows = self._text_cache(prompts).astype(np.float32)
+            return placed(rows, self.mesh, "videos", "words")
         return self._text(prompts)
 
     def encode_one(self, prompt: str) -> Float[Array, "N D"]:
@@ -183,11 +203,12 @@ class Pipeline:
         if noise is not None and noise.shape != shape:
             raise ValueError(f"noise is {list(noise.shape)}: these videos need {list(shape)}")
         keys = sharding.keys_to_global(keys, sharding.batched(self.mesh))
+        asked = placed(paths, self.mesh, "videos")
+        given = None if noise is None else placed(noise, self.mesh, "videos")
         with sharding.on(self.mesh):
             return self._rollout(
-                adapters, sharding.awake(self.base), text, text_null, batched(paths, self.mesh),
-                keys, jnp.asarray(start, jnp.int32), solver,
-                noise if noise is None else batched(noise, self.mesh), sampler=sampler, width=width,
+                adapters, sharding.awake(self.base), text, text_null, asked, keys,
+                jnp.asarray(start, jnp.int32), solver, given, sampler=sampler, width=width,
             )  # fmt: skip
 
     def decode(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
@@ -219,11 +240,15 @@ class Pipeline:
         velocity = sampling.in_parts(
             partial(self.velocity, adapters, base), self._parts(paths.shape[0])
         )
-        return sampling.sample(
+        found = sampling.sample(
             velocity, step_keys, noise,
             jnp.asarray(self.sigmas) if solver is None else solver, text, text_null,
             sampler=sampler, window=(start, width), on_step=on_step,
         )  # fmt: skip
+        # They rest until the update, over all devices that share a video.
+        states = sharding.constrain(found.window_latents, None, *COLUMNS)
+        latents = sharding.constrain(found.latents, *COLUMNS)
+        return dataclasses.replace(found, latents=latents, window_latents=states)
 
     def _parts(self, count: int) -> int:
         """Into how many parts, one after the other, a batch of videos is evaluated."""
@@ -238,7 +263,9 @@ class Pipeline:
         return mine // self._at_once
 
     def _decode_part(self, state, latents):
-        latents = spread(latents, self.mesh)
+        # The VAE's convolutions then exchange the columns at their edges; devices that share a
+        # video would all do the same work otherwise.
+        latents = sharding.constrain(latents, *COLUMNS)
         return nnx.merge(self._vae_graph, state).decode(latents, chunked=self._chunked_vae)
 
     def _add_delta(self, latents, step, *, warped, plain):
@@ -254,19 +281,6 @@ class Pipeline:
             depth=self.camera.magnitudes.scene_depth,
         )  # fmt: skip
         return sharding.each_device(warp)(keys, paths)
-
-
-def spread(latents: Float[Array, "B f h w C"], mesh: jax.sharding.Mesh) -> Array:
-    """Asks the compiler to split the columns of videos over the mesh's context and tensor axes.
-
-    They would do the same work otherwise. The VAE's convolutions then exchange the columns at their
-    edges; a width that these axes do not divide is left whole.
-    """
-    axes = tuple(name for name in ("context", "tensor") if mesh.shape[name] > 1)
-    if not axes or latents.shape[3] % math.prod(mesh.shape[name] for name in axes):
-        return latents
-    spec = PartitionSpec(*sharding.BATCH, None, None, axes)
-    return jax.lax.with_sharding_constraint(latents, NamedSharding(mesh, spec))
 
 
 def latent_shape(

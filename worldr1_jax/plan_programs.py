@@ -33,7 +33,7 @@ from worldr1_jax.models import (
     wan_vae,
 )
 from worldr1_jax.models.wan import Wan
-from worldr1_jax.pipeline import Pipeline
+from worldr1_jax.pipeline import COLUMNS, Pipeline
 from worldr1_jax.rewards import Reward, general, reconstruct
 from worldr1_jax.rollout import schedule
 
@@ -134,26 +134,30 @@ class Shapes:
         mesh, dit = pipeline.mesh, PRESETS[config.variant]()
         self.batch, self.whole = sharding.batched(mesh), sharding.replicated(mesh)
         self.count, width = config.groups * config.group_size, config.sample.window
-        self.tokens = self.of(self.count, config.policy.text_tokens, dtype=jnp.int32)
-        self.text = self.of(self.count, config.policy.text_tokens, dit.text_dim)
+        # A prompt on each device at a time, until those of all groups are done.
+        at_once = sharding.batch_parts(mesh, "sequences")
+        self.encoder_turns = -(-config.groups // at_once)
+        self.tokens = _over(
+            mesh, (at_once, config.policy.text_tokens), "sequences", None, dtype=jnp.int32
+        )
+        self.text = _over(
+            mesh, (self.count, config.policy.text_tokens, dit.text_dim), "videos", "words", None
+        )
         self.null: Any = None
         if config.sample.guidance != 1:
             self.null = jax.ShapeDtypeStruct(self.text.shape[1:], jnp.float32, sharding=self.whole)
         self.keys = self.of(self.count, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
         self.paths = self.of(self.count, config.frames, 4, 4)
-        self.latents = self.of(self.count, *pipeline.latent_shape)
+        self.latents = _over(mesh, (self.count, *pipeline.latent_shape), *COLUMNS)
         self.start: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.whole)
-        later = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *self.batch.spec))
-        self.states: Any = jax.ShapeDtypeStruct(
-            (width + 1, *self.latents.shape), jnp.float32, sharding=later
-        )
-        self.logs: Any = jax.ShapeDtypeStruct((width, self.count), jnp.float32, sharding=later)
+        self.states = _over(mesh, (width + 1, *self.latents.shape), None, *COLUMNS)
+        self.logs = _over(mesh, (width, self.count), None, "videos")
         frame = (config.height, config.width, 3)
-        self.videos = self.of(self.count, config.frames, *frame)
         mine = self.count // sharding.batch_parts(mesh)
         # Videos of one turn of the rewards, and turns.
         self.turns = max(mine // (config.sample.videos_at_once or mine), 1)
         self.some = self.of(self.count // self.turns, config.frames, *frame)
+        self.some_latents = _over(mesh, (len(self.some), *pipeline.latent_shape), *COLUMNS)
         self.asked = self.of(self.count // self.turns, config.frames, 4, 4)
 
     def of(self, *dims: int, dtype: Any = jnp.float32) -> Any:
@@ -179,6 +183,7 @@ def lowerings(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Ite
     yield Lowering(
         "text",
         lambda: pipeline._text._run.trace(pipeline._text._state, shapes.tokens, shapes.tokens),
+        times=shapes.encoder_turns,
         resting=resting("policy", "vae", "rewards", "adapters", "moments"),
     )
     nets, drawn = ("text", "vae", "rewards", "moments"), ("embeddings", "trajectory")
@@ -187,12 +192,14 @@ def lowerings(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Ite
         turns=WARP_BLOCKS, resting=resting(*nets, "policy", "adapters", "embeddings"),
     )  # fmt: skip
     yield _rollout(config, pipeline, shapes, resting(*nets))
+    # Each turn decodes and scores some videos; all that was drawn rests meanwhile, and the 3D
+    # network stays awake until the turns are over.
+    kept = resting("text", "vae", "policy", "adapters", "moments", *drawn)
     yield Lowering(
-        "decode", lambda: pipeline._decode.trace(pipeline._vae_state, shapes.latents),
-        resting=resting("text", "rewards", "policy", "adapters", "moments", *drawn),
+        "decode", lambda: pipeline._decode.trace(pipeline._vae_state, shapes.some_latents),
+        times=shapes.turns, resting=kept - sizes["vae"] + sizes["da3"],
     )  # fmt: skip
-    kept = ("text", "vae", "policy", "adapters", "moments", *drawn, "videos")
-    yield from _rewards(config, reward, shapes, resting(*kept), sizes["da3"])
+    yield from _rewards(config, reward, shapes, kept, sizes["da3"])
     yield _update(config, pipeline, shapes, state, resting("text", "vae", "rewards"))
     yield Lowering(
         "restore", lambda: checkpoint.digests_of.trace(jax.tree.leaves(state)), times=0,
@@ -225,7 +232,6 @@ def _rewards(
         needed=_reconstruct_flops(config, shapes.some) / reward.mesh.size,
         times=shapes.turns, resting=resting,
     )  # fmt: skip
-    # The 3D network stays awake until all turns are over.
     turn = {"times": shapes.turns, "resting": resting + network}
     # Shaped here, where no mesh is set: the network makes constants, and these devices hold none.
     made = jax.eval_shape(reward._reconstruct, reward._state, shapes.some)
@@ -307,15 +313,21 @@ def _sizes(config, pipeline: Pipeline, reward: Reward, shapes: Shapes, state: An
     }
     sizes |= dict.fromkeys(config.idle_on_host, 0)
     adapters = bytes_of(pipeline.adapters)
-    turn = 0 if shapes.turns > 1 else bytes_of(shapes.some)  # then it is the program's argument
     return sizes | {
         "da3": bytes_of(reward._state),
         "adapters": adapters,
         "moments": bytes_of(state) - adapters,
         "embeddings": bytes_of((shapes.text, shapes.null)),
         "trajectory": bytes_of((shapes.states, shapes.latents)),
-        "videos": bytes_of(shapes.videos) - turn,
     }
+
+
+def _over(
+    mesh: jax.sharding.Mesh, shape: tuple[int, ...], *axes: str | None, dtype: Any = jnp.float32
+) -> Any:
+    """A described array by what its axes are (see `sharding.spec_for`)."""
+    place = jax.sharding.NamedSharding(mesh, sharding.spec_for(shape, axes, mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
 def bytes_of(tree: Any) -> int:

@@ -52,6 +52,8 @@ ACTIVATIONS: dict[str, Axis] = {
     "hidden": "tensor",  # of the MLP, between its column-parallel and its row-parallel product
     "features": None,  # of the residual stream
     "text": None,  # tokens of the prompt
+    "words": "context",  # the same, while embeddings wait for their use
+    "columns": ("context", "tensor"),  # of latents that are decoded, or wait
 }
 
 _SPLIT = ("fsdp", "context")
@@ -190,9 +192,9 @@ class _Any:
 _ANY = _Any()
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits a batch of videos."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_parts(mesh: Mesh, of: str = "videos") -> int:
+    """Into how many parts the mesh splits a batch of videos, or of sequences."""
+    return math.prod(mesh.shape[name] for name in ACTIVATIONS[of] or ())
 
 
 def spec_of(
@@ -375,7 +377,8 @@ def to_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 def keys_to_global(keys: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The same for typed PRNG keys, which jax does not place over several processes itself."""
-    data = to_global(np.asarray(jax.random.key_data(keys)), sharding)
+    with jax.ensure_compile_time_eval():  # also where a caller is being traced, to be counted
+        data = to_global(np.asarray(jax.random.key_data(keys)), sharding)
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
 
 

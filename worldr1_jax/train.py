@@ -167,7 +167,7 @@ def one_update(
     keys = sample_keys(sample_key, len(batch.prompts))
     start = settings.window_start(config, update, window_key)
 
-    # -- rollout: text, camera path, starting noise, latents, videos
+    # -- rollout: text, camera path, starting noise, latents
     with timer("rollout") as wait_for:
         text, paths = pipeline.encode(batch.prompts), pipeline.paths(batch.prompts)
         trajectory = wait_for(
@@ -182,19 +182,25 @@ def one_update(
                 width=config.sample.window,
             )
         )
-    with timer("decode") as wait_for:
-        videos = wait_for(pipeline.decode(trajectory.latents))
 
-    # -- rewards; the dynamic phase has no 3D rewards, for those would freeze what moves
-    off = tuple(config.dynamic.off) if batch.is_dynamic else ()
-    scores = programs.reward(videos, batch.prompts, paths, off=off, timer=timer)
-
-    # They leave the devices before the update, which needs the room.
-    shown: dict[int, np.ndarray] = {}
+    # -- videos and their rewards; the dynamic phase has no 3D rewards, for those would freeze what
+    # moves. Videos are 12 times the size of their latents: they are decoded as they are scored.
+    saved: range | tuple[int, ...] = ()
     if (update + 1) % config.videos_every == 0 or update == 0:
-        places = range(0, len(batch.prompts), config.group_size)
-        shown = {index: sharding.to_host(videos[index]) for index in places[:4]}
-    del videos
+        saved = range(0, len(batch.prompts), config.group_size)[:4]
+    shown: dict[int, np.ndarray] = {}
+
+    def decode(latents: jax.Array, places: np.ndarray) -> jax.Array:
+        videos = pipeline.decode(latents)
+        for row, place in enumerate(places.tolist()):
+            if place in saved:
+                shown[place] = sharding.to_host(videos[row])
+        return videos
+
+    off = tuple(config.dynamic.off) if batch.is_dynamic else ()
+    scores = programs.reward(
+        trajectory.latents, batch.prompts, paths, decode=decode, off=off, timer=timer
+    )
 
     # -- advantages and update
     with timer("update") as wait_for:
@@ -210,7 +216,7 @@ def one_update(
             )
         )
     scalars = summarise(scores, learnt, batch.is_dynamic) | timer.collect()
-    return state, Outcome(batch, shown, scores, scalars)
+    return state, Outcome(batch, dict(sorted(shown.items())), scores, scalars)
 
 
 def summarise(scores: Scores, learnt: dict[str, jax.Array], is_dynamic: bool) -> dict[str, float]:

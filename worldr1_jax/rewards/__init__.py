@@ -10,7 +10,7 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from worldr1_jax.types import Reconstruction, Scores
 NEEDS_3D = ("recon", "trajectory")
 NAMES = (*NEEDS_3D, "general")
 MODES = ("paper", "released")
+
+# (what stands for some videos, such as latents [b ...], their places in the batch [b]) -> videos
+Decode = Callable[[Array, np.ndarray], Array]
 
 
 def build(
@@ -156,43 +159,57 @@ class Reward:
         prompts: Sequence[str],
         camtoworld: Float[np.ndarray, "B F 4 4"],
         *,
+        decode: Decode | None = None,
         off: Sequence[str] = (),
         consistency: bool = False,
         timer: StageTimer | None = None,
     ) -> Scores:
         """Parts, weighted sum and validity of a batch whose size the mesh divides.
 
-        Rewards in `off` do not count, and when both 3D rewards are off, no reconstruction is made.
-        With `consistency`, "mvcs" is measured beside the rewards; it counts in none. A `timer` is
-        told of the stages reconstruct, render, consistency and general.
+        With `decode`, `videos` are what it makes videos of, such as latents `[B ...]`, and no more
+        videos exist than are scored at a time. Rewards in `off` do not count, and when both 3D
+        rewards are off, no reconstruction is made. With `consistency`, "mvcs" is measured beside
+        the rewards; it counts in none. A `timer` is told of the stages decode, reconstruct, render,
+        consistency and general.
 
         Raises:
           ValueError: videos, prompts and paths that do not belong together, videos that are not
             floats, or so few frames that the 3D network would see no movement.
         """
-        self._check(videos, prompts, camtoworld)
+        self._check_batch(len(videos), prompts, camtoworld)
+        if decode is None:
+            self._check_videos(videos, camtoworld)
+        turns = self._turns(len(prompts))
         stage = timer or StageTimer()
         geometric = not set(NEEDS_3D) <= set(off)
         network = sharding.awake(self._state) if geometric else None
-        mine = len(prompts) // sharding.batch_parts(self.mesh)
-        if not self._at_once or mine <= self._at_once:
-            parts = self._parts(videos, prompts, camtoworld, network, consistency, stage)
-            return self.combine(parts, off)
-        if mine % self._at_once:
-            raise ValueError(
-                f"videos_at_once is {self._at_once}; it has to divide the {mine} videos of a device"
-            )
-        turns, found = mine // self._at_once, []
+        found = []
         for turn in range(turns):
-            chosen = self._turn_of(np.arange(len(prompts)), turn, turns)
-            with sharding.on(self.mesh):
-                some = self._turn(videos, turn, turns)
-            of_some = [prompts[i] for i in chosen]
-            paths = camtoworld[chosen]
+            places = self._turn_of(np.arange(len(prompts)), turn, turns)
+            some, paths = videos, camtoworld[places]
+            if turns > 1:
+                with sharding.on(self.mesh):
+                    some = self._turn(videos, turn, turns)
+            if decode is not None:
+                with stage("decode") as wait_for:
+                    some = wait_for(decode(some, places))
+                self._check_videos(some, paths)
+            of_some = [prompts[i] for i in places]
             found.append(self._parts(some, of_some, paths, network, consistency, stage))
         with sharding.on(self.mesh):
             parts = {name: self._joined([one[name] for one in found]) for name in found[0]}
         return self.combine(parts, off)
+
+    def _turns(self, count: int) -> int:
+        """How many times a device scores videos_at_once of a batch of `count`."""
+        mine = count // sharding.batch_parts(self.mesh)
+        if not self._at_once or mine <= self._at_once:
+            return 1
+        if mine % self._at_once:
+            raise ValueError(
+                f"videos_at_once is {self._at_once}; it has to divide the {mine} videos of a device"
+            )
+        return mine // self._at_once
 
     def _parts(self, videos, prompts, camtoworld, network, consistency, stage) -> dict[str, Array]:
         """Every part of the reward; those in 3D with the state of the 3D network, if given."""
@@ -221,27 +238,33 @@ class Reward:
         devices = sharding.batch_parts(self.mesh)
         return jnp.concatenate([row.reshape(devices, -1) for row in turns], axis=1).reshape(-1)
 
-    def _check(self, videos: Any, prompts: Sequence[str], camtoworld: Any) -> None:
+    def _check_batch(self, count: int, prompts: Sequence[str], camtoworld: Any) -> None:
+        if len(prompts) != count:
+            raise ValueError(f"there are {count} videos and {len(prompts)} prompts: want as many")
+        shape = camtoworld.shape
+        if len(shape) != 4 or (shape[0], *shape[2:]) != (count, 4, 4):
+            raise ValueError(
+                f"camtoworld has the shape {shape}; {count} videos want {count} paths of 4x4 poses"
+            )
+        if shape[1] <= self.frame_stride:
+            raise ValueError(
+                f"videos have {shape[1]} frame(s), and with frame_stride {self.frame_stride} the "
+                "3D network would see 1: a camera path needs 2"
+            )
+        parts = sharding.batch_parts(self.mesh)
+        if count % parts:
+            raise ValueError(f"there are {count} videos; the mesh splits them in {parts} parts")
+
+    def _check_videos(self, videos: Any, camtoworld: Any) -> None:
         if len(videos.shape) != 5 or videos.shape[-1] != 3:
             raise ValueError(f"videos have the shape {videos.shape}; it has to be (B, F, H, W, 3)")
         if not jnp.issubdtype(videos.dtype, jnp.floating):
             raise ValueError(f"videos are {videos.dtype}: they have to be floats in [0, 1]")
-        batch, frames = videos.shape[:2]
-        if len(prompts) != batch:
-            raise ValueError(f"there are {batch} videos and {len(prompts)} prompts: want as many")
-        if camtoworld.shape != (batch, frames, 4, 4):
+        if videos.shape[:2] != camtoworld.shape[:2]:
             raise ValueError(
-                f"camtoworld has the shape {camtoworld.shape}; {batch} videos of {frames} frames "
-                f"want {(batch, frames, 4, 4)}"
+                f"camtoworld has the shape {camtoworld.shape}; {len(videos)} videos of "
+                f"{videos.shape[1]} frames want {(*videos.shape[:2], 4, 4)}"
             )
-        if frames <= self.frame_stride:
-            raise ValueError(
-                f"videos have {frames} frame(s), and with frame_stride {self.frame_stride} the 3D "
-                "network would see 1: a camera path needs 2"
-            )
-        parts = sharding.batch_parts(self.mesh)
-        if batch % parts:
-            raise ValueError(f"there are {batch} videos; the mesh splits them in {parts} parts")
 
     def reconstruct(self, videos: Float[Array, "B F H W 3"]) -> Reconstruction:
         """The 3D network's view of each video, with the Gaussians that are to be rendered."""
@@ -284,12 +307,14 @@ class Reward:
     def _recon_of_videos(self, lpips: Any, videos: Array, found: Reconstruction, asked: Array):
         seen = found.camtoworld.shape[1]
         views = None if self._views is None else min(self._views, seen)
+        # Devices that hold the same videos take some views each.
+        shared = tuple(name for name in ("context", "tensor") if self.mesh.shape[name] > 1)
 
         def own(lpips: Any, video: Array, found: Reconstruction, asked: Array):
             measure: Any = nnx.merge(self._lpips, lpips) if self._lpips else None
             return recon.s_recon(
                 video[:, :: self.frame_stride], found, views=views, perceptual=measure,
-                moves=trajectory.moves(asked), method=self._renderer, **self._asks,
+                moves=trajectory.moves(asked), method=self._renderer, shared=shared, **self._asks,
             )  # fmt: skip
 
         return sharding.each_device(own, whole=1)(lpips, videos, found, asked)

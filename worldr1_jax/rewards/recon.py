@@ -36,6 +36,7 @@ BLANK = 1 / 255  # texture below which a frame shows nothing: one level of 8 bit
 MSE_MIN = 1e-10  # PSNR is at most 100 dB
 
 Perceptual = Callable[[Float[Array, "N H W 3"], Float[Array, "N H W 3"]], Float[Array, " N"]]
+Average = Callable[[Float[Array, "B v"]], Float[Array, " B"]]
 
 
 def s_recon(
@@ -49,6 +50,7 @@ def s_recon(
     change_min: float = 0.0,
     moves: Bool[Array, " B"] | None = None,
     method: str = "tiled",
+    shared: tuple[str, ...] = (),
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Renders the Gaussians at the recovered cameras and compares with the same frames.
 
@@ -74,6 +76,8 @@ def s_recon(
         change_min: see above; 0 leaves it out. Choose it below what the base policy has.
         moves: see above; None takes all as moving.
         method: of `splat.render`.
+        shared: axes of the mesh whose devices hold the same videos, inside `jax.shard_map`: each
+            renders and compares its share of the views.
 
     Returns:
         The scores [B] in [0, 1], NaN where the video or its reconstruction is not finite; and
@@ -91,21 +95,25 @@ def s_recon(
         )
     size = reconstruction.depth.shape[2:]
     chosen = frame_indices(video.shape[1], views)
+    mine, average = _views_of(chosen, shared)
     resized = reconstruct.resize_frames(video, (size[0], size[1]))
-    frames = resized[:, chosen]
+    frames = resized[:, mine]
     rendered = splat.render(
         reconstruction.gaussians,
-        reconstruction.camtoworld[:, chosen],
-        reconstruction.intrinsics[:, chosen],
+        reconstruction.camtoworld[:, mine],
+        reconstruction.intrinsics[:, mine],
         (size[0], size[1]),
         method=method,
     )
     image = jnp.clip(rendered.rgb, 0.0, 1.0)
-    similarity = jnp.mean(ssim(image, frames), axis=1)
-    likeness = similarity if perceptual is None else _likeness(image, frames, perceptual)
+    similarity = average(ssim(image, frames))
+    likeness = similarity if perceptual is None else average(_likeness(image, frames, perceptual))
     judged = likeness
     if change_floor > 0 or change_min > 0:
-        change = _change(frames, perceptual)
+        middle = jnp.broadcast_to(resized[:, chosen[len(chosen) // 2], None], frames.shape)
+        # 0 for a still video; the middle frame is like itself, and so does not count.
+        others = len(chosen) / max(len(chosen) - 1, 1)
+        change = others * (1.0 - average(_likeness(middle, frames, perceptual)))
         if change_floor > 0:
             judged = 1.0 - (1.0 - judged) / (change + change_floor)
         judged = jnp.clip(judged, 0.0, 1.0)
@@ -117,9 +125,9 @@ def s_recon(
     gate = jnp.minimum(1.0, detail / texture_min) if texture_min > 0 else 1.0
     score = jnp.clip(judged, 0.0, 1.0) * gate
     parts = {
-        "psnr": jnp.mean(psnr(image, frames), axis=1),
+        "psnr": average(psnr(image, frames)),
         "ssim": similarity,
-        "coverage": jnp.mean(rendered.alpha, axis=(1, 2, 3)),
+        "coverage": average(jnp.mean(rendered.alpha, axis=(2, 3))),
         "texture": detail,
         "texture_least": jnp.min(shown, axis=1),
     }
@@ -132,24 +140,35 @@ def s_recon(
     }
 
 
+def _views_of(chosen: np.ndarray, shared: tuple[str, ...]) -> tuple[Array | np.ndarray, Average]:
+    """The frames that this device renders, and the mean over those of all devices.
+
+    Where the devices do not divide the views, the last repeat one that does not count.
+    """
+    if not shared:
+        return chosen, functools.partial(jnp.mean, axis=1)
+    devices, index = jax.lax.axis_size(shared), jax.lax.axis_index(shared)
+    each = -(-len(chosen) // devices)
+    filled = jnp.asarray(np.pad(chosen, (0, devices * each - len(chosen)), mode="edge"))
+    counts = index * each + jnp.arange(each) < len(chosen)
+
+    def average(values: Float[Array, "B v"]) -> Float[Array, " B"]:
+        total = jax.lax.psum(jnp.sum(jnp.where(counts, values, 0.0), axis=1), shared)
+        return total / len(chosen)
+
+    return jax.lax.dynamic_slice_in_dim(filled, index * each, each), average
+
+
 def _likeness(
     image: Float[Array, "B V H W 3"],
     frames: Float[Array, "B V H W 3"],
     perceptual: Perceptual | None,
-) -> Float[Array, " B"]:
-    """Mean over views of SSIM, or of 1 - a perceptual distance."""
+) -> Float[Array, "B V"]:
+    """SSIM of each view, or 1 - a perceptual distance."""
     if perceptual is None:
-        return jnp.mean(ssim(image, frames), axis=1)
+        return ssim(image, frames)
     flat = (x.reshape(-1, *x.shape[2:]) for x in (image, frames))
-    return 1.0 - jnp.mean(perceptual(*flat).reshape(image.shape[:2]), axis=1)
-
-
-def _change(frames: Float[Array, "B V H W 3"], perceptual: Perceptual | None) -> Float[Array, " B"]:
-    """Mean unlikeness of the middle frame to the others; 0 for a still video."""
-    count = frames.shape[1]
-    middle = jnp.broadcast_to(frames[:, count // 2, None], frames.shape)
-    others = count / max(count - 1, 1)  # the middle frame is like itself
-    return others * (1.0 - _likeness(middle, frames, perceptual))
+    return 1.0 - perceptual(*flat).reshape(image.shape[:2])
 
 
 def mvcs(
