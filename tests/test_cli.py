@@ -27,3 +27,18 @@ def test_a_device_for_each_core_that_the_videos_divide():
 
 def test_the_number_of_devices_that_a_user_asks_for_stays():
     assert devices("32", XLA_FLAGS="--xla_force_host_platform_device_count=3") == 3
+
+
+def test_xla_is_asked_before_it_is_given_a_flag():
+    """A flag that the library lacks would end the process; a user's own choice stays."""
+    code = (
+        "import cli, os; assert not cli._xla_has('xla_no_such_flag'); cli.spread_convolutions(); "
+        "import jax; jax.devices(); print(os.environ.get('XLA_FLAGS', ''))"
+    )
+    own = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+    for given, want in ((own, own), ("", None)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=LAUNCH, capture_output=True, text=True, check=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": given},
+        )  # fmt: skip
+        assert want is None or done.stdout.strip() == want
