@@ -136,7 +136,11 @@ def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
     # on the host, and two devices share a video.
     runs: list[tuple[int, dict, dict]] = [
         (1, {"data": 1}, {"sample.videos_at_once": 4}),
-        (8, {"data": 2, "fsdp": 2, "context": 2}, {"idle_on_host": ("text", "vae", "policy", "rewards")}),
+        (
+            8,
+            {"data": 2, "fsdp": 2, "context": 2},
+            {"idle_on_host": ("text", "vae", "policy", "rewards")},
+        ),
     ]
     for count, sizes, changes in runs:
         make = sharding.make_mesh

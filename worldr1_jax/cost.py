@@ -17,7 +17,8 @@ def matmul_flops(function: Callable[[], Any]) -> float:
     """Floating-point operations of the matrix products and convolutions in `function()`, over all
     devices: two for each multiplication with its addition.
 
-    Of a `cond`, the dearer branch counts; the body of a `while` counts once, for nobody knows how
+    Of a `cond`, the dearer branch counts, but the definition's where platforms have their own ways
+    to one result; the body of a `while` counts once, for nobody knows how
     often it runs. Elementwise work is not counted.
     """
     return jaxpr_flops(jax.make_jaxpr(function)().jaxpr)
@@ -41,6 +42,8 @@ def _equation_flops(equation: Any) -> float:
     if name == "pallas_call":
         return 0.0  # its body is one block's, and how many blocks do work is the kernel's affair
     inner = [jaxpr_flops(sub) for sub in sub_jaxprs(params)]
+    if params.get("branches_platforms"):  # of lax.platform_dependent, whose last is any platform's
+        return inner[-1]
     if name == "cond":
         return max(inner)
     times = params["length"] if name == "scan" else 1

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from worldr1_jax import sharding
+from worldr1_jax import chips, sharding
 from worldr1_jax.camera import commands, noise_warp, trajectory
 from worldr1_jax.data.text_cache import TextCache
 from worldr1_jax.models import umt5, wan_dit, wan_vae
@@ -138,7 +138,9 @@ class Pipeline:
             self._text = TextStage(wan.text_encoder, wan.tokenizer, wan.tokens, mesh)
         self._at_once = videos_at_once
         self._vae_graph, self._vae_state = nnx.split(wan.vae)
-        self._decode = jax.jit(self._decode_latents)
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        options: Any = chips.CONVOLUTIONS if on_tpu else None
+        self._decode = jax.jit(self._decode_latents, compiler_options=options)
         self._rollout = jax.jit(self._rollout_batch, static_argnames=("sampler", "width"))
 
     def velocity(self, adapters, base, latents, timestep, text, adapters_on: bool = True) -> Array:

@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax.models.convolution import convolve
+
 NORM_EPS = 1e-5
 UV_RATIO = 0.1  # weight of the position embedding that is added to feature maps
 UV_OMEGA = 100.0
@@ -222,8 +224,9 @@ def conv3(
 ) -> nnx.Conv:
     """3x3 convolution with one pixel of zeros around."""
     return nnx.Conv(
-        inputs, outputs, (3, 3), strides=(stride, stride), padding=1, use_bias=use_bias, rngs=rngs
-    )
+        inputs, outputs, (3, 3), strides=(stride, stride), padding=1, use_bias=use_bias, rngs=rngs,
+        conv_general_dilated=convolve,
+    )  # fmt: skip
 
 
 def resize(x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B H W C"]:

@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from worldr1_jax.models import convert
+from worldr1_jax.models.convolution import convolve
 
 FILENAME = "model.safetensors"
 IGNORE = (r"classifier\..*",)
@@ -53,7 +54,7 @@ class LPIPS(nnx.Module):
             [
                 nnx.Conv(
                     inputs, outputs, (kernel, kernel), strides=(stride, stride), padding=padding,
-                    precision=jax.lax.Precision.HIGHEST, rngs=rngs,
+                    precision=jax.lax.Precision.HIGHEST, rngs=rngs, conv_general_dilated=convolve,
                 )
                 for _, kernel, stride, padding, inputs, outputs in CONVOLUTIONS
             ]

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from worldr1_jax import nano, sharding
+from worldr1_jax import chips, nano, sharding
 from worldr1_jax.metrics import StageTimer
 from worldr1_jax.models import da3 as depth_anything
 from worldr1_jax.models import lpips as perceptual
@@ -145,7 +145,8 @@ class Reward:
         self._asks, self._gaussian_frames = asks, gaussian_frames
         on_tpu = mesh.devices.flat[0].platform == "tpu"
         self._renderer = "pallas" if on_tpu else "tiled"
-        self._recon = jax.jit(self._recon_of_videos)
+        options: Any = chips.CONVOLUTIONS if on_tpu and distance is not None else None
+        self._recon = jax.jit(self._recon_of_videos, compiler_options=options)
         self._trajectory = jax.jit(self._trajectory_of_videos)
         self._masked = jax.jit(combine.masked)
         self._turn = jax.jit(self._turn_of, static_argnums=2)
