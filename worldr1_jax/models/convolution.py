@@ -1,11 +1,11 @@
 """Convolution that is as exact on TPUs as the publishers' networks are on GPUs.
 
-By default a TPU rounds float32 inputs of a product to bfloat16, with 8 bits of mantissa. GPUs' TF32,
-on which the published VAE and heads run, has 10. Here each input is the sum of two bfloat16 numbers,
-and three of the four products of these are added up in float32, which gives 16 bits. XLA does the
-same when asked for Precision.HIGH, as three convolutions, which take it several times as long to
-compile: of the VAE at 480x832x81, over 12 minutes in place of 4. One convolution over three times
-the channels also fills the matrix unit better where channels are few.
+By default a TPU rounds float32 inputs of a product to bfloat16, with 8 bits of mantissa. GPUs'
+TF32, on which the published VAE and heads run, has 10. Here each input is the sum of two bfloat16
+numbers, and three of the four products of these are added up in float32, which gives 16 bits. XLA
+does the same when asked for Precision.HIGH, as three convolutions, which take it several times as
+long to compile: of the VAE at 480x832x81, over 12 minutes in place of 4. One convolution over three
+times the channels also fills the matrix unit better where channels are few.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Array = jax.Array
 
 
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> Array:
-    """`lax.conv_general_dilated` with the features of x last and the kernel's as [..., in, out];
-    for float32 without groups, see above. It can be the `conv_general_dilated` of a flax.nnx.Conv."""
+    """`lax.conv_general_dilated` with the features of x last and the kernel's as [..., in, out]; for
+    float32 without groups, see above. It can be a flax.nnx.Conv's `conv_general_dilated`."""
     if x.dtype != jnp.float32 or options.get("feature_group_count", 1) != 1:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
