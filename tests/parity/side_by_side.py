@@ -4,7 +4,7 @@ python -m tests.parity.side_by_side               # the 1.3B's block, and VAE de
 python -m tests.parity.side_by_side --tokens=1024 --rounds=5
 
 Both get all cores, and the malloc that our launchers set, which keeps freed memory
-(cli.keep_memory; --plain-malloc leaves it out). Rounds alternate between the two. Two figures, both
+(cli.keep_memory; --plain leaves it out). Rounds alternate between the two. Two figures, both
 torch over ours: the ratio of the median seconds, and of the median processor seconds, which what
 else runs disturbs less.
 """
@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--implementation", default="blocks", help="of our attention")
     parser.add_argument("--no-vae", action="store_true")
-    parser.add_argument("--plain-malloc", action="store_true", help="glibc's defaults")
+    parser.add_argument("--plain", action="store_true", help="the defaults of glibc and XLA")
     args = parser.parse_args()
-    if not args.plain_malloc:
+    if not args.plain:
         cli.keep_memory()
+        cli.spread_convolutions()
     for tokens in args.tokens:
         block(tokens, args.rounds, args.implementation)
     if not args.no_vae:

@@ -3,7 +3,7 @@
 python -m tests.parity.side_by_side_da3 --frames=4 --rounds=5
 
 Both have the same random weights and get all cores, and the malloc that our launchers set
-(--plain-malloc leaves it out); figures as in side_by_side.py. "same work" is backbone, depth and
+(--plain leaves it out); figures as in side_by_side.py. "same work" is backbone, depth and
 cameras on both sides. "package" is the package's own forward, which also computes rays that no
 reward reads.
 """
@@ -36,10 +36,11 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=294)
     parser.add_argument("--width", type=int, default=504)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--plain-malloc", action="store_true", help="glibc's defaults")
+    parser.add_argument("--plain", action="store_true", help="the defaults of glibc and XLA")
     args = parser.parse_args()
-    if not args.plain_malloc:
+    if not args.plain:
         cli.keep_memory()
+        cli.spread_convolutions()
     for name in args.models:
         compare(name, (args.frames, args.height, args.width), args.rounds)
 

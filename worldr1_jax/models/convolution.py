@@ -20,8 +20,10 @@ Array = jax.Array
 
 
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -> Array:
-    """`lax.conv_general_dilated` with the features of x last and the kernel's as [..., in, out]; for
-    float32 without groups, see above. It can be a flax.nnx.Conv's `conv_general_dilated`."""
+    """`lax.conv_general_dilated` with the features of x last and the kernel's as [..., in, out].
+
+    For float32 without groups, see above. It can be a flax.nnx.Conv's `conv_general_dilated`.
+    """
     if x.dtype != jnp.float32 or options.get("feature_group_count", 1) != 1:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
