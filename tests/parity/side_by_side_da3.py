@@ -2,10 +2,9 @@
 
 python -m tests.parity.side_by_side_da3 --frames=4 --rounds=5
 
-Both have the same random weights and get all cores, and the malloc that our launchers set
-(--plain leaves it out); figures as in side_by_side.py. "same work" is backbone, depth and
-cameras on both sides. "package" is the package's own forward, which also computes rays that no
-reward reads.
+Both have the same random weights and get all cores, and what our launchers set (--plain leaves it
+out); figures as in side_by_side.py. "same work" is backbone, depth and cameras on both sides.
+"package" is the package's own forward, which also computes rays that no reward reads.
 """
 
 from __future__ import annotations
