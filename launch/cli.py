@@ -97,8 +97,12 @@ def spread_convolutions() -> None:
     channels and a quarter at 96 or 192.
 
     An unknown flag would end the process, and this one is experimental: it is set where the library
-    has it. Call it before jax is used.
+    has it, and where no accelerator's library, with an XLA of its own, would read it. Call it
+    before jax is used.
     """
+    others = ("libtpu", "jax_plugins")
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, others)):
+        return
     flag, flags = "xla_cpu_experimental_ynn_fusion_type", os.environ.get("XLA_FLAGS", "")
     if flag not in flags and _xla_has(flag):
         os.environ["XLA_FLAGS"] = f"{flags} --{flag}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT".strip()

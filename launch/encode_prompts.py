@@ -36,7 +36,8 @@ def main() -> None:
     made_by = settings.text_fingerprint(config)
     dtype = jnp.dtype(config.policy.dtype)
     encoder, tokenizer = wan.load_text(nano.resolve(config.policy.weights), mesh=mesh, dtype=dtype)
-    encode = TextStage(encoder, tokenizer, config.policy.text_tokens, mesh)
+    each = max(BATCH.value // sharding.batch_parts(mesh, "sequences"), 1)
+    encode = TextStage(encoder, tokenizer, config.policy.text_tokens, mesh, at_once=each)
 
     def rows(prompts):
         _, mask = wan.tokenize(tokenizer, prompts, config.policy.text_tokens)

@@ -31,6 +31,23 @@ def test_three_products_of_halves_have_16_bits(axes, stride):
     assert error < 3e-5 and error < np.abs(rounded - want).max() / np.abs(want).max() / 100
 
 
+def test_gradients_are_not_rounded(monkeypatch):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, 6, 5, 8)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 8, 4)).astype(np.float32)
+
+    def gradients():
+        loss = lambda x, k: jnp.sum(  # noqa: E731
+            jnp.sin(convolution.convolve(x, k, (1, 1), "SAME", dimension_numbers=LAYOUTS[2]))
+        )
+        return jax.grad(loss, argnums=(0, 1))(x, kernel)
+
+    want = gradients()
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+    for a, b in zip(gradients(), want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_on_tpus_time_is_an_axis_of_the_convolution(stride, monkeypatch):
     """The TPU's form of the VAE's layer, run here: the sum over taps."""

@@ -113,6 +113,15 @@ def test_turns_that_depend_on_the_data_are_those_stated():
     assert {op.times for op in ops} == {7}
 
 
+def test_a_bound_is_no_number_of_turns():
+    """A loop that also ends when the data says so, such as the renderer's rounds."""
+    read = "  %{0} = s32[] get-tuple-element(%arg.2), index={1}\n"
+    both = read.format("g", 0) + read.format("d", 1)
+    head = next(line for line in TEXT.splitlines() if line.startswith("%cond"))
+    ops = plan_hlo.read(TEXT.replace(head, head + "\n" + both), turns=7)
+    assert {op.times for op in ops} == {7}
+
+
 def test_the_report_has_the_keys_of_the_issue_and_counts_every_run():
     rows = [
         plan.Program(

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,21 @@ def set_flags() -> None:
     args = os.environ.get(_ARGS, "")
     new = [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}=" not in args]
     os.environ[_ARGS] = " ".join(filter(None, [args, *new]))
+
+
+class JitConvolutions:
+    """`jax.jit` of a function, with CONVOLUTIONS for the compiler where the mesh is of TPUs."""
+
+    def __init__(self, function: Callable[..., Any], mesh: jax.sharding.Mesh):
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        options: Any = CONVOLUTIONS if on_tpu else None
+        self._plain, self._tuned = jax.jit(function), jax.jit(function, compiler_options=options)
+        self.trace = self._tuned.trace
+
+    def __call__(self, *arguments: Any) -> Any:
+        # Within another trace, such as one that counts FLOPs, jax refuses options.
+        traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+        return (self._plain if traced else self._tuned)(*arguments)
 
 
 def scoped_memory(chip: str) -> int:

@@ -18,8 +18,8 @@ def matmul_flops(function: Callable[[], Any]) -> float:
     devices: two for each multiplication with its addition.
 
     Of a `cond`, the dearer branch counts, but the definition's where platforms have their own ways
-    to one result; the body of a `while` counts once, for nobody knows how
-    often it runs. Elementwise work is not counted.
+    to one result; the body of a `while` counts once, for nobody knows how often it runs.
+    Elementwise work is not counted.
     """
     return jaxpr_flops(jax.make_jaxpr(function)().jaxpr)
 

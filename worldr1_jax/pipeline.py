@@ -67,26 +67,41 @@ class TextStage:
     """Prompts to embeddings `[B N D]` float32 over the mesh, padded places at zero.
 
     Each different prompt is encoded once, for the members of a group share theirs, and every device
-    takes one at a time: the encoder's memory depends on no batch size, and it is compiled once.
+    takes `at_once` at a time: the encoder's memory depends on no batch size, and it is compiled
+    once.
     """
 
     def __init__(
-        self, encoder: umt5.UMT5Encoder, tokenizer: Any, tokens: int, mesh: jax.sharding.Mesh
+        self,
+        encoder: umt5.UMT5Encoder,
+        tokenizer: Any,
+        tokens: int,
+        mesh: jax.sharding.Mesh,
+        *,
+        at_once: int = 1,
     ):
         self._tokenizer, self._tokens, self._mesh = tokenizer, tokens, mesh
+        self._at_once = at_once * sharding.batch_parts(mesh, "sequences")
         self._graph, self._state = nnx.split(encoder)
         self._run, self._members = jax.jit(self._embed), jax.jit(self._rows_of)
 
     def __call__(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
-        """The embeddings; the mesh has to divide the number of prompts."""
+        """The embeddings.
+
+        Raises:
+          ValueError: a number of prompts that the mesh does not divide.
+        """
+        parts = sharding.batch_parts(self._mesh)
+        if len(prompts) % parts:
+            raise ValueError(f"there are {len(prompts)} prompts; the mesh splits them in {parts}")
         unique = list(dict.fromkeys(prompts))
         members = np.array([unique.index(prompt) for prompt in prompts])
-        at_once = sharding.batch_parts(self._mesh, "sequences")
-        unique += [unique[-1]] * (-len(unique) % at_once)
+        unique += [unique[-1]] * (-len(unique) % self._at_once)
         state, rows = sharding.awake(self._state), []
         with sharding.on(self._mesh):
-            for first in range(0, len(unique), at_once):
-                chosen = tokenize(self._tokenizer, unique[first : first + at_once], self._tokens)
+            for first in range(0, len(unique), self._at_once):
+                some = unique[first : first + self._at_once]
+                chosen = tokenize(self._tokenizer, some, self._tokens)
                 rows.append(self._run(state, *(placed(a, self._mesh, "sequences") for a in chosen)))
             return self._members(rows, members)
 
@@ -138,9 +153,7 @@ class Pipeline:
             self._text = TextStage(wan.text_encoder, wan.tokenizer, wan.tokens, mesh)
         self._at_once = videos_at_once
         self._vae_graph, self._vae_state = nnx.split(wan.vae)
-        on_tpu = mesh.devices.flat[0].platform == "tpu"
-        options: Any = chips.CONVOLUTIONS if on_tpu else None
-        self._decode = jax.jit(self._decode_latents, compiler_options=options)
+        self._decode = chips.JitConvolutions(self._decode_latents, mesh)
         self._rollout = jax.jit(self._rollout_batch, static_argnames=("sampler", "width"))
 
     def velocity(self, adapters, base, latents, timestep, text, adapters_on: bool = True) -> Array:

@@ -154,11 +154,14 @@ def _covers(lines: list[str]) -> dict[str, int]:
 
 
 def _turns(rest: str, condition: list[str]) -> int | None:
-    """Of a loop that counts from 0 while it is below a constant, as scans are compiled."""
+    """Of a loop that counts from 0 while it is below a constant, as scans are compiled. One that
+    looks at more than its counter may end earlier: its constant is a bound."""
     match = _TURNS.search(rest)
     if match:
         return int(match.group(1))
     limits = [m.group(1) for m in map(_LIMIT.search, condition) if m]
+    if sum(" get-tuple-element(" in line for line in condition) > 1:
+        return None
     return int(limits[0]) if len(limits) == 1 else None
 
 

@@ -197,9 +197,9 @@ def lowerings(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Ite
     kept = resting("text", "vae", "policy", "adapters", "moments", *drawn)
     yield Lowering(
         "decode", lambda: pipeline._decode.trace(pipeline._vae_state, shapes.some_latents),
-        times=shapes.turns, resting=kept - sizes["vae"] + sizes["da3"],
+        times=shapes.turns, resting=kept - sizes["vae"] + sizes["awake"],
     )  # fmt: skip
-    yield from _rewards(config, reward, shapes, kept, sizes["da3"])
+    yield from _rewards(config, reward, shapes, kept, sizes)
     yield _update(config, pipeline, shapes, state, resting("text", "vae", "rewards"))
     yield Lowering(
         "restore", lambda: checkpoint.digests_of.trace(jax.tree.leaves(state)), times=0,
@@ -223,28 +223,30 @@ def _rollout(config, pipeline: Pipeline, shapes: Shapes, resting: int) -> Loweri
 
 
 def _rewards(
-    config, reward: Reward, shapes: Shapes, resting: int, network: int
+    config, reward: Reward, shapes: Shapes, resting: int, sizes: dict
 ) -> Iterator[Lowering]:
     """Reconstruction, S_recon with its renderer and its measure, S_traj, and R_gen; a turn each."""
     yield Lowering(
         "reconstruct",
         lambda: reward._reconstruct.trace(reward._state, shapes.some),
         needed=_reconstruct_flops(config, shapes.some) / reward.mesh.size,
-        times=shapes.turns, resting=resting,
+        times=shapes.turns, resting=resting + sizes["awake"] - sizes["da3"],
     )  # fmt: skip
-    turn = {"times": shapes.turns, "resting": resting + network}
+    resting += sizes["awake"]
     # Shaped here, where no mesh is set: the network makes constants, and these devices hold none.
     made = jax.eval_shape(reward._reconstruct, reward._state, shapes.some)
     found = jax.tree.map(partial(_described, place=shapes.batch), made)
     yield Lowering(
         "render",
         lambda: reward._recon.trace(reward._lpips_state, shapes.some, found, shapes.asked),
-        turns=RENDER_ROUNDS, **turn,
+        turns=RENDER_ROUNDS, times=shapes.turns, resting=resting,
     )  # fmt: skip
+    # What was found outlives its render.
     yield Lowering(
         "trajectory",
         lambda: reward._trajectory.trace(shapes.asked, found.camtoworld),
-        **turn,
+        times=shapes.turns,
+        resting=resting + bytes_of((shapes.some, found)) - bytes_of(found.camtoworld),
     )
 
     count, colors = shapes.some.shape[0], general.MAX_COLORS
@@ -253,8 +255,8 @@ def _rewards(
         lambda: reward._palette.trace(
             shapes.some, shapes.of(count, colors, 3), shapes.of(count, colors)
         ),
-        **turn,
-    )
+        times=shapes.turns, resting=resting + bytes_of(found),
+    )  # fmt: skip
 
 
 def _reconstruct_flops(config, videos: Any) -> float:
@@ -315,6 +317,8 @@ def _sizes(config, pipeline: Pipeline, reward: Reward, shapes: Shapes, state: An
     adapters = bytes_of(pipeline.adapters)
     return sizes | {
         "da3": bytes_of(reward._state),
+        # The 3D network is, from the first turn to the last, and LPIPS where it has no other place.
+        "awake": max(bytes_of(reward._state), sizes["rewards"]),
         "adapters": adapters,
         "moments": bytes_of(state) - adapters,
         "embeddings": bytes_of((shapes.text, shapes.null)),

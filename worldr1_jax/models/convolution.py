@@ -10,6 +10,7 @@ times the channels also fills the matrix unit better where channels are few.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,10 +31,21 @@ def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any
     def whole(x: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
+    @jax.custom_vjp
     def in_parts(x: Array, kernel: Array) -> Array:
         parts = options | {"precision": None, "preferred_element_type": jnp.float32}
         return lax.conv_general_dilated(*three_products(x, kernel), strides, padding, **parts)
 
+    def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+        # Its own would round the cotangent to bfloat16.
+        exact = options | {"precision": lax.Precision.HIGH}
+        convolution = partial(
+            lax.conv_general_dilated, window_strides=strides, padding=padding, **exact
+        )
+        _, pull = jax.vjp(convolution, *saved)
+        return pull(cotangent)
+
+    in_parts.defvjp(lambda *both: (in_parts(*both), both), backward)
     return lax.platform_dependent(x, kernel, tpu=in_parts, default=whole)
 
 

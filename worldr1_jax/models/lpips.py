@@ -54,7 +54,8 @@ class LPIPS(nnx.Module):
             [
                 nnx.Conv(
                     inputs, outputs, (kernel, kernel), strides=(stride, stride), padding=padding,
-                    precision=jax.lax.Precision.HIGHEST, rngs=rngs, conv_general_dilated=convolve,
+                    precision=jax.lax.Precision.HIGHEST,  # TPUs: see convolution.py
+                    rngs=rngs, conv_general_dilated=convolve,
                 )
                 for _, kernel, stride, padding, inputs, outputs in CONVOLUTIONS
             ]

@@ -145,8 +145,7 @@ class Reward:
         self._asks, self._gaussian_frames = asks, gaussian_frames
         on_tpu = mesh.devices.flat[0].platform == "tpu"
         self._renderer = "pallas" if on_tpu else "tiled"
-        options: Any = chips.CONVOLUTIONS if on_tpu and distance is not None else None
-        self._recon = jax.jit(self._recon_of_videos, compiler_options=options)
+        self._recon = chips.JitConvolutions(self._recon_of_videos, mesh)
         self._trajectory = jax.jit(self._trajectory_of_videos)
         self._masked = jax.jit(combine.masked)
         self._turn = jax.jit(self._turn_of, static_argnums=2)
@@ -177,9 +176,9 @@ class Reward:
           ValueError: videos, prompts and paths that do not belong together, videos that are not
             floats, or so few frames that the 3D network would see no movement.
         """
-        self._check_batch(len(videos), prompts, camtoworld)
         if decode is None:
             self._check_videos(videos, camtoworld)
+        self._check_batch(videos.shape[0], prompts, camtoworld)
         turns = self._turns(len(prompts))
         stage = timer or StageTimer()
         geometric = not set(NEEDS_3D) <= set(off)
