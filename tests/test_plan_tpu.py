@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
+from flax import nnx
 
 from configs import world
-from worldr1_jax import plan, plan_hlo, plan_programs, sharding
+from tests.test_wan_vae import TINY
+from worldr1_jax import chips, plan, plan_hlo, plan_programs, sharding
 from worldr1_jax.chips import CHIPS
-from worldr1_jax.models import da3, wan_dit
+from worldr1_jax.models import da3, wan_dit, wan_vae
+from worldr1_jax.pipeline import COLUMNS
 
 pytest.importorskip("libtpu")
 
@@ -76,3 +80,28 @@ def test_depth_anything_compiles_with_kernels_and_fits():
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < CHIPS["v5e"].hbm
     assert "splash_m" in text  # the kernel, and not attention in XLA
     assert plan_hlo.read(text)  # every loop has a number of turns
+
+
+def test_the_decoder_convolves_in_bfloat16_and_in_time():
+    """A float32 decoder, columns over two devices: no convolution of float32, which takes the
+    compiler minutes at full size, and one in place of a tap each."""
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 2}, plan.topology_devices("v5e:2x2"))
+    graph, state = nnx.split(nnx.eval_shape(lambda: wan_vae.WanVAE(TINY, nnx.Rngs(0))))
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), state
+    )
+    latents = jax.ShapeDtypeStruct((2, 3, 8, 8, 2), "float32", sharding=sharding.batched(mesh))
+
+    def decode(state, latents):
+        latents = sharding.constrain(latents, *COLUMNS)
+        return nnx.merge(graph, state).decode(latents, chunked=True)
+
+    with jax.set_mesh(mesh):
+        lowered = chips.JitConvolutions(decode, mesh).trace(state, latents).lower()
+    inputs = re.findall(
+        r"stablehlo.convolution.*: \(tensor<(\w+)>, tensor<(\w+)>", lowered.as_text()
+    )
+    assert inputs and all(kind.endswith("bf16") for pair in inputs for kind in pair)
+    assert any(kind.count("x") == 5 for kind, _ in inputs)
+    memory = lowered.compile().memory_analysis()
+    assert 0 < memory.temp_size_in_bytes < CHIPS["v5e"].hbm
