@@ -60,7 +60,7 @@ FLAGS = {
     "xla_enable_async_all_gather": "true",
 }
 # For programs of convolutions: with more of a core's memory the compiler searches several times as
-# long for each, and finds no faster one.
+# long for each, and finds one that is 0 to 6% faster by its own estimate.
 CONVOLUTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
 _ARGS = "LIBTPU_INIT_ARGS"
 _SCOPED = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 32, "tpu7x": 32}  # MiB, the compiler's defaults

@@ -232,9 +232,10 @@ class Pipeline:
             return self._decode(sharding.awake(self._vae_state), latents)
 
     def _decode_latents(self, state, latents):
-        return sampling.in_parts(partial(self._decode_part, state), self._parts(len(latents)))(
-            latents
-        )
+        return sampling.in_parts(
+            partial(self._decode_part, state),
+            sharding.turns(self.mesh, len(latents), self._at_once),
+        )(latents)
 
     def _rollout_batch(
         self, adapters, base, text, text_null, paths, keys, start, solver, noise, *, sampler, width
@@ -253,7 +254,8 @@ class Pipeline:
         elif self.camera.mode == "step":
             on_step = partial(self._add_delta, warped=warped, plain=plain)
         velocity = sampling.in_parts(
-            partial(self.velocity, adapters, base), self._parts(paths.shape[0])
+            partial(self.velocity, adapters, base),
+            sharding.turns(self.mesh, len(paths), self._at_once),
         )
         found = sampling.sample(
             velocity, step_keys, noise,
@@ -264,18 +266,6 @@ class Pipeline:
         states = sharding.constrain(found.window_latents, None, *COLUMNS)
         latents = sharding.constrain(found.latents, *COLUMNS)
         return dataclasses.replace(found, latents=latents, window_latents=states)
-
-    def _parts(self, count: int) -> int:
-        """Into how many parts, one after the other, a batch of videos is evaluated."""
-        mine = count // sharding.batch_parts(self.mesh)
-        if not self._at_once or mine <= self._at_once:
-            return 1
-        if mine % self._at_once:
-            raise ValueError(
-                f"sample.videos_at_once is {self._at_once}; it has to divide the {mine} videos of "
-                "a device"
-            )
-        return mine // self._at_once
 
     def _decode_part(self, state, latents):
         # The VAE's convolutions then exchange the columns at their edges; devices that share a

@@ -197,6 +197,22 @@ def batch_parts(mesh: Mesh, of: str = "videos") -> int:
     return math.prod(mesh.shape[name] for name in ACTIVATIONS[of] or ())
 
 
+def turns(mesh: Mesh, count: int, at_once: int) -> int:
+    """How often each device takes `at_once` of its samples (0: all) until `count` are done.
+
+    Raises:
+      ValueError: a number that does not divide a device's samples.
+    """
+    mine = count // batch_parts(mesh)
+    if not at_once or mine <= at_once:
+        return 1
+    if mine % at_once:
+        raise ValueError(
+            f"videos_at_once is {at_once}; it has to divide the {mine} videos of a device"
+        )
+    return mine // at_once
+
+
 def spec_of(
     path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh
 ) -> tuple[int, PartitionSpec]:

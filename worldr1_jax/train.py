@@ -184,7 +184,7 @@ def one_update(
         )
 
     # -- videos and their rewards; the dynamic phase has no 3D rewards, for those would freeze what
-    # moves. Videos are 12 times the size of their latents: they are decoded as they are scored.
+    # moves. At full size videos are 46 times their latents: they are decoded as they are scored.
     saved: range | tuple[int, ...] = ()
     if (update + 1) % config.videos_every == 0 or update == 0:
         saved = range(0, len(batch.prompts), config.group_size)[:4]

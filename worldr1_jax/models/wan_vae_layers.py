@@ -88,7 +88,8 @@ def temporal_conv(
     99 ms, and a matrix product of unfolded windows 128 ms. Forward, in processor time at 4 frames
     against torch's conv3d: 0.88x its speed at 64x64 with 192 channels, equal at 128x128 with 96; a
     loop over frames gains 5%, joined taps and unfolded rows take 19 to 49% longer. For a TPU the
-    compiler's estimate is 40% less for one 3D convolution, and its memory half.
+    compiler's estimate, at 4x480x832 with 96 channels, is 40% less for one 3D convolution, and its
+    memory 44% less.
     """
     taps = kernel.shape[0]
     batch, frames, *space = x.shape

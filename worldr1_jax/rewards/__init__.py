@@ -179,7 +179,7 @@ class Reward:
         if decode is None:
             self._check_videos(videos, camtoworld)
         self._check_batch(videos.shape[0], prompts, camtoworld)
-        turns = self._turns(len(prompts))
+        turns = sharding.turns(self.mesh, len(prompts), self._at_once)
         stage = timer or StageTimer()
         geometric = not set(NEEDS_3D) <= set(off)
         network = sharding.awake(self._state) if geometric else None
@@ -199,17 +199,6 @@ class Reward:
         with sharding.on(self.mesh):
             parts = {name: self._joined([one[name] for one in found]) for name in found[0]}
         return self.combine(parts, off)
-
-    def _turns(self, count: int) -> int:
-        """How many times a device scores videos_at_once of a batch of `count`."""
-        mine = count // sharding.batch_parts(self.mesh)
-        if not self._at_once or mine <= self._at_once:
-            return 1
-        if mine % self._at_once:
-            raise ValueError(
-                f"videos_at_once is {self._at_once}; it has to divide the {mine} videos of a device"
-            )
-        return mine // self._at_once
 
     def _parts(self, videos, prompts, camtoworld, network, consistency, stage) -> dict[str, Array]:
         """Every part of the reward; those in 3D with the state of the 3D network, if given."""
