@@ -264,7 +264,7 @@ class Backbone(nnx.Module):
             return table
         patches = table[0, 1:].reshape(side, side, -1)
         rows, columns = bicubic_matrix(side, grid[0]), bicubic_matrix(side, grid[1])
-        patches = jnp.einsum("yi,xj,ijd->yxd", rows, columns, patches)
+        patches = jnp.einsum("yi,xj,ijd->yxd", rows, columns, patches, precision="highest")
         return jnp.concatenate([table[:, :1], patches.reshape(1, -1, table.shape[-1])], axis=1)
 
     def _kinds(

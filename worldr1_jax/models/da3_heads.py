@@ -23,6 +23,8 @@ NORM_EPS = 1e-5
 UV_RATIO = 0.1  # weight of the position embedding that is added to feature maps
 UV_OMEGA = 100.0
 PYRAMID = 8  # the finest level of the fused pyramid, times the patch grid
+# Of products of float32 on TPUs: 16 bits of mantissa, as in convolution.py, and all 24.
+FINE, EXACT = jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +53,16 @@ class CameraDecoder(nnx.Module):
     """Camera token -> translation, quaternion and field of view."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(dim, dim, rngs=rngs)
-        self.fc2 = nnx.Linear(dim, dim, rngs=rngs)
+        # S_traj is no better than the path: TPUs would round it to 8 bits of mantissa.
+        linear = functools.partial(nnx.Linear, precision=EXACT, rngs=rngs)
+        self.fc1 = linear(dim, dim)
+        self.fc2 = linear(dim, dim)
         small = nnx.initializers.normal(0.1 / dim**0.5)
         # A fresh network starts at the identity with a field of view of 1 rad: the ReLU on the
         # field of view has no gradient below zero, and a zero quaternion no rotation.
-        self.translation = nnx.Linear(dim, 3, kernel_init=small, rngs=rngs)
-        self.quaternion = nnx.Linear(
-            dim, 4, kernel_init=small, bias_init=_constant(0, 0, 0, 1), rngs=rngs
-        )
-        self.fov = nnx.Linear(dim, 2, kernel_init=small, bias_init=_constant(1, 1), rngs=rngs)
+        self.translation = linear(dim, 3, kernel_init=small)
+        self.quaternion = linear(dim, 4, kernel_init=small, bias_init=_constant(0, 0, 0, 1))
+        self.fov = linear(dim, 2, kernel_init=small, bias_init=_constant(1, 1))
 
     def __call__(self, token: Float[Array, "B F D"]) -> tuple[Array, Array, Array]:
         """Translation [B F 3], quaternion [B F 4] xyzw of any length, field of view [B F 2].
@@ -86,7 +88,7 @@ class UpConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
         k, (batch, height, width, _) = self.kernel.shape[0], x.shape
-        out = jnp.einsum("bhwc,ijco->bhiwjo", x, self.kernel[...])
+        out = jnp.einsum("bhwc,ijco->bhiwjo", x, self.kernel[...], precision=FINE)
         return out.reshape(batch, height * k, width * k, -1) + self.bias[...]
 
 
@@ -94,8 +96,8 @@ class ResidualUnit(nnx.Module):
     """Two 3x3 convolutions with pre-activation."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
-        self.conv1 = conv3(features, features, rngs=rngs)
-        self.conv2 = conv3(features, features, rngs=rngs)
+        self.conv1 = conv(features, features, rngs=rngs)
+        self.conv2 = conv(features, features, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return x + self.conv2(jax.nn.relu(self.conv1(jax.nn.relu(x))))
@@ -107,7 +109,7 @@ class Fusion(nnx.Module):
     def __init__(self, features: int, lateral: bool, *, rngs: nnx.Rngs):
         self.unit1 = ResidualUnit(features, rngs=rngs) if lateral else None
         self.unit2 = ResidualUnit(features, rngs=rngs)
-        self.out_conv = nnx.Conv(features, features, (1, 1), rngs=rngs)
+        self.out_conv = conv(features, features, 1, rngs=rngs)
 
     def __call__(self, x: Array, level: Array | None, size: tuple[int, int]) -> Array:
         if self.unit1 is not None and level is not None:
@@ -135,28 +137,26 @@ class DPT(nnx.Module):
         self.norm = (
             nnx.LayerNorm(dim, epsilon=NORM_EPS, dtype=jnp.float32, rngs=rngs) if norm else None
         )
-        self.projects = nnx.List([nnx.Conv(dim, c, (1, 1), rngs=rngs) for c in outs])
+        self.projects = nnx.List([conv(dim, c, 1, rngs=rngs) for c in outs])
         self.up4 = UpConv(outs[0], 4, rngs=rngs)
         self.up2 = UpConv(outs[1], 2, rngs=rngs)
-        self.down2 = conv3(outs[3], outs[3], stride=2, rngs=rngs)
-        self.levels = nnx.List([conv3(c, features, use_bias=False, rngs=rngs) for c in outs])
+        self.down2 = conv(outs[3], outs[3], stride=2, rngs=rngs)
+        self.levels = nnx.List([conv(c, features, use_bias=False, rngs=rngs) for c in outs])
         self.fusions = nnx.List([Fusion(features, lateral=i < 3, rngs=rngs) for i in range(4)])
-        self.neck = conv3(features, features // 2, rngs=rngs)
+        self.neck = conv(features, features // 2, rngs=rngs)
         widths = (3, features // 8, features // 4, features // 2)
         self.merger = (
-            nnx.List([conv3(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
+            nnx.List([conv(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
             if image_merger
             else None
         )
-        self.out1 = conv3(features // 2, config.head_features, rngs=rngs)
-        self.out2 = nnx.Conv(
-            config.head_features,
-            config.output_dim,
-            (1, 1),
+        self.out1 = conv(features // 2, config.head_features, rngs=rngs)
+        self.out2 = conv(
+            config.head_features, config.output_dim, 1,
             kernel_init=nnx.initializers.normal(0.1 / config.head_features**0.5),
             bias_init=_constant(*output_bias) if output_bias else nnx.initializers.zeros,
             rngs=rngs,
-        )
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -219,13 +219,11 @@ def _size(x: Array) -> tuple[int, int]:
     return x.shape[1], x.shape[2]
 
 
-def conv3(
-    inputs: int, outputs: int, *, stride: int = 1, use_bias: bool = True, rngs: nnx.Rngs
-) -> nnx.Conv:
-    """3x3 convolution with one pixel of zeros around."""
+def conv(inputs: int, outputs: int, size: int = 3, *, stride: int = 1, **options: Any) -> nnx.Conv:
+    """Convolution of size x size that keeps the size, with zeros around."""
     return nnx.Conv(
-        inputs, outputs, (3, 3), strides=(stride, stride), padding=1, use_bias=use_bias, rngs=rngs,
-        conv_general_dilated=convolve,
+        inputs, outputs, (size, size), strides=(stride, stride), padding=size // 2,
+        conv_general_dilated=convolve, **options,
     )  # fmt: skip
 
 
@@ -233,8 +231,8 @@ def resize(x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B
     """Bilinear resampling that maps corner pixel centres onto corner pixel centres."""
     if x.shape[1:3] == tuple(size):
         return x
-    x = jnp.einsum("yi,bijc->byjc", corner_matrix(x.shape[1], size[0]), x)
-    return jnp.einsum("xj,byjc->byxc", corner_matrix(x.shape[2], size[1]), x)
+    x = jnp.einsum("yi,bijc->byjc", corner_matrix(x.shape[1], size[0]), x, precision=FINE)
+    return jnp.einsum("xj,byjc->byxc", corner_matrix(x.shape[2], size[1]), x, precision=FINE)
 
 
 @functools.lru_cache(maxsize=64)

@@ -138,7 +138,7 @@ class Reward:
         self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
         self._at_once = videos_at_once
         self._graph, self._state = nnx.split(network)
-        self._reconstruct = jax.jit(self._reconstruct_videos)
+        self._reconstruct = chips.JitConvolutions(self._reconstruct_videos, mesh)
         halves: Any = (None, None) if distance is None else nnx.split(distance)
         self._lpips, self._lpips_state = halves
         self._views, self._depth_scale, self._mode = views, depth_scale, mode
