@@ -62,8 +62,8 @@ def _paper() -> ml_collections.ConfigDict:
     c.policy.dtype = (
         "bfloat16"  # of matmuls and resting weights; adapters, norms and softmax stay float32
     )
-    # what the backward pass recomputes: none, dots, full, whole (layers.scan_layers), the least
-    # memory last
+    # what the backward pass recomputes: none, dots, attention, full, whole (layers.scan_layers),
+    # the least memory last
     c.policy.remat = "full"
     c.policy.text_tokens = 512  # padded length of prompts; Wan's own
 

@@ -11,7 +11,7 @@ import pytest
 
 from worldr1_jax import sharding
 from worldr1_jax.models import attention as attn
-from worldr1_jax.models import attention_context, attention_kernels
+from worldr1_jax.models import attention_context, attention_kernels, layers
 
 TOKENS = 37  # divides nothing
 HEADS, WIDTH = 4, 16
@@ -169,3 +169,27 @@ def test_auto_takes_what_the_device_has():
     assert isinstance(attn.build("auto", device_kind="TPU v5").kernel, attention_kernels.Splash)
     assert attn.build("ring", device_kind="TPU v6 lite").kernel.block == 2048
     assert isinstance(attn.build("auto", device_kind="NVIDIA H100").kernel, attention_kernels.CuDnn)
+
+
+@pytest.mark.parametrize("keys", [attention_kernels.LONG, attention_kernels.LONG // 2])
+@pytest.mark.parametrize("name", ["blocks", "splash", "ring:blocks"])
+def test_a_remat_policy_keeps_what_long_attention_found(capsys, name, keys):
+    context = 2 if name.startswith("ring") else 1
+    mesh = sharding.make_mesh({"context": context}, jax.devices()[:context])
+    implementation = attn.build(name, device_kind="cpu" if "blocks" in name else "TPU v5")
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.float32) for n in (256, keys))
+    policy = jax.checkpoint_policies.save_only_these_names(layers.SAVED)
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def attend(q, k, v):
+        return attn.attention(jnp.sin(q), k, v, implementation=implementation).sum()
+
+    with sharding.on(mesh):
+        jax.ad_checkpoint.print_saved_residuals(attend, q, k, k)
+    kept = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "name" in line or "from" not in line
+    ]
+    # The output, and the sum of the softmax; through a shard_map they lose their name.
+    assert len(kept) == (2 if keys >= attention_kernels.LONG else 0), kept

@@ -55,6 +55,25 @@ def test_loops_are_multiplied_and_the_compilers_cycles_are_read(ops):
     assert ops["xla"].bytes == 2 * (8 * 128 * 2)
 
 
+def test_collectives_hide_behind_what_runs_meanwhile_and_share_it():
+    asynchronous = """
+ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
+  %p0 = bf16[8,128]{1,0} parameter(0)
+  %copy-start = bf16[8,128]{1,0} copy-start(%p0)
+  %all-to-all-start.1 = (bf16[8,128]{1,0}, bf16[8,128]{1,0}) all-to-all-start(%p0), replica_groups={{0,1,2,3}}, dimensions={0}
+  %fusion.1 = bf16[8,128]{1,0} fusion(%p0), kind=kLoop, backend_config={"estimated_cycles":"1000"}
+  %all-gather-start = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) all-gather-start(%p0), replica_groups={{0,1,2,3}}, dimensions={0}
+  %fusion.2 = bf16[8,128]{1,0} fusion(%p0), kind=kLoop, backend_config={"estimated_cycles":"600"}
+  %all-to-all-done.1 = bf16[8,128]{1,0} all-to-all-done(%all-to-all-start.1)
+  %all-gather-done = bf16[32,128]{1,0} all-gather-done(%all-gather-start)
+  ROOT %copy-done = bf16[8,128]{1,0} copy-done(%copy-start)
+}
+"""  # noqa: E501
+    found = {op.kind: op for op in plan_hlo.read(asynchronous) if op.kind != "xla"}
+    assert found["all-to-all"].bytes == 8 * 128 * 2 * 3 // 4
+    assert (found["all-to-all"].cover, found["all-gather"].cover) == (1300, 300)
+
+
 def test_collectives_count_what_a_device_sends(ops):
     gather = ops["all-gather"]
     assert (gather.times, gather.group, gather.bytes) == (40, 8, 64 * 128 * 2 * 7 // 8)

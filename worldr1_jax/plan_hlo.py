@@ -34,6 +34,7 @@ _LIMIT = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 _LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_STARTS = re.compile(rf"(async-collective|{'|'.join(COLLECTIVES)})-start")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 
 
@@ -51,7 +52,8 @@ class Op:
       flops: of a kernel.
       group: devices that a collective joins.
       source: the operation's name in the traced program.
-      cover: of a collective, cycles of the XLA operations that run while it is under way.
+      cover: of a collective, cycles of the XLA operations that run while it is under way; those
+        that are under way together share them.
     """
 
     name: str
@@ -133,23 +135,24 @@ def _walk(
 
 
 def _covers(lines: list[str]) -> dict[str, int]:
-    """Cycles between the start of each asynchronous operation and its end, in schedule order."""
-    open_, closed = dict[str, int](), dict[str, int]()
+    """Cycles between the start of each asynchronous collective and its end, in schedule order.
+    Those that are under way together share them, as they may share links."""
+    open_, closed = dict[str, float](), dict[str, int]()
     for line in lines:
         match = _INSTRUCTION.match(line)
         if match is None:
             continue
         name, rest = match.groups()
         cycles = _CYCLES.search(rest)
-        if "-start" in name:
-            open_[name] = 0
+        if _STARTS.match(name):
+            open_[name] = 0.0
         elif "-done" in name:
             start = name.replace("-done", "-start")
             if start in open_:
-                closed[start] = open_.pop(start)
+                closed[start] = int(open_.pop(start))
         elif cycles:
             for start in open_:
-                open_[start] += int(cycles.group(1))
+                open_[start] += int(cycles.group(1)) / len(open_)
     return closed
 
 

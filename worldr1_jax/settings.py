@@ -33,7 +33,7 @@ from worldr1_jax.rollout.sample import Sampler
 # For `least_context`: arrays of the residual stream's size that a layer keeps, by policy.remat, and
 # bytes per number of the stream that a block's backward pass takes: an estimate, from a block that
 # was compiled for a TPU at size; it agrees with the one update that the compiler has refused.
-KEPT = {"none": 25, "dots": 11, "full": 1, "whole": 1}
+KEPT = {"none": 25, "dots": 11, "attention": 2, "full": 1, "whole": 1}
 BLOCK = 160
 
 # What a resume may change without becoming another run.

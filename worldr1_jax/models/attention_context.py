@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from worldr1_jax import sharding
+from worldr1_jax.models.attention_kernels import named
 
 CONTEXTS = ("ulysses", "ring", "whole", "alone")
 
@@ -86,12 +87,9 @@ class Sharded:
         if parts == 1 or self.context in ("whole", "alone"):
             return self._local(q, k, v, scale, length)
         if self.context == "ulysses":
-            q, k, v = (
-                jax.lax.all_to_all(x, "context", split_axis=2, concat_axis=1, tiled=True)
-                for x in (q, k, v)
-            )
-            out = self._local(q, k, v, scale, length)
-            return jax.lax.all_to_all(out, "context", split_axis=1, concat_axis=2, tiled=True)
+            q = q * jnp.asarray(scale, q.dtype)
+            q, k, v = (_to_heads(x, parts) for x in (q, k, v))
+            return _to_tokens(self._local(q, k, v, 1.0, length), parts)
         rows, columns = (-n % self.kernel.multiple for n in (q.shape[1], k.shape[1]))
         out = ring(
             self.kernel, scale, length, k.shape[1], parts,
@@ -138,7 +136,7 @@ def _ring_forward(kernel, scale, length, share, parts, q, k, v):
         (k, v),
     )
     (out, lse, _), _ = jax.lax.scan(step, start, jnp.arange(parts))
-    out = out.astype(v.dtype)
+    out, lse = named(out.astype(v.dtype), lse, keys=parts * share)
     return out, (q, k, v, out, lse)
 
 
@@ -176,6 +174,32 @@ def _pass_on(tree, parts):
 def _per_query(x):
     """[B H N] -> [B N H 1]."""
     return jnp.swapaxes(x, 1, 2)[..., None]
+
+
+def _to_heads(x, parts):
+    """[B n H D], a part of the tokens, to [B N h D], a part of the heads.
+
+    Heads lie before tokens in memory, for the kernel and, so that only whole blocks are exchanged
+    and moved, on the way to it.
+    """
+    batch, rows, heads, width = x.shape
+    x = jnp.swapaxes(x, 1, 2).reshape(batch, parts, heads // parts, rows, width)
+    x = _exchange(jnp.moveaxis(x, 1, 0))
+    x = jnp.moveaxis(x, 0, 2).reshape(batch, heads // parts, parts * rows, width)
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _to_tokens(x, parts):
+    """The inverse of `_to_heads`."""
+    batch, rows, heads, width = x.shape
+    x = jnp.swapaxes(x, 1, 2).reshape(batch, heads, parts, rows // parts, width)
+    x = _exchange(jnp.moveaxis(x, 2, 0))
+    x = jnp.moveaxis(x, 0, 1).reshape(batch, parts * heads, rows // parts, width)
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _exchange(x):
+    return jax.lax.all_to_all(x, "context", split_axis=0, concat_axis=0, tiled=True)
 
 
 def _pad_tokens(x, count):
