@@ -28,7 +28,7 @@ EFFICIENCY = flags.DEFINE_float(
 HLO = flags.DEFINE_string("hlo", "", "folder for the compiled programs' text, to read by eye")
 SWEEP = flags.DEFINE_bool("sweep", False, "try meshes, remat and windows, and rank them")
 CONTEXTS = flags.DEFINE_list("contexts", ["1", "2", "4"], "devices for one video, for --sweep")
-REMATS = flags.DEFINE_list("remats", ["full", "attention", "dots"], "remat policies, for --sweep")
+REMATS = flags.DEFINE_list("remats", ["full", "attention"], "remat policies, for --sweep")
 WINDOWS = flags.DEFINE_list("windows", [], "numbers of window steps, for --sweep")
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from worldr1_jax import chips, plan, plan_hlo
 from worldr1_jax.chips import Chip
+from worldr1_jax.rewards import splat_cost
 
 MODULE = """HloModule jit_f, is_scheduled=true
 
@@ -72,6 +73,38 @@ ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
     found = {op.kind: op for op in plan_hlo.read(asynchronous) if op.kind != "xla"}
     assert found["all-to-all"].bytes == 8 * 128 * 2 * 3 // 4
     assert (found["all-to-all"].cover, found["all-gather"].cover) == (1300, 300)
+
+
+def test_gathers_scatters_and_sorts_cost_by_rows_and_keys():
+    moving = """
+%gathers (p: f32[500,10], i: s32[64,1]) -> f32[64,10] {
+  %p = f32[500,10]{1,0} parameter(0)
+  %i = s32[64,1]{1,0} parameter(1)
+  ROOT %g = f32[64,10]{1,0} gather(%p, %i), offset_dims={1}, collapsed_slice_dims={0}, start_index_map={0}, index_vector_dim=1, slice_sizes={1,10}
+}
+
+%scatters (p.1: f32[500,10], i.1: s32[32,1], u: f32[32,10]) -> f32[500,10] {
+  %p.1 = f32[500,10]{1,0} parameter(0)
+  %i.1 = s32[32,1]{1,0} parameter(1)
+  %u = f32[32,10]{1,0} parameter(2)
+  ROOT %s = f32[500,10]{1,0} scatter(%p.1, %i.1, %u), update_window_dims={1}, inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%add
+}
+
+ENTRY %main (p0: f32[500,10]) -> f32[500,10] {
+  %p0 = f32[500,10]{1,0} parameter(0)
+  %keys = f32[3,2048]{1,0} parameter(3)
+  %gather_fusion = f32[64,10]{1,0} fusion(%p0, %at), kind=kCustom, calls=%gathers
+  %scatter_fusion = f32[500,10]{1,0} fusion(%p0, %at, %rows), kind=kCustom, calls=%scatters, backend_config={"estimated_cycles":"9223372036854775807"}
+  %sort.1 = (f32[3,2048]{1,0}, s32[3,2048]{1,0}) sort(%keys, %iota), dimensions={1}, to_apply=%less
+  ROOT %c = f32[500,10]{1,0} copy(%scatter_fusion)
+}
+"""  # noqa: E501
+    found = {op.name: op.cycles for op in plan_hlo.read(moving)}
+    assert found == {
+        "gather_fusion": int(64 * splat_cost.GATHER_CYCLES),
+        "scatter_fusion": int(32 * splat_cost.GATHER_CYCLES),
+        "sort.1": int(3 * splat_cost.sort_cycles(2048)),
+    }
 
 
 def test_collectives_count_what_a_device_sends(ops):

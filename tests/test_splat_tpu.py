@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from worldr1_jax import plan
+from worldr1_jax import plan, plan_hlo
 from worldr1_jax.chips import CHIPS
-from worldr1_jax.rewards import tile_kernel, tiles
+from worldr1_jax.rewards import splat_cost, tile_kernel, tiles
 
 pytest.importorskip("libtpu")
 
@@ -39,6 +39,11 @@ def test_the_kernel_compiles(chip):
     )  # fmt: skip
     draw = jax.jit(lambda lists, canvas, n: tile_kernel.composite(grid, lists, canvas, n, False))
     done = draw.lower(lists, canvas, ints()).compile()
-    assert done.as_text().count("tpu_custom_call") == 1
+    text = done.as_text()
+    assert text.count("tpu_custom_call") == 1
+    # The plan knows it by its name, and counts all its steps.
+    (kernel,) = [op for op in plan_hlo.read(text) if op.kind == "kernel"]
+    steps = grid.padded + grid.pairs // tile_kernel.CHUNK
+    assert kernel.cycles == int(splat_cost.KERNEL_CYCLES * steps)
     used = done.memory_analysis()
     assert used.temp_size_in_bytes + used.argument_size_in_bytes < CHIPS[chip].hbm

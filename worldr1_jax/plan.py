@@ -1,11 +1,12 @@
 """Plans an update for chips that are not there: the real programs, from shapes alone, through the
 TPU compiler.
 
-The compiler gives memory per device exactly, and an estimate of the cycles of each XLA operation.
-What it does not estimate is modelled, and said so: Pallas kernels run at EFFICIENCY of the peak,
-collectives at what one device sends over the links of the torus axes that they span, and loops
-whose number of turns depends on the data at a stated number (plan_programs.py). Nothing here was
-measured on a chip. Waiting of the host, transfers to and from it, and stragglers are not in it.
+The compiler gives memory per device exactly, and an estimate of the cycles of most XLA operations.
+What it does not estimate is modelled, and said so: attention kernels run at EFFICIENCY of the peak,
+gathers, scatters, sorts and the renderer's kernel at cycles of rewards/splat_cost.py, collectives
+at what one device sends over the links of the torus axes that they span, and loops whose number of
+turns depends on the data at a stated number (plan_programs.py). Nothing here was measured on a
+chip. Waiting of the host, transfers to and from it, and stragglers are not in it.
 """
 
 from __future__ import annotations
@@ -165,8 +166,9 @@ def program(
             terms["xla"] += op.times * op.cycles / chip.clock
         elif op.kind == "kernel":
             terms["kernels"] += op.times * max(
-                op.flops / (efficiency * chip.peak), op.bytes / chip.bandwidth
-            )
+                op.flops / (efficiency * chip.peak), op.bytes / chip.bandwidth,
+                op.cycles / chip.clock,
+            )  # fmt: skip
         else:
             axes = chip.axes if op.group == devices else 1
             alone = op.bytes / (2 * axes * chip.link) - op.cover / chip.clock

@@ -1,8 +1,9 @@
 """Reads what the TPU compiler says about a compiled program: cycles, bytes, collectives, loops.
 
 The text of a compiled module gives every XLA operation the compiler's own estimate of its cycles,
-and every loop its number of turns. Two kinds of operation carry no estimate and are modelled here:
-collectives, by their bytes and the links of the chip, and Pallas kernels, by their arithmetic.
+and every loop its number of turns. What carries no estimate is modelled here: collectives, by their
+bytes and the links of the chip; Pallas kernels, by their arithmetic, or the renderer's by its
+steps; gathers and scatters by their rows, and sorts by their keys (rewards/splat_cost.py).
 All figures are for one device and for one run of the program, loops multiplied out.
 """
 
@@ -12,6 +13,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+
+from worldr1_jax.rewards import splat_cost, tile_kernel
 
 BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
@@ -34,6 +37,9 @@ _LIMIT = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 _LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_SLICES = re.compile(r"slice_sizes=\{([\d,]*)\}")
+_WINDOW = re.compile(r"update_window_dims=\{([\d,]*)\}")
+_UNKNOWN = 2**63 - 1  # what stands for an estimate that the compiler does not have
 _STARTS = re.compile(rf"(async-collective|{'|'.join(COLLECTIVES)})-start")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 
@@ -46,7 +52,8 @@ class Op:
       name: in the compiled text.
       kind: "xla", "kernel", or one of COLLECTIVES.
       times: how often it runs in one run of the program.
-      cycles: the compiler's estimate for one time; 0 for collectives and kernels.
+      cycles: the compiler's estimate for one time, or that of splat_cost.py where it has none; 0
+        for collectives and attention kernels.
       bytes: HBM traffic of one time (operands and results that do not lie in the core's memory);
         of a collective, what one device sends.
       flops: of a kernel.
@@ -186,10 +193,13 @@ def _op(computations, result, opcode, rest, shapes, operands, times) -> Iterator
         group = _group(rest) or _inner_group(computations, rest)
         traffic = sent(kind, max(_sizes(shapes[result]), default=0), group)
     elif opcode == "custom-call" and "tpu_custom_call" in rest:
-        kind, count = "kernel", 0
-        flops = _kernel_flops(result, shapes[result], [shapes.get(name, "") for name in operands])
-    elif not count:
-        return
+        inputs = [shapes.get(name, "") for name in operands]
+        kind, count = "kernel", _kernel_cycles(result, shapes[result], inputs)
+        flops = _kernel_flops(result, shapes[result], inputs)
+    elif count in (0, _UNKNOWN):
+        count = int(_moving_cycles(computations, opcode, rest, shapes, operands))
+        if not count:
+            return
     name = source.group(1) if source else ""
     yield Op(result, kind, times, count, traffic, flops, group, name)
 
@@ -247,6 +257,42 @@ def _kernel_flops(name: str, result: str, operands: list[str]) -> float:
     if any(dims.count(",") > 2 for _, dims, _ in _SHAPE.findall(result)):
         products += 1  # the kernel of dk and dv gives dq as well, apart for each block of keys
     return 2.0 * products * math.prod(query) * key[-2]
+
+
+def _kernel_cycles(name: str, result: str, operands: list[str]) -> int:
+    """Of the renderer's kernel, a step for each chunk of its first operand; else 0."""
+    if not name.startswith(tile_kernel.NAME):
+        return 0
+    steps, pixels = _dimensions(operands[0])[0], _dimensions(result)[-1]
+    return int(splat_cost.KERNEL_CYCLES * steps * pixels / 256)
+
+
+def _moving_cycles(computations, opcode, rest, shapes, operands) -> float:
+    """Of a sort, and of gathers and scatters, alone or in a fusion; 0 for anything else."""
+    if opcode == "sort":
+        keys = _dimensions(shapes.get(operands[0], ""))
+        return math.prod(keys[:-1]) * splat_cost.sort_cycles(keys[-1]) if keys else 0.0
+    lines = (
+        computations.get(_called(rest, "calls"), ()) if opcode == "fusion" else (f" x = {rest}",)
+    )
+    known, rows = dict(shapes), 0.0
+    for line in lines:
+        match = _INSTRUCTION.match(line)
+        inner = _OPCODE.search(match.group(2)) if match else None
+        if match is None or inner is None:
+            continue
+        known[match.group(1)] = text = match.group(2)[: inner.start(1)]
+        if inner.group(1) == "gather":
+            slices = _SLICES.search(line)
+            each = math.prod(int(n) for n in slices.group(1).split(",")) if slices else 1
+            rows += math.prod(_dimensions(text)) / each
+        elif inner.group(1) == "scatter":
+            names = _operands(match.group(2)[inner.end() :])
+            window = _WINDOW.search(line)
+            kept = {int(n) for n in window.group(1).split(",") if n} if window else set()
+            update = _dimensions(known.get(names[-1], ""))
+            rows += math.prod(n for axis, n in enumerate(update) if axis not in kept)
+    return splat_cost.GATHER_CYCLES * rows
 
 
 def _operands(rest: str) -> list[str]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from worldr1_jax.rewards import tiles
 from worldr1_jax.rewards.projection import ALPHA_MAX, ALPHA_MIN, TRANSMITTANCE_MIN
 
+NAME = "composite_tiles"
 CHUNK = 128  # Gaussians of a step: the lanes of a register
 # Rows of a tile's canvas: five features, transmittance, and the place where a pixel stopped.
 _ROWS, _TRANSMITTANCE, _STOP = 8, tiles.CHANNELS, tiles.CHANNELS + 1
@@ -110,6 +111,7 @@ def _call(
         input_output_aliases={4: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
+        name=NAME,
     )(owner, chunk, blocks, basis, canvas)
 
 
