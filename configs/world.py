@@ -146,7 +146,7 @@ def _paper() -> ml_collections.ConfigDict:
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.prompts = 64  # held-out prompts of the before/after report; 0: no report
     c.evaluate.samples = 2  # videos per prompt, for the diversity
-    c.evaluate.batch = 16  # prompts at a time
+    c.evaluate.batch = 16  # prompts at a time, or so many more that the mesh divides their videos
     return c
 
 

@@ -49,9 +49,7 @@ def run(main: Callable[[], object]) -> None:
 def use_cpu_well_for(config) -> None:
     """`use_cpu_well` for training, unless the config says how the mesh is made."""
     if config.mesh.data == -1:
-        use_cpu_well(
-            config.groups * config.group_size, config.evaluate.batch * config.evaluate.samples
-        )
+        use_cpu_well(config.groups * config.group_size)
 
 
 def use_cpu_well(*divides: int) -> None:

@@ -3,6 +3,8 @@ policies."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from worldr1_jax.rewards import NEEDS_3D, Reward
 from worldr1_jax.rollout.sample import Sampler, sample_keys
 
 Measures = dict[str, Float[np.ndarray, " N"]]
+SHOWN = 8  # prompts of which the contact sheet has a video
 
 
 def measure(
@@ -34,15 +37,18 @@ def measure(
     text_null: Array | None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[Measures, Float[np.ndarray, "n F H W 3"]]:
-    """Scores of every prompt, each the mean over `samples` videos; and the first batch's first
-    videos.
+    """Scores of every prompt, each the mean over `samples` videos; and a video of each of the first
+    SHOWN prompts.
+
+    Videos are decoded as they are scored, and go to the host one by one.
 
     Args:
       key: the noise of video s of prompt p depends on (key, p, s) alone, so that two calls with one
         key are paired.
       samples: videos per prompt; with two or more, their mean RMS difference is the "diversity" in
         [0, 1].
-      batch: prompts at a time; the last batch is filled up with repeats, which are not counted.
+      batch: prompts at a time, or so many more that the mesh can divide their videos; the last
+        batch is filled up with repeats, which are not counted.
       guidance: of the classifier-free guidance.
 
     Returns:
@@ -50,6 +56,7 @@ def measure(
       not be scored.
     """
     sampler = Sampler(kind="none", guidance=guidance)
+    batch = whole_batch(batch, samples, sharding.batch_parts(pipeline.mesh))
     collected: dict[str, list[np.ndarray]] = {}
     shown: list[np.ndarray] = []
     for first in range(0, len(prompts), batch):
@@ -61,19 +68,60 @@ def measure(
         trajectory = pipeline.rollout(
             adapters, pipeline.encode(repeated), paths, keys, sampler=sampler, text_null=text_null
         )
-        videos = pipeline.decode(trajectory.latents)
-        scores = reward(videos, repeated, paths, consistency=True)
+        seen = _Seen(pipeline, len(chosen), samples, keep=SHOWN - len(shown))
+        scores = reward(
+            trajectory.latents, repeated, paths, decode=seen.decode, consistency=True
+        )  # fmt: skip
+        shown += [seen.kept[place] for place in sorted(seen.kept)]
         parts = {name: sharding.to_host(values) for name, values in scores.parts.items()}
         parts["total_3d"] = np.sum([parts[name] for name in NEEDS_3D], axis=0)
-        grouped = sharding.to_host(videos).reshape(batch, samples, *videos.shape[1:])
-        shown.append(grouped[: len(chosen), 0])
         rows = {name: v.reshape(batch, samples).mean(1) for name, v in parts.items()}
         if samples > 1:
-            rows["diversity"] = _diversity(grouped)
+            rows["diversity"] = seen.diversity
         for name, values in rows.items():
             collected.setdefault(name, []).append(values[: len(chosen)])
         progress(first + len(chosen))
-    return {name: np.concatenate(values) for name, values in collected.items()}, shown[0]
+    return {name: np.concatenate(values) for name, values in collected.items()}, np.stack(shown)
+
+
+def whole_batch(prompts: int, samples: int, parts: int) -> int:
+    """The next number of prompts whose videos, `samples` each, the mesh's `parts` divide."""
+    unit = parts // math.gcd(parts, samples)
+    return -(-prompts // unit) * unit
+
+
+class _Seen:
+    """What is taken of a batch's videos while they exist: how much those of a prompt differ, and
+    the first video of each of the first `keep` prompts. `count` prompts count."""
+
+    def __init__(self, pipeline: Pipeline, count: int, samples: int, keep: int):
+        self._pipeline, self._samples = pipeline, samples
+        self._wanted = count * samples if samples > 1 else min(count, keep)
+        self._waiting: dict[int, np.ndarray] = {}
+        self.kept: dict[int, np.ndarray] = {}
+        self._keep = keep
+        self.diversity = np.full(count, np.nan, np.float32)
+
+    def decode(
+        self, latents: Float[Array, "B f h w C"], places: np.ndarray
+    ) -> Float[Array, "B F H W 3"]:
+        """Videos of the samples at these places of the batch; for `Reward.__call__`."""
+        videos = self._pipeline.decode(latents)
+        for row, place in enumerate(places.tolist()):
+            if place < self._wanted:
+                self._waiting[place] = sharding.to_host(videos[row])
+                self._close(place // self._samples)
+        return videos
+
+    def _close(self, prompt: int) -> None:
+        """Once all videos of the prompt are there."""
+        places = range(prompt * self._samples, (prompt + 1) * self._samples)
+        if all(place in self._waiting for place in places):
+            videos = [self._waiting.pop(place) for place in places]
+            if prompt < self._keep:
+                self.kept[prompt] = videos[0]
+            if self._samples > 1:
+                self.diversity[prompt] = _diversity(videos)
 
 
 def compare(
@@ -105,7 +153,7 @@ def compare(
     if jax.process_index() == 0:
         print(table(rows), flush=True)
         for name, videos in (("before", old), ("after", new)):
-            sheet = contact_sheet(videos[:8], held_out[: len(videos)][:8])
+            sheet = contact_sheet(videos, held_out[: len(videos)])
             write_atomically(Path(workdir) / "videos" / f"heldout_{name}.png", sheet)
     return rows
 
@@ -137,8 +185,6 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _diversity(videos: Float[np.ndarray, "N S F H W 3"]) -> Float[np.ndarray, " N"]:
-    samples = videos.shape[1]
-    pairs = [(i, j) for i in range(samples) for j in range(i)]
-    axes = tuple(range(1, videos.ndim - 1))
-    return np.mean([np.sqrt(((videos[:, i] - videos[:, j]) ** 2).mean(axes)) for i, j in pairs], 0)
+def _diversity(videos: Sequence[Float[np.ndarray, "F H W 3"]]) -> float:
+    pairs = itertools.combinations(videos, 2)
+    return float(np.mean([np.sqrt(np.square(a - b).mean()) for a, b in pairs]))

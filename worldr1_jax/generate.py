@@ -109,9 +109,9 @@ def generate(
             adapters, pipeline.encode(texts), pipeline.paths(texts), _keys(seed, filled),
             sampler=sampler, text_null=text_null, solver=solver,
         )  # fmt: skip
-        videos = sharding.to_host(pipeline.decode(trajectory.latents))
-        for (prompt, number), video in zip(chosen, videos, strict=False):
-            yield Generated(prompt, number, video)
+        videos = pipeline.decode(trajectory.latents)
+        for row, (prompt, number) in enumerate(chosen):
+            yield Generated(prompt, number, sharding.to_host(videos[row]))
 
 
 def _keys(seed: int, wanted: Sequence[tuple[str, int]]) -> jax.Array:

@@ -75,15 +75,12 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     if cache is not None:
         cache.check(texts(config, load_prompts(config)))
     schedule.check_window(config.sample.steps, config.sample.window, *config.sample.window_range)
-    parts = sharding.batch_parts(mesh)
-    for name, videos in (
-        ("groups x group_size", config.groups * config.group_size),
-        ("evaluate.batch x evaluate.samples", config.evaluate.batch * config.evaluate.samples),
-    ):
-        if videos % parts:
-            raise ValueError(
-                f"{name} is {videos} videos, which the mesh's data x fsdp = {parts} cannot divide"
-            )
+    parts, videos = sharding.batch_parts(mesh), config.groups * config.group_size
+    if videos % parts:
+        raise ValueError(
+            f"groups x group_size is {videos} videos, which the mesh's data x fsdp = {parts} "
+            "cannot divide"
+        )
     if config.sample.window_place not in ("random", "progressive"):
         raise ValueError(
             f"sample.window_place is '{config.sample.window_place}': it is random or progressive"

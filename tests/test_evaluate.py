@@ -1,0 +1,91 @@
+"""The held-out report, on a stand-in for pipeline and reward: turns, fillers, diversity."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from worldr1_jax import evaluate, sharding
+
+FRAMES, SIDE = 2, 4
+
+
+class Pipeline:
+    """Its latents are the samples' keys, its videos noise drawn from them."""
+
+    def __init__(self, parts):
+        self.mesh = sharding.make_mesh({"data": parts}, jax.devices()[:parts])
+        self.most = 0  # videos that ever existed together
+
+    def paths(self, prompts):
+        return np.tile(np.eye(4, dtype=np.float32), (len(prompts), FRAMES, 1, 1))
+
+    def encode(self, prompts):
+        return np.zeros((len(prompts), 1, 1))
+
+    def rollout(self, adapters, text, paths, keys, *, sampler, text_null):
+        return types.SimpleNamespace(latents=keys)
+
+    def decode(self, latents):
+        self.most = max(self.most, len(latents))
+        return jax.vmap(lambda key: jax.random.uniform(key, (FRAMES, SIDE, SIDE, 3)))(latents)
+
+
+def reward_in(turns):
+    """A reward that takes every `turns`-th video at a time; each part is a video's mean."""
+
+    def reward(latents, prompts, paths, *, decode, consistency):
+        means = np.zeros(len(prompts), np.float32)
+        for turn in range(turns):
+            places = np.arange(turn, len(prompts), turns)
+            means[places] = np.asarray(decode(latents[places], places)).mean((1, 2, 3, 4))
+        parts = {name: jax.numpy.asarray(means) for name in ("recon", "trajectory", "mvcs")}
+        return types.SimpleNamespace(parts=parts)
+
+    return reward
+
+
+def measure(parts, turns, samples=2, count=11, batch=4):
+    pipeline = Pipeline(parts)
+    options = {"samples": samples, "batch": batch, "guidance": 1.0, "text_null": None}
+    prompts = [f"prompt {i}" for i in range(count)]
+    found = evaluate.measure(
+        pipeline, reward_in(turns), None, prompts, key=jax.random.key(0), **options
+    )  # fmt: skip
+    return *found, pipeline
+
+
+def test_turns_and_the_mesh_change_no_measure():
+    whole, first, _ = measure(1, 1)
+    parts, same, pipeline = measure(8, 4)
+    assert pipeline.most == 2  # a quarter of the 8 videos of a batch
+    assert set(whole) == {"recon", "trajectory", "mvcs", "total_3d", "diversity"}
+    for name, values in whole.items():
+        assert values.shape == (11,) and np.isfinite(values).all()
+        np.testing.assert_allclose(parts[name], values, rtol=1e-6)
+    assert first.shape == (evaluate.SHOWN, FRAMES, SIDE, SIDE, 3)
+    np.testing.assert_array_equal(first, same)
+
+
+def test_diversity_is_the_mean_distance_of_a_prompts_videos():
+    found, first, pipeline = measure(1, 1, samples=3, count=1, batch=1)
+    keys = evaluate.sample_keys(jax.random.key(0), 3, first=0)
+    a, b, c = np.asarray(pipeline.decode(keys), np.float64)
+    distances = [np.sqrt(((x - y) ** 2).mean()) for x, y in ((a, b), (a, c), (b, c))]
+    np.testing.assert_allclose(found["diversity"], [np.mean(distances)], rtol=1e-5)
+    np.testing.assert_allclose(first, [a], rtol=1e-6)
+
+
+def test_one_video_a_prompt_has_no_diversity():
+    found, first, _ = measure(1, 1, samples=1)
+    assert "diversity" not in found and len(first) == evaluate.SHOWN
+
+
+@pytest.mark.parametrize(
+    ("asked", "samples", "parts", "want"),
+    [(16, 4, 1, 16), (16, 2, 64, 32), (2, 3, 4, 4), (1, 1, 8, 8), (64, 2, 32, 64)],
+)
+def test_a_batch_grows_to_what_the_mesh_divides(asked, samples, parts, want):
+    assert evaluate.whole_batch(asked, samples, parts) == want
+    assert want * samples % parts == 0
