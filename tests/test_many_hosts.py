@@ -189,14 +189,21 @@ def _newest(workdir):
 def test_two_processes_make_the_run_of_one_and_resume_after_one_is_killed(tmp_path):
     weights, cache = tiny.save_weights(tmp_path / "weights"), tmp_path / "compiled"
     one, two = tmp_path / "one", tmp_path / "two"
-    _finish(_start(weights, one, cache, updates=2))
-    outputs = _finish(_start(weights, two, cache, updates=2, processes=2, devices=4))
+    # 3 prompts, in batches of as many as the mesh can divide: 4, with a filler
+    report = {"evaluate.prompts": 3, "evaluate.samples": 2, "evaluate.batch": 2}
+    _finish(_start(weights, one, cache, updates=2, **report))
+    outputs = _finish(_start(weights, two, cache, updates=2, processes=2, devices=4, **report))
     assert "update" in "".join(outputs[0])
     assert "reward" not in "".join(outputs[1])  # only process 0 reports
     for here, there in zip(_metrics(one), _metrics(two), strict=True):
         for name in ("reward", "recon", "trajectory", "general", "kl", "grad_norm"):
             # The same programs on the same mesh; sums between processes take another order.
             np.testing.assert_allclose(here[name], there[name], rtol=1e-4, atol=1e-6)
+    here, there = (json.loads((d / "summary.json").read_text())["heldout"] for d in (one, two))
+    for name in ("general", "diversity", "psnr"):
+        assert here[name]["pairs"] == there[name]["pairs"] == 3
+        for when in ("before", "after"):
+            np.testing.assert_allclose(here[name][when], there[name][when], rtol=1e-3)
 
     # One is killed: the other ends by itself, and says why.
     pair = _start(weights, two, cache, updates=60, processes=2, devices=4)
