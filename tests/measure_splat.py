@@ -152,17 +152,18 @@ def work(gaussians, pose, matrix, size) -> dict[str, float]:
     view = jax.jit(project, static_argnums=3)(gaussians, pose, matrix, size)
     slab = min(view.rows.shape[0], grid.pairs)
     order, visible = jax.jit(tiles._depth_order, static_argnums=1)(view, slab)
+    table = jax.jit(tiles.table_of)(view)
 
     @jax.jit
-    def one_round(view, order, canvas, cursor):
-        lists = tiles.take(grid, view, order, visible, cursor, canvas.open)
+    def one_round(table, order, canvas, cursor):
+        lists = tiles.take(grid, table, order, visible, cursor, canvas.open)
         drawn = jnp.where(canvas.open, -(-lists.length // tile_kernel.CHUNK), 0).sum()
         after = tiles.composite(grid, lists, canvas, jnp.int32(0), False)
         return after, cursor + lists.taken, jnp.stack([lists.length.sum(), drawn])
 
     canvas, cursor, rounds, total = tiles.blank(grid.padded, 256), jnp.int32(0), 0, np.zeros(2)
     while cursor < visible and bool(canvas.open[: grid.tiles].any()):
-        canvas, cursor, counts = one_round(view, order, canvas, cursor)
+        canvas, cursor, counts = one_round(table, order, canvas, cursor)
         rounds, total = rounds + 1, total + np.asarray(counts)
     count, listed = view.rows.shape[0], min(int(cursor), int(visible))
     steps = splat_cost.round_counts(grid, count)[1]

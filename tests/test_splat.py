@@ -249,3 +249,13 @@ def test_bad_shapes_are_named():
         splat.render(gaussians, poses, matrices, SIZE, pairs=3)
     with pytest.raises(ValueError, match="coefficients"):
         splat.render(gaussians.replace(sh=gaussians.sh[:, :5]), poses, matrices, SIZE)
+
+
+def test_entries_by_product_are_those_of_the_table():
+    """TPUs look the number of open tiles up with a product: exact to the largest sum of a grid."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.integers(0, 1 << 20, (20, 33)), jnp.int32)
+    row, column = jnp.asarray(rng.integers(0, 20, 500)), jnp.asarray(rng.integers(0, 33, 500))
+    np.testing.assert_array_equal(
+        tiles._entries_by_product(table, row, column), tiles._entries(table, row, column)
+    )

@@ -44,6 +44,7 @@ GROUP = 8  # tiles composited at once, of about equal lists
 PAIRS_PER_TILE = 256  # default room of a round, per tile of the image
 SLACK = 1e-3  # px added to a Gaussian's box, for rounding
 CHANNELS = NUM_FEATURES + 1  # r, g, b, depth, 1: the sum of weights is alpha
+ROW = FEATURES + NUM_FEATURES  # columns of a projected row
 RUNNING = jnp.iinfo(jnp.int32).max
 
 
@@ -155,24 +156,43 @@ def _touches(grid: Grid, open_tiles: Bool[Array, " L"], low: Array, high: Array)
     counts = open_tiles[: grid.tiles].reshape(grid.shape).astype(jnp.int32)
     table = jnp.pad(jnp.cumsum(jnp.cumsum(counts, 0), 1), ((1, 0), (1, 0)))
     (x0, y0), (x1, y1) = low.T, high.T + 1
-    still_open = table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]
+    at = partial(lax.platform_dependent, table, tpu=_entries_by_product, default=_entries)
+    still_open = at(y1, x1) - at(y0, x1) - at(y1, x0) + at(y0, x0)
     area = jnp.maximum(x1 - x0, 0) * jnp.maximum(y1 - y0, 0)
     return jnp.where(still_open > 0, area, 0)
 
 
+def _entries(table: Int[Array, "h w"], row: Int[Array, " S"], column: Int[Array, " S"]) -> Array:
+    return table[row, column]
+
+
+def _entries_by_product(table: Array, row: Array, column: Array) -> Array:
+    """`_entries` for TPUs, where a gather costs by the row, and a small product nothing. Exact."""
+    height, width = table.shape
+    one = (jnp.arange(height)[:, None] == row).astype(jnp.float32)
+    rows = jnp.matmul(table.T.astype(jnp.float32), one, precision=lax.Precision.HIGHEST)
+    here = jnp.arange(width)[:, None] == column
+    return jnp.sum(jnp.where(here, rows, 0.0), axis=0).astype(jnp.int32)
+
+
+def table_of(view: Projected) -> Float[Array, "N 12"]:
+    """Rows and radii beside each other, for one gather a round: on a TPU it costs by the row."""
+    return jnp.concatenate([view.rows, view.radii], axis=-1)
+
+
 def take(
     grid: Grid,
-    view: Projected,
+    table: Float[Array, "N 12"],
     order: Int[Array, " N+S"],
     visible: Int[Array, ""],
     cursor: Int[Array, ""],
     open_tiles: Bool[Array, " L"],
 ) -> Lists:
-    """The next round's lists, from the Gaussian at `cursor` in depth order on."""
-    slab = order.shape[0] - view.rows.shape[0]
+    """The next round's lists, from the Gaussian at `cursor` in depth order on, of a `table_of`."""
+    slab = order.shape[0] - table.shape[0]
     source = lax.dynamic_slice_in_dim(order, cursor, slab)
-    rows = view.rows[source]
-    low, high = _boxes(grid, rows[:, :2], view.radii[source])
+    rows, radii = jnp.split(table[source], [ROW], axis=-1)
+    low, high = _boxes(grid, rows[:, :2], radii)
     exists = cursor + jnp.arange(slab) < visible
     count = jnp.where(exists, _touches(grid, open_tiles, low, high), 0)
     ends = jnp.cumsum(count)
@@ -431,10 +451,10 @@ def _depth_order(view: Projected, slab: int) -> tuple[Array, Array]:
 def _run(grid: Grid, view: Projected, record: bool) -> tuple[_Rounds, Int[Array, ""]]:
     count = view.rows.shape[0]
     order, visible = _depth_order(view, min(count, grid.pairs))
-    most = grid.most_rounds(count)
+    most, table = grid.most_rounds(count), table_of(view)
 
     def one_round(state: _Rounds) -> _Rounds:
-        lists = take(grid, view, order, visible, state.cursor, state.canvas.open)
+        lists = take(grid, table, order, visible, state.cursor, state.canvas.open)
         draw = composite
         if grid.kernel != "xla":
             from worldr1_jax.rewards.tile_kernel import composite as draw  # imports Pallas
@@ -480,12 +500,12 @@ def _blend_backward(grid: Grid, residuals, cotangents):
     view, done = residuals
     slab = min(view.rows.shape[0], grid.pairs)
     order, visible = _depth_order(view, slab)
-    stop = done.canvas.stop
+    stop, table = done.canvas.stop, table_of(view)
 
     def one_round(state):
         number, carry, d_rows = state
         is_open = jnp.any(stop >= number * grid.pairs, axis=-1)  # as it was before this round
-        lists = take(grid, view, order, visible, done.cursors[number], is_open)
+        lists = take(grid, table, order, visible, done.cursors[number], is_open)
         d_slab, carry = _composite_backward(grid, lists, number, stop, carry)
         return number - 1, carry, d_rows.at[lists.source].add(d_slab)
 
