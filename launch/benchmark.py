@@ -37,7 +37,8 @@ def main() -> None:
     count = config.groups * config.group_size
     prompts = list(settings.load_prompts(config).train)
     prompts = [p for p in prompts[: config.groups] for _ in range(config.group_size)]
-    sampler, rules = settings.make_sampler(config), settings.make_rules(config)
+    sampler = settings.make_sampler(config)
+    rules = settings.make_rules(config, sharding.batch_parts(mesh))
     optimizer = settings.make_optimizer(config)
     state = grpo.init_state(pipeline.adapters, optimizer)
     keys = sample_keys(jax.random.key(1), count)

@@ -98,7 +98,7 @@ def test_the_decoder_convolves_in_bfloat16_and_in_time():
         return nnx.merge(graph, state).decode(latents, chunked=True)
 
     with jax.set_mesh(mesh):
-        lowered = chips.JitConvolutions(decode, mesh).trace(state, latents).lower()
+        lowered = chips.Jit(decode, mesh, convolutions=True).trace(state, latents).lower()
     inputs = re.findall(
         r"stablehlo.convolution.*: \(tensor<(\w+)>, tensor<(\w+)>", lowered.as_text()
     )

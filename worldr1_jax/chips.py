@@ -38,6 +38,9 @@ CHIPS = {
     "v6e": Chip(32e9, 918e12, 1.64e12, 90e9, 2, 1.75e9),
     "tpu7x": Chip(96e9, 1153e12, 3.69e12, 90e9, 3, 2.2e9, per_chip=2),
 }
+GENERATIONS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"
+}  # fmt: skip
 # Share of the peak that the attention kernel is taken to reach. An assumption, not a measurement:
 # heads of 128 fill half of the 256-wide matrix units of v6e and tpu7x in one of two products.
 EFFICIENCY = {"v4": 0.7, "v5e": 0.7, "v5p": 0.7, "v6e": 0.6, "tpu7x": 0.6}
@@ -47,8 +50,6 @@ EFFICIENCY = {"v4": 0.7, "v5e": 0.7, "v5p": 0.7, "v6e": 0.6, "tpu7x": 0.6}
 #   device's part of a kernel after the other and adds up the results in HBM, in several passes over
 #   all tokens. (A gather in the model's own words would be kept, of all layers, for the backward
 #   pass.)
-# - So are tokens exchanged for heads (attention_context.py): of 14B's layer on v6e, over four
-#   devices, 1.1 of 23.4 ms by the plan.
 # - A program may use more of a core's memory, of which 16 or 32 MiB are the default: products of
 #   matrices get larger blocks. By the compiler's own estimate, the largest of Wan 14B takes a v5p
 #   10.2 ms in place of 11.6 forward, and 10.4 in place of 16.0 backward.
@@ -60,11 +61,14 @@ FLAGS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_all_to_all": "true",
 }
 # For programs of convolutions: with more of a core's memory the compiler searches several times as
 # long for each, and finds one that is 0 to 6% faster by its own estimate.
 CONVOLUTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
+# Tokens are exchanged for heads (attention_context.py) behind other work, where the compiler knows
+# how to. It refuses on v5e. Of 14B's layer on four v6e it hides 1.0 of 23.4 ms by the plan.
+EXCHANGES = {"xla_tpu_enable_async_all_to_all": "true"}
+_HIDES_EXCHANGES = ("v5p", "v6e")
 _ARGS = "LIBTPU_INIT_ARGS"
 _SCOPED = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 32, "tpu7x": 32}  # MiB, the compiler's defaults
 
@@ -77,19 +81,40 @@ def set_flags() -> None:
     os.environ[_ARGS] = " ".join(filter(None, [args, *new]))
 
 
-class JitConvolutions:
-    """`jax.jit` of a function, with CONVOLUTIONS for the compiler where the mesh is of TPUs."""
+class Jit:
+    """`jax.jit` of a function for a mesh, with what the compiler should know where it is of TPUs;
+    `convolutions` says that these are most of the program."""
 
-    def __init__(self, function: Callable[..., Any], mesh: jax.sharding.Mesh):
-        on_tpu = mesh.devices.flat[0].platform == "tpu"
-        options: Any = CONVOLUTIONS if on_tpu else None
-        self._plain, self._tuned = jax.jit(function), jax.jit(function, compiler_options=options)
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        mesh: jax.sharding.Mesh,
+        *,
+        convolutions: bool = False,
+        **options: Any,
+    ):
+        found: dict[str, str] = {}
+        if mesh.devices.flat[0].platform == "tpu":
+            found |= CONVOLUTIONS if convolutions else {}
+            kind = generation(mesh.devices.flat[0].device_kind)
+            found |= EXCHANGES if kind in _HIDES_EXCHANGES else {}
+        self._plain = jax.jit(function, **options)
+        self._tuned = jax.jit(function, **options, compiler_options=found or None)
         self.trace = self._tuned.trace
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         # Within another trace, such as one that counts FLOPs, jax refuses options.
         traced = isinstance(jnp.zeros(()), jax.core.Tracer)
-        return (self._plain if traced else self._tuned)(*arguments)
+        return (self._plain if traced else self._tuned)(*arguments, **named)
+
+
+def generation(device_kind: str) -> str:
+    """The chip's short name, such as "v5p". Raises ValueError for a TPU that is not known."""
+    if device_kind not in GENERATIONS:
+        raise ValueError(
+            f"device kind '{device_kind}' is no TPU known here: {', '.join(GENERATIONS)}"
+        )
+    return GENERATIONS[device_kind]
 
 
 def scoped_memory(chip: str) -> int:

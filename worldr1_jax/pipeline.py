@@ -153,8 +153,10 @@ class Pipeline:
             self._text = TextStage(wan.text_encoder, wan.tokenizer, wan.tokens, mesh)
         self._at_once = videos_at_once
         self._vae_graph, self._vae_state = nnx.split(wan.vae)
-        self._decode = chips.JitConvolutions(self._decode_latents, mesh)
-        self._rollout = jax.jit(self._rollout_batch, static_argnames=("sampler", "width"))
+        self._decode = chips.Jit(self._decode_latents, mesh, convolutions=True)
+        self._rollout = chips.Jit(
+            self._rollout_batch, mesh, static_argnames=("sampler", "width")
+        )  # fmt: skip
 
     def velocity(self, adapters, base, latents, timestep, text, adapters_on: bool = True) -> Array:
         """The one forward that rollout and update share."""

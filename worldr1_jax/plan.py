@@ -20,8 +20,7 @@ import jax
 import ml_collections
 
 from worldr1_jax import chips, cost, plan_hlo, plan_programs, settings
-from worldr1_jax.chips import CHIPS, EFFICIENCY, Chip
-from worldr1_jax.models.attention_kernels import generation
+from worldr1_jax.chips import CHIPS, EFFICIENCY, Chip, generation
 from worldr1_jax.plan_programs import PRESETS, Lowering
 
 

@@ -269,19 +269,12 @@ def _reconstruct_flops(config, videos: Any) -> float:
 
 def _update(config, pipeline: Pipeline, shapes: Shapes, state: Any, resting: int) -> Lowering:
     linear, scores, branches = _forward(config, pipeline)
-    rules = settings.make_rules(config, sharding.batch_parts(pipeline.mesh))
+    rules = settings.make_rules(config)
     step: Any = grpo.Batch(
         shapes.states, shapes.logs, shapes.start, shapes.text, shapes.of(shapes.count),
         shapes.of(shapes.count, dtype=jnp.bool_), shapes.keys,
     )  # fmt: skip
-    update = jax.jit(
-        partial(
-            grpo.train_step, velocity=pipeline.velocity, rules=rules,
-            optimizer=settings.make_optimizer(config), sampler=settings.make_sampler(config),
-        ),
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
-        donate_argnums=0,
-    )  # fmt: skip
+    update = settings.make_update(config, pipeline, state)
     sigmas: Any = jax.ShapeDtypeStruct(
         (config.sample.steps + 1,), jnp.float32, sharding=shapes.whole
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from worldr1_jax.data.loader import Loader
 from worldr1_jax.data.world_prompts import generate as world_prompts
 from worldr1_jax.grpo import update as grpo
 from worldr1_jax.models import wan, wan_dit, wan_dit_config
-from worldr1_jax.models.attention_kernels import generation
 from worldr1_jax.models.lora import Adapters
 from worldr1_jax.nano import captions
 from worldr1_jax.pipeline import IDLE, MAGNITUDES, Camera, Pipeline, latent_shape
@@ -156,6 +156,18 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     )
 
 
+def make_update(config: ml_collections.ConfigDict, pipeline: Pipeline, state: Any) -> chips.Jit:
+    """The compiled update, (state, base, batch, sigmas, text_null) -> (state, metrics), that keeps
+    the state where it lies, in its own memory."""
+    step = partial(
+        grpo.train_step, velocity=pipeline.velocity, optimizer=make_optimizer(config),
+        sampler=make_sampler(config),
+        rules=make_rules(config, sharding.batch_parts(pipeline.mesh)),
+    )  # fmt: skip
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return chips.Jit(step, pipeline.mesh, out_shardings=(places, None), donate_argnums=0)
+
+
 def make_sampler(config: ml_collections.ConfigDict) -> Sampler:
     """The stochastic sampler that rollout and update share."""
     s = config.sample
@@ -199,7 +211,7 @@ def least_context(
     size = (1 + (config.frames - 1) // 4, config.height // 8, config.width // 8)
     numbers = wan_dit_config.tokens(dit, size) * dit.dim
     needed = numbers * (2 * held * dit.num_layers * KEPT[config.policy.remat] + BLOCK)
-    chip = chips.CHIPS[generation(devices[0].device_kind)]
+    chip = chips.CHIPS[chips.generation(devices[0].device_kind)]
     weights = 2 * dit.num_layers * dit.dim * (8 * dit.dim + 2 * dit.ffn_dim) / len(devices)
     room = max(0.85 * chip.hbm - weights, 0.05 * chip.hbm)
     return min(math.ceil(needed / room), len(devices))

@@ -134,17 +134,7 @@ def build(
     optimizer, sampler = settings.make_optimizer(config), settings.make_sampler(config)
     with jax.set_mesh(mesh):
         state = jax.jit(partial(grpo.init_state, optimizer=optimizer))(pipeline.adapters)
-    train_step = jax.jit(
-        partial(
-            grpo.train_step,
-            velocity=pipeline.velocity,
-            optimizer=optimizer,
-            sampler=sampler,
-            rules=settings.make_rules(config, sharding.batch_parts(mesh)),
-        ),
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-        donate_argnums=0,
-    )
+    train_step = settings.make_update(config, pipeline, state)
     text_null = None
     if config.sample.guidance != 1:
         text_null = pipeline.encode_one(config.sample.negative_prompt)

@@ -98,7 +98,7 @@ def build(name: str, *, device_kind: str | None = None, keys: int | None = None)
     elif local == "cudnn":
         kernel = attention_kernels.CuDnn()
     else:
-        chip = attention_kernels.generation(device_kind)
+        chip = chips.generation(device_kind)
         kernel = attention_kernels.Splash(
             attention_kernels.BLOCKS[chip], attention_kernels.keys_in(chips.scoped_memory(chip))
         )

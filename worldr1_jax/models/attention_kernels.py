@@ -24,9 +24,6 @@ LANES = 128  # a TPU kernel's blocks are multiples of it
 # Queries and keys a block of the splash kernel, by generation of the chip: the largest that the
 # compiler fits into the core's memory, forward and backward.
 BLOCKS = {"v4": 512, "v5e": 1024, "v5p": 1024, "v6e": 2048, "tpu7x": 2048}
-GENERATIONS = {
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"
-}  # fmt: skip
 BLOCK_BYTES = 32 << 20  # logits of all heads that `Blocks` holds at a time
 CPU_ROWS = 384  # queries (or keys) of one head that `Blocks` takes at a time on a CPU
 NOWHERE = float(jnp.finfo(jnp.float32).min)
@@ -245,15 +242,6 @@ def keys_in(memory: int) -> int:
     """Keys of a block of the splash kernel's backward pass that fit into so many bytes of a core's
     memory: 16, 32 and 48 MiB hold 2048, 4096 and 8192, as the compiler has it (4.2 KB a key)."""
     return 1 << ((memory // 4608).bit_length() - 1)
-
-
-def generation(device_kind: str) -> str:
-    """The chip's short name, such as "v5p". Raises ValueError for a TPU that is not known."""
-    if device_kind not in GENERATIONS:
-        raise ValueError(
-            f"device kind '{device_kind}' is no TPU known here: {', '.join(GENERATIONS)}"
-        )
-    return GENERATIONS[device_kind]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -138,14 +138,14 @@ class Reward:
         self.weights, self.mesh, self.frame_stride = weights, mesh, frame_stride
         self._at_once = videos_at_once
         self._graph, self._state = nnx.split(network)
-        self._reconstruct = chips.JitConvolutions(self._reconstruct_videos, mesh)
+        self._reconstruct = chips.Jit(self._reconstruct_videos, mesh, convolutions=True)
         halves: Any = (None, None) if distance is None else nnx.split(distance)
         self._lpips, self._lpips_state = halves
         self._views, self._depth_scale, self._mode = views, depth_scale, mode
         self._asks, self._gaussian_frames = asks, gaussian_frames
         on_tpu = mesh.devices.flat[0].platform == "tpu"
         self._renderer = "pallas" if on_tpu else "tiled"
-        self._recon = chips.JitConvolutions(self._recon_of_videos, mesh)
+        self._recon = chips.Jit(self._recon_of_videos, mesh, convolutions=True)
         self._trajectory = jax.jit(self._trajectory_of_videos)
         self._masked = jax.jit(combine.masked)
         self._turn = jax.jit(self._turn_of, static_argnums=2)
