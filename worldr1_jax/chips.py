@@ -68,7 +68,7 @@ CONVOLUTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
 # Tokens are exchanged for heads (attention_context.py) behind other work, where the compiler knows
 # how to. It refuses on v5e. Of 14B's layer on four v6e it hides 1.0 of 23.4 ms by the plan.
 EXCHANGES = {"xla_tpu_enable_async_all_to_all": "true"}
-_HIDES_EXCHANGES = ("v5p", "v6e")
+_HIDES_EXCHANGES = ("v5p", "v6e", "tpu7x")
 _ARGS = "LIBTPU_INIT_ARGS"
 _SCOPED = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 32, "tpu7x": 32}  # MiB, the compiler's defaults
 
