@@ -218,3 +218,14 @@ def test_figures_of_a_program(ops):
     assert made.bound == "kernels"
     assert made.mfu == pytest.approx(1e9 / (made.seconds * 100e12))
     assert made.flops == 5.0 + 40 * ops["kernel"].flops
+
+
+def test_the_compiler_is_told_what_the_chip_can_do():
+    v5e, v6e, cpu = (
+        types.SimpleNamespace(platform=platform, device_kind=kind)
+        for platform, kind in (("tpu", "TPU v5 lite"), ("tpu", "TPU v6 lite"), ("cpu", "cpu"))
+    )
+    assert chips.compiler_options(v5e) == {}  # where asynchronous exchanges end the compilation
+    assert chips.compiler_options(v6e) == chips.EXCHANGES
+    assert chips.compiler_options(v6e, True) == chips.EXCHANGES | chips.CONVOLUTIONS
+    assert chips.compiler_options(cpu, True) == {}

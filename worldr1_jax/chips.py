@@ -93,19 +93,23 @@ class Jit:
         convolutions: bool = False,
         **options: Any,
     ):
-        found: dict[str, str] = {}
-        if mesh.devices.flat[0].platform == "tpu":
-            found |= CONVOLUTIONS if convolutions else {}
-            kind = generation(mesh.devices.flat[0].device_kind)
-            found |= EXCHANGES if kind in _HIDES_EXCHANGES else {}
+        tuned: Any = compiler_options(mesh.devices.flat[0], convolutions) or None
         self._plain = jax.jit(function, **options)
-        self._tuned = jax.jit(function, **options, compiler_options=found or None)
+        self._tuned = jax.jit(function, **options, compiler_options=tuned)
         self.trace = self._tuned.trace
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         # Within another trace, such as one that counts FLOPs, jax refuses options.
         traced = isinstance(jnp.zeros(()), jax.core.Tracer)
         return (self._plain if traced else self._tuned)(*arguments, **named)
+
+
+def compiler_options(device: Any, convolutions: bool = False) -> dict[str, str]:
+    """Beside FLAGS, for programs of such devices; none where they are no TPUs."""
+    if device.platform != "tpu":
+        return {}
+    hides = generation(device.device_kind) in _HIDES_EXCHANGES
+    return (EXCHANGES if hides else {}) | (CONVOLUTIONS if convolutions else {})
 
 
 def generation(device_kind: str) -> str:
