@@ -38,18 +38,12 @@ def main() -> None:
     prompts = list(settings.load_prompts(config).train)
     prompts = [p for p in prompts[: config.groups] for _ in range(config.group_size)]
     sampler = settings.make_sampler(config)
-    rules = settings.make_rules(config, sharding.batch_parts(mesh))
-    optimizer = settings.make_optimizer(config)
-    state = grpo.init_state(pipeline.adapters, optimizer)
+    state = grpo.init_state(pipeline.adapters, settings.make_optimizer(config))
     keys = sample_keys(jax.random.key(1), count)
     text, paths = pipeline.encode(prompts), pipeline.paths(prompts)
     text_null = pipeline.encode_one("") if config.sample.guidance != 1 else None
-    step = jax.jit(
-        lambda state, base, batch: grpo.train_step(
-            state, base, batch, pipeline.sigmas, text_null, velocity=pipeline.velocity,
-            optimizer=optimizer, sampler=sampler, rules=rules,
-        )
-    )  # fmt: skip
+    # Each repetition starts from the same state.
+    step = settings.make_update(config, pipeline, state, donate=False)
 
     rows: dict[str, dict] = {}
     with jax.set_mesh(mesh):
@@ -63,7 +57,9 @@ def main() -> None:
         scores = reward.combine({**parts, "general": reward.general(videos, prompts)})
         advantages = group_advantage(scores.total, config.group_size, scores.valid)
         batch = grpo.make_batch(trajectory, text, advantages, scores.valid)
-        _time(rows, "update", step, state, pipeline.base, batch)
+        _time(
+            rows, "update", step, state, pipeline.base, batch, pipeline.sigmas, text_null
+        )  # fmt: skip
     total, rate = sum(row["seconds"] for row in rows.values()), _matmul_rate(mesh.size)
     for row in rows.values():
         row["share"] = round(row["seconds"] / total, 3)

@@ -48,7 +48,8 @@ def reward_in(turns):
 
 def measure(parts, turns, samples=2, count=11, batch=4):
     pipeline = Pipeline(parts)
-    options = {"samples": samples, "batch": batch, "guidance": 1.0, "text_null": None}
+    options: dict = {"samples": samples, "batch": batch, "at_once": 0}
+    options |= {"guidance": 1.0, "text_null": None}
     prompts = [f"prompt {i}" for i in range(count)]
     found = evaluate.measure(
         pipeline, reward_in(turns), None, prompts, key=jax.random.key(0), **options
@@ -83,9 +84,13 @@ def test_one_video_a_prompt_has_no_diversity():
 
 
 @pytest.mark.parametrize(
-    ("asked", "samples", "parts", "want"),
-    [(16, 4, 1, 16), (16, 2, 64, 32), (2, 3, 4, 4), (1, 1, 8, 8), (64, 2, 32, 64)],
-)
-def test_a_batch_grows_to_what_the_mesh_divides(asked, samples, parts, want):
-    assert evaluate.whole_batch(asked, samples, parts) == want
-    assert want * samples % parts == 0
+    ("asked", "samples", "parts", "at_once", "want"),
+    [
+        (16, 4, 1, 0, 16), (16, 2, 64, 1, 32), (2, 3, 4, 0, 4), (1, 1, 8, 2, 8), (64, 2, 32, 4, 64),
+        (3, 1, 1, 2, 4), (20, 2, 16, 2, 32),
+    ],
+)  # fmt: skip
+def test_a_batch_grows_to_what_the_mesh_divides(asked, samples, parts, at_once, want):
+    assert evaluate.whole_batch(asked, samples, parts, at_once) == want
+    mesh = types.SimpleNamespace(shape={"data": parts, "fsdp": 1, "context": 1, "tensor": 1})
+    assert sharding.turns(mesh, want * samples, at_once) >= 1  # which refuses what does not divide

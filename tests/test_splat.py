@@ -259,3 +259,5 @@ def test_entries_by_product_are_those_of_the_table():
     np.testing.assert_array_equal(
         tiles._entries_by_product(table, row, column), tiles._entries(table, row, column)
     )
+    traced = str(jax.make_jaxpr(tiles._entries_by_product)(table, row, column))
+    assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in traced  # or TPUs would round

@@ -14,7 +14,7 @@ from flax import nnx
 from tests import goldens
 from tests.goldens.make_wan_dit import PATH
 from worldr1_jax import sharding
-from worldr1_jax.models import layers, lora, rotary, wan_dit
+from worldr1_jax.models import attention_kernels, layers, lora, rotary, wan_dit
 from worldr1_jax.models.attention import attention
 
 
@@ -79,10 +79,11 @@ def test_bfloat16_is_near_float32(golden, published, inputs):
     assert np.sqrt(np.mean((velocity - golden["velocity"]) ** 2)) <= 0.03 * golden["velocity"].std()
 
 
-def test_remat_changes_no_gradient(published, inputs):
+def test_remat_changes_no_gradient(published, inputs, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "LONG", 1)  # so that "attention" has something to keep
     gradients = {}
     for remat in layers.REMAT_POLICIES:
-        model = with_lora(published, remat=remat)
+        model = with_lora(published, remat=remat, implementation="blocks")
         graphdef, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
 
         def loss(adapters, base, graphdef=graphdef):

@@ -39,7 +39,8 @@ CHIPS = {
     "tpu7x": Chip(96e9, 1153e12, 3.69e12, 90e9, 3, 2.2e9, per_chip=2),
 }
 GENERATIONS = {
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x",
 }  # fmt: skip
 # Share of the peak that the attention kernel is taken to reach. An assumption, not a measurement:
 # heads of 128 fill half of the 256-wide matrix units of v6e and tpu7x in one of two products.
@@ -63,10 +64,12 @@ FLAGS = {
     "xla_enable_async_all_gather": "true",
 }
 # For programs of convolutions: with more of a core's memory the compiler searches several times as
-# long for each, and finds one that is 0 to 6% faster by its own estimate.
+# long for each, and finds one that is 0 to 6% faster by its own estimate. The forward half of
+# splash attention, which Depth Anything 3 has beside its convolutions, fits into it.
 CONVOLUTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
 # Tokens are exchanged for heads (attention_context.py) behind other work, where the compiler knows
-# how to. It refuses on v5e. Of 14B's layer on four v6e it hides 1.0 of 23.4 ms by the plan.
+# how to. It refuses on v5e; v4 was not tried. Of 14B's layer on four v6e it hides 1.0 of 23.4 ms by
+# the plan.
 EXCHANGES = {"xla_tpu_enable_async_all_to_all": "true"}
 _HIDES_EXCHANGES = ("v5p", "v6e", "tpu7x")
 _ARGS = "LIBTPU_INIT_ARGS"
@@ -105,11 +108,19 @@ class Jit:
 
 
 def compiler_options(device: Any, convolutions: bool = False) -> dict[str, str]:
-    """Beside FLAGS, for programs of such devices; none where they are no TPUs."""
+    """Beside FLAGS, for programs of such devices; none where they are no TPUs, or where the
+    environment says otherwise."""
     if device.platform != "tpu":
         return {}
-    hides = generation(device.device_kind) in _HIDES_EXCHANGES
-    return (EXCHANGES if hides else {}) | (CONVOLUTIONS if convolutions else {})
+    hides = GENERATIONS.get(device.device_kind) in _HIDES_EXCHANGES
+    found = (EXCHANGES if hides else {}) | (CONVOLUTIONS if convolutions else {})
+    return {name: value for name, value in found.items() if _given(name) in (None, FLAGS.get(name))}
+
+
+def _given(name: str) -> str | None:
+    """What the environment sets a flag of the compiler to."""
+    found = re.search(rf"--{name}=(\S+)", os.environ.get(_ARGS, ""))
+    return found.group(1) if found else None
 
 
 def generation(device_kind: str) -> str:
@@ -122,8 +133,9 @@ def generation(device_kind: str) -> str:
 
 
 def scoped_memory(chip: str) -> int:
-    """Bytes of a core's own memory that the compiler gives one kernel, by its flags."""
-    found = re.search(r"xla_tpu_scoped_vmem_limit_kib=(\d+)", os.environ.get(_ARGS, ""))
-    if found is None or chip == "v4":  # whose cores have no more
+    """Bytes of a core's own memory that the compiler gives one kernel, by its flags, except in
+    programs of convolutions."""
+    given = _given("xla_tpu_scoped_vmem_limit_kib")
+    if given is None or chip == "v4":  # whose cores have no more
         return _SCOPED[chip] << 20
-    return int(found.group(1)) << 10
+    return int(given) << 10

@@ -4,8 +4,7 @@ policies."""
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,15 @@ def measure(
     key: jax.Array,
     samples: int,
     batch: int,
+    at_once: int,
     guidance: float,
     text_null: Array | None,
-    progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[Measures, Float[np.ndarray, "n F H W 3"]]:
     """Scores of every prompt, each the mean over `samples` videos; and a video of each of the first
     SHOWN prompts.
 
-    Videos are decoded as they are scored, and go to the host one by one.
+    Videos are decoded as they are scored, and go to the host one by one; a prompt's wait there
+    until all of them are made.
 
     Args:
       key: the noise of video s of prompt p depends on (key, p, s) alone, so that two calls with one
@@ -49,6 +49,7 @@ def measure(
         [0, 1].
       batch: prompts at a time, or so many more that the mesh can divide their videos; the last
         batch is filled up with repeats, which are not counted.
+      at_once: videos that a device takes at a time, as pipeline and reward have it; 0: all.
       guidance: of the classifier-free guidance.
 
     Returns:
@@ -56,7 +57,7 @@ def measure(
       not be scored.
     """
     sampler = Sampler(kind="none", guidance=guidance)
-    batch = whole_batch(batch, samples, sharding.batch_parts(pipeline.mesh))
+    batch = whole_batch(batch, samples, sharding.batch_parts(pipeline.mesh), at_once)
     collected: dict[str, list[np.ndarray]] = {}
     shown: list[np.ndarray] = []
     for first in range(0, len(prompts), batch):
@@ -72,7 +73,7 @@ def measure(
         scores = reward(
             trajectory.latents, repeated, paths, decode=seen.decode, consistency=True
         )  # fmt: skip
-        shown += [seen.kept[place] for place in sorted(seen.kept)]
+        shown += [seen.kept[prompt] for prompt in sorted(seen.kept)]
         parts = {name: sharding.to_host(values) for name, values in scores.parts.items()}
         parts["total_3d"] = np.sum([parts[name] for name in NEEDS_3D], axis=0)
         rows = {name: v.reshape(batch, samples).mean(1) for name, v in parts.items()}
@@ -80,14 +81,17 @@ def measure(
             rows["diversity"] = seen.diversity
         for name, values in rows.items():
             collected.setdefault(name, []).append(values[: len(chosen)])
-        progress(first + len(chosen))
     return {name: np.concatenate(values) for name, values in collected.items()}, np.stack(shown)
 
 
-def whole_batch(prompts: int, samples: int, parts: int) -> int:
-    """The next number of prompts whose videos, `samples` each, the mesh's `parts` divide."""
-    unit = parts // math.gcd(parts, samples)
-    return -(-prompts // unit) * unit
+def whole_batch(prompts: int, samples: int, parts: int, at_once: int) -> int:
+    """The next number of prompts whose videos, `samples` each, the mesh's `parts` divide, and of
+    which a device takes `at_once` at a time (0: all)."""
+    while True:
+        mine, rest = divmod(prompts * samples, parts)
+        if not rest and (not at_once or mine <= at_once or mine % at_once == 0):
+            return prompts
+        prompts += 1
 
 
 class _Seen:
@@ -144,6 +148,7 @@ def compare(
         "key": key,
         "samples": config.evaluate.samples,
         "batch": min(config.evaluate.batch, len(held_out)),
+        "at_once": config.sample.videos_at_once,
         "guidance": config.sample.guidance,
         "text_null": text_null,
     }

@@ -112,6 +112,7 @@ def generate(
         videos = pipeline.decode(trajectory.latents)
         for row, (prompt, number) in enumerate(chosen):
             yield Generated(prompt, number, sharding.to_host(videos[row]))
+        del videos  # the next rollout needs the room
 
 
 def _keys(seed: int, wanted: Sequence[tuple[str, int]]) -> jax.Array:

@@ -37,6 +37,7 @@ _LIMIT = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 _LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_DIMENSIONS = re.compile(r"dimensions=\{([\d,]*)\}")
 _SLICES = re.compile(r"slice_sizes=\{([\d,]*)\}")
 _WINDOW = re.compile(r"update_window_dims=\{([\d,]*)\}")
 _UNKNOWN = 2**63 - 1  # what stands for an estimate that the compiler does not have
@@ -54,8 +55,8 @@ class Op:
       times: how often it runs in one run of the program.
       cycles: the compiler's estimate for one time, or that of splat_cost.py where it has none; 0
         for collectives and attention kernels.
-      bytes: HBM traffic of one time (operands and results that do not lie in the core's memory);
-        of a collective, what one device sends.
+      bytes: HBM traffic of one time (operands and results that do not lie in the core's memory; of
+        gathers, scatters and sorts what they move); of a collective, what one device sends.
       flops: of a kernel.
       group: devices that a collective joins.
       source: the operation's name in the traced program.
@@ -144,23 +145,28 @@ def _walk(
 def _covers(lines: list[str]) -> dict[str, int]:
     """Cycles between the start of each asynchronous collective and its end, in schedule order.
     Those that are under way together share them, as they may share links."""
-    open_, closed = dict[str, float](), dict[str, int]()
-    for line in lines:
+    begins, spans = dict[str, int](), dict[str, range]()
+    work = list[tuple[int, int]]()
+    for place, line in enumerate(lines):
         match = _INSTRUCTION.match(line)
         if match is None:
             continue
         name, rest = match.groups()
         cycles = _CYCLES.search(rest)
         if _STARTS.match(name):
-            open_[name] = 0.0
+            begins[name] = place
         elif "-done" in name:
             start = name.replace("-done", "-start")
-            if start in open_:
-                closed[start] = int(open_.pop(start))
-        elif cycles:
-            for start in open_:
-                open_[start] += int(cycles.group(1)) / len(open_)
-    return closed
+            if start in begins:
+                spans[start] = range(begins[start], place)
+        elif cycles and int(cycles.group(1)) != _UNKNOWN:
+            work.append((place, int(cycles.group(1))))
+    found = dict.fromkeys(spans, 0.0)
+    for place, cycles_there in work:
+        under_way = [start for start, span in spans.items() if place in span]
+        for start in under_way:
+            found[start] += cycles_there / len(under_way)
+    return {start: int(cover) for start, cover in found.items()}
 
 
 def _turns(rest: str, condition: list[str]) -> int | None:
@@ -197,8 +203,10 @@ def _op(computations, result, opcode, rest, shapes, operands, times) -> Iterator
         kind, count = "kernel", _kernel_cycles(result, shapes[result], inputs)
         flops = _kernel_flops(result, shapes[result], inputs)
     elif count in (0, _UNKNOWN):
-        count = int(_moving_cycles(computations, opcode, rest, shapes, operands))
-        if not count:
+        estimated = count == 0
+        cycles_of, moved = _moving(computations, opcode, rest, shapes, operands)
+        count, traffic = int(cycles_of), moved or traffic
+        if not count and estimated:
             return
     name = source.group(1) if source else ""
     yield Op(result, kind, times, count, traffic, flops, group, name)
@@ -267,32 +275,40 @@ def _kernel_cycles(name: str, result: str, operands: list[str]) -> int:
     return int(splat_cost.KERNEL_CYCLES * steps * pixels / 256)
 
 
-def _moving_cycles(computations, opcode, rest, shapes, operands) -> float:
-    """Of a sort, and of gathers and scatters, alone or in a fusion; 0 for anything else."""
-    if opcode == "sort":
-        keys = _dimensions(shapes.get(operands[0], ""))
-        return math.prod(keys[:-1]) * splat_cost.sort_cycles(keys[-1]) if keys else 0.0
-    lines = (
-        computations.get(_called(rest, "calls"), ()) if opcode == "fusion" else (f" x = {rest}",)
-    )
-    known, rows = dict(shapes), 0.0
+def _moving(computations, opcode, rest, shapes, operands) -> tuple[float, int]:
+    """Cycles and bytes of sorts, gathers and scatters, alone or in a fusion; 0 of all else."""
+    lines = [f" x = {rest}"]
+    if opcode == "fusion":
+        lines = computations.get(_called(rest, "calls"), [])
+    known, cycles, moved = dict(shapes), 0.0, 0
     for line in lines:
         match = _INSTRUCTION.match(line)
         inner = _OPCODE.search(match.group(2)) if match else None
         if match is None or inner is None:
             continue
-        known[match.group(1)] = text = match.group(2)[: inner.start(1)]
-        if inner.group(1) == "gather":
-            slices = _SLICES.search(line)
-            each = math.prod(int(n) for n in slices.group(1).split(",")) if slices else 1
-            rows += math.prod(_dimensions(text)) / each
+        known[match.group(1)] = made = match.group(2)[: inner.start(1)]
+        names = _operands(match.group(2)[inner.end() :])
+        if inner.group(1) == "sort":
+            dims = _dimensions(known.get(names[0], ""))
+            keys = dims[int(_numbers(_DIMENSIONS, line)[0])] if dims else 1
+            cycles += math.prod(dims) / keys * splat_cost.sort_cycles(keys)
+            moved += 2 * _bytes(made)
+        elif inner.group(1) == "gather":
+            rows = math.prod(_dimensions(made)) / math.prod(_numbers(_SLICES, line))
+            cycles += splat_cost.GATHER_CYCLES * rows
+            moved += 2 * _bytes(made)
         elif inner.group(1) == "scatter":
-            names = _operands(match.group(2)[inner.end() :])
-            window = _WINDOW.search(line)
-            kept = {int(n) for n in window.group(1).split(",") if n} if window else set()
-            update = _dimensions(known.get(names[-1], ""))
-            rows += math.prod(n for axis, n in enumerate(update) if axis not in kept)
-    return splat_cost.GATHER_CYCLES * rows
+            update = known.get(names[-1], "")
+            kept = _numbers(_WINDOW, line)
+            rows = math.prod(n for axis, n in enumerate(_dimensions(update)) if axis not in kept)
+            cycles += splat_cost.GATHER_CYCLES * rows
+            moved += 2 * _bytes(update)
+    return cycles, moved
+
+
+def _numbers(pattern: re.Pattern, line: str) -> list[int]:
+    found = pattern.search(line)
+    return [int(n) for n in found.group(1).split(",") if n] if found else []
 
 
 def _operands(rest: str) -> list[str]:

@@ -269,7 +269,7 @@ def _reconstruct_flops(config, videos: Any) -> float:
 
 def _update(config, pipeline: Pipeline, shapes: Shapes, state: Any, resting: int) -> Lowering:
     linear, scores, branches = _forward(config, pipeline)
-    rules = settings.make_rules(config)
+    rules = settings.make_rules(config, sharding.batch_parts(pipeline.mesh))
     step: Any = grpo.Batch(
         shapes.states, shapes.logs, shapes.start, shapes.text, shapes.of(shapes.count),
         shapes.of(shapes.count, dtype=jnp.bool_), shapes.keys,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from worldr1_jax.rollout.sample import Sampler
 # For `least_context`: arrays of the residual stream's size that a layer keeps, by policy.remat, and
 # bytes per number of the stream that a block's backward pass takes: an estimate, from a block that
 # was compiled for a TPU at size; it agrees with the one update that the compiler has refused.
-KEPT = {"none": 25, "dots": 11, "attention": 2, "full": 1, "whole": 1}
+HELD = {"none": 25, "dots": 11, "attention": 2, "full": 1, "whole": 1}
 BLOCK = 160
 
 # What a resume may change without becoming another run.
@@ -94,9 +95,11 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     unknown = [name for name in config.dynamic.off if name not in rewards.NAMES]
     if unknown:
         raise ValueError(f"dynamic.off names '{unknown[0]}': it knows {', '.join(rewards.NAMES)}")
-    for name in ("num_updates", "checkpoint_every", "videos_every"):
-        if config[name] < 1:
-            raise ValueError(f"{name} is {config[name]}: it has to be at least 1")
+    positive = ["num_updates", "checkpoint_every", "videos_every"]
+    for name in [*positive, "evaluate.batch", "evaluate.samples"]:
+        value = attrgetter(name)(config)
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it has to be at least 1")
 
 
 def check_rewards(config: ml_collections.ConfigDict) -> None:
@@ -156,16 +159,20 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     )
 
 
-def make_update(config: ml_collections.ConfigDict, pipeline: Pipeline, state: Any) -> chips.Jit:
+def make_update(
+    config: ml_collections.ConfigDict, pipeline: Pipeline, state: Any, *, donate: bool = True
+) -> chips.Jit:
     """The compiled update, (state, base, batch, sigmas, text_null) -> (state, metrics), that keeps
-    the state where it lies, in its own memory."""
+    the state where it lies and, if it may `donate` it, in its own memory."""
     step = partial(
         grpo.train_step, velocity=pipeline.velocity, optimizer=make_optimizer(config),
         sampler=make_sampler(config),
         rules=make_rules(config, sharding.batch_parts(pipeline.mesh)),
     )  # fmt: skip
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return chips.Jit(step, pipeline.mesh, out_shardings=(places, None), donate_argnums=0)
+    return chips.Jit(
+        step, pipeline.mesh, out_shardings=(places, None), donate_argnums=0 if donate else ()
+    )  # fmt: skip
 
 
 def make_sampler(config: ml_collections.ConfigDict) -> Sampler:
@@ -210,7 +217,7 @@ def least_context(
     held = 1 if config.policy.remat == "whole" or branches == 1 else branches + 1
     size = (1 + (config.frames - 1) // 4, config.height // 8, config.width // 8)
     numbers = wan_dit_config.tokens(dit, size) * dit.dim
-    needed = numbers * (2 * held * dit.num_layers * KEPT[config.policy.remat] + BLOCK)
+    needed = numbers * (2 * held * dit.num_layers * HELD[config.policy.remat] + BLOCK)
     chip = chips.CHIPS[chips.generation(devices[0].device_kind)]
     weights = 2 * dit.num_layers * dit.dim * (8 * dit.dim + 2 * dit.ffn_dim) / len(devices)
     room = max(0.85 * chip.hbm - weights, 0.05 * chip.hbm)

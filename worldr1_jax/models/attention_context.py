@@ -87,6 +87,7 @@ class Sharded:
         if parts == 1 or self.context in ("whole", "alone"):
             return self._local(q, k, v, scale, length)
         if self.context == "ulysses":
+            # Here the scale joins what made the queries; after the exchange it is a pass more.
             q = q * jnp.asarray(scale, q.dtype)
             q, k, v = (_to_heads(x, parts) for x in (q, k, v))
             return _to_tokens(self._local(q, k, v, 1.0, length), parts)

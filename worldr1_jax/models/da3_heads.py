@@ -53,7 +53,8 @@ class CameraDecoder(nnx.Module):
     """Camera token -> translation, quaternion and field of view."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        # S_traj is no better than the path: TPUs would round it to 8 bits of mantissa.
+        # S_traj is no better than the path that comes out here: TPUs would round these products'
+        # factors to 8 bits of mantissa.
         linear = functools.partial(nnx.Linear, precision=EXACT, rngs=rngs)
         self.fc1 = linear(dim, dim)
         self.fc2 = linear(dim, dim)
@@ -220,7 +221,7 @@ def _size(x: Array) -> tuple[int, int]:
 
 
 def conv(inputs: int, outputs: int, size: int = 3, *, stride: int = 1, **options: Any) -> nnx.Conv:
-    """Convolution of size x size that keeps the size, with zeros around."""
+    """Convolution of size x size, with zeros around: stride 1 keeps the image's size."""
     return nnx.Conv(
         inputs, outputs, (size, size), strides=(stride, stride), padding=size // 2,
         conv_general_dilated=convolve, **options,

@@ -22,7 +22,7 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 REMAT_POLICIES = ("none", "dots", "attention", "full", "whole")
 SAVED = "attention"  # the name that what a kernel of attention found goes by
-_KEPT = {
+_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
 }
@@ -209,11 +209,11 @@ def scan_layers(
       x: what flows from layer to layer; shape and dtype stay the same.
       call: one layer. Whatever else it needs, it closes over.
       remat: what the backward pass recomputes: "none", "full" (all but the inputs of each layer),
-        "attention" (as "full", but what the kernels of long attention found is kept, which is as
-        large as the inputs), "dots" (all but the inputs and the results of matmuls with weights) or
-        "whole" (all but the input of the first layer, and then as "full": one forward more, and of
-        several calls before one backward pass, such as guidance's two, only one keeps its layers'
-        inputs at a time).
+        "attention" (as "full", but what kernels of long attention found is kept, which is as large
+        as the inputs; cuDNN's and "xla" keep nothing), "dots" (all but the inputs and the results
+        of matmuls with weights) or "whole" (all but the input of the first layer, and then as
+        "full": one forward more, and of several calls before one backward pass, such as guidance's
+        two, only one keeps its layers' inputs at a time).
 
     Raises:
       ValueError: an unknown remat policy.
@@ -227,8 +227,8 @@ def scan_layers(
     # prevent_cse guards against undoing the remat outside of loops; inside a scan it only costs.
     if remat in ("full", "whole"):
         body = jax.checkpoint(body, prevent_cse=False)
-    elif remat in _KEPT:
-        body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT[remat])
+    elif remat in _POLICIES:
+        body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])
 
     def run(x: jax.Array) -> jax.Array:
         return jax.lax.scan(body, x, stacked)[0]
