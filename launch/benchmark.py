@@ -38,7 +38,7 @@ def main() -> None:
     prompts = list(settings.load_prompts(config).train)
     prompts = [p for p in prompts[: config.groups] for _ in range(config.group_size)]
     sampler = settings.make_sampler(config)
-    state = grpo.init_state(pipeline.adapters, settings.make_optimizer(config))
+    state = settings.make_state(config, pipeline)
     keys = sample_keys(jax.random.key(1), count)
     text, paths = pipeline.encode(prompts), pipeline.paths(prompts)
     text_null = pipeline.encode_one("") if config.sample.guidance != 1 else None

@@ -159,6 +159,13 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     )
 
 
+def make_state(config: ml_collections.ConfigDict, pipeline: Pipeline) -> grpo.TrainState:
+    """That before the first update, on the pipeline's mesh."""
+    start = partial(grpo.init_state, optimizer=make_optimizer(config))
+    with jax.set_mesh(pipeline.mesh):
+        return jax.jit(start)(pipeline.adapters)
+
+
 def make_update(
     config: ml_collections.ConfigDict, pipeline: Pipeline, state: Any, *, donate: bool = True
 ) -> chips.Jit:

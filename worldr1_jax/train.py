@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -131,9 +130,7 @@ def build(
     """Loads the networks and prepares the programs; the state is that before the first update."""
     lora_key, *keys = jax.random.split(jax.random.key(config.seed), 3)
     pipeline = settings.build_pipeline(config, mesh, lora_key)
-    optimizer, sampler = settings.make_optimizer(config), settings.make_sampler(config)
-    with jax.set_mesh(mesh):
-        state = jax.jit(partial(grpo.init_state, optimizer=optimizer))(pipeline.adapters)
+    sampler, state = settings.make_sampler(config), settings.make_state(config, pipeline)
     train_step = settings.make_update(config, pipeline, state)
     text_null = None
     if config.sample.guidance != 1:
