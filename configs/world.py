@@ -181,7 +181,8 @@ def _nano(c: ml_collections.ConfigDict) -> None:
 def _wan(c: ml_collections.ConfigDict, variant: str) -> None:
     c.mesh.data = 0
     c.sample.videos_at_once, c.train.microbatches = 1, 0
-    # Each is used once an update: the encoder alone is 11 GB, of a v5e's 16.
-    c.idle_on_host = ("text", "vae", "rewards")
+    # Each is used once or twice an update: the encoder alone is 11 GB, of a v5e's 16, and on one
+    # chip the decoder leaves no room for the policy.
+    c.idle_on_host = ("text", "vae", "policy", "rewards")
     if variant == "large":
         c.sample.camera_strength = 0.40

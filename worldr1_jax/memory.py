@@ -11,10 +11,12 @@ import jax
 # Stage -> settings that lower its memory, the cheapest in time first.
 SETTINGS = {
     "rollout": "sample.videos_at_once=1, mesh.context=2 or more, groups smaller",
-    "decode": "policy.chunked_vae=True, sample.videos_at_once=1, groups smaller",
-    "reconstruct": "sample.videos_at_once=1, idle_on_host with text and rewards, "
+    "decode": "policy.chunked_vae=True, sample.videos_at_once=1, idle_on_host with policy and "
+    "text, groups smaller",
+    "reconstruct": "sample.videos_at_once=1, idle_on_host with policy, text and rewards, "
     "rewards.frame_stride larger",
-    "render": "sample.videos_at_once=1, rewards.views smaller, groups smaller",
+    "render": "sample.videos_at_once=1, idle_on_host with policy and text, rewards.views smaller, "
+    "groups smaller",
     "general": "groups smaller",
     "update": "train.microbatches larger, policy.remat=whole, train.minibatches larger, "
     "idle_on_host with text, vae and rewards, mesh.context=2 or more",
