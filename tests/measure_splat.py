@@ -23,7 +23,16 @@ import numpy as np
 from worldr1_jax import rewards
 from worldr1_jax.camera import trajectory
 from worldr1_jax.nano import captions, videos, world
-from worldr1_jax.rewards import exact, recon, splat, splat_cost, thin, tile_kernel, tiles
+from worldr1_jax.rewards import (
+    exact,
+    recon,
+    splat,
+    splat_cost,
+    thin,
+    tile_kernel,
+    tile_lists,
+    tiles,
+)
 from worldr1_jax.rewards.projection import project
 from worldr1_jax.types import Gaussians, Reconstruction
 
@@ -139,7 +148,7 @@ def full_scene(size: tuple[int, int]) -> tuple[Reconstruction, np.ndarray]:
 def draw(gaussians, pose, matrix, size):
     """One tiled view, r, g, b, depth times alpha, alpha; and the rounds that it took, which are
     those of the TPU kernel too: same tiles, same room."""
-    grid = tiles.make_grid(size, 16, None, None, "xla")
+    grid = tile_lists.make_grid(size, 16, None, None, "xla")
     done, _ = tiles._run(grid, project(gaussians, pose, matrix, size), record=False)
     return splat._untiled(done.canvas.features, grid), done.number
 
@@ -148,15 +157,15 @@ def work(gaussians, pose, matrix, size) -> dict[str, float]:
     """What a view takes, counted as its rounds go by, and beside it what `splat_cost` takes it for:
     tiles that a listed Gaussian touches, and chunks of the TPU kernel. Its seconds are of 81 such
     views."""
-    grid = tiles.make_grid(size, 16, None, None, "xla")
+    grid = tile_lists.make_grid(size, 16, None, None, "xla")
     view = jax.jit(project, static_argnums=3)(gaussians, pose, matrix, size)
     slab = min(view.rows.shape[0], grid.pairs)
     order, visible = jax.jit(tiles._depth_order, static_argnums=1)(view, slab)
-    table = jax.jit(tiles.table_of)(view)
+    table = jax.jit(tile_lists.table_of)(view)
 
     @jax.jit
     def one_round(table, order, canvas, cursor):
-        lists = tiles.take(grid, table, order, visible, cursor, canvas.open)
+        lists = tile_lists.take(grid, table, order, visible, cursor, canvas.open)
         drawn = jnp.where(canvas.open, -(-lists.length // tile_kernel.CHUNK), 0).sum()
         after = tiles.composite(grid, lists, canvas, jnp.int32(0), False)
         return after, cursor + lists.taken, jnp.stack([lists.length.sum(), drawn])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from worldr1_jax.rewards import splat, tiles
+from worldr1_jax.rewards import splat, tile_lists
 from worldr1_jax.types import Gaussians
 
 exact = partial(splat.render, method="exact")
@@ -164,8 +164,8 @@ def test_both_ways_to_sort_by_tile_agree():
     tile = jnp.asarray(rng.permuted(np.arange(200) % 11), jnp.int32)  # 10 stands for no pair
     once = np.unique(np.stack([owner, tile]), axis=1)  # a Gaussian is in a tile once
     owner, tile = jnp.asarray(once[0]), jnp.asarray(once[1])
-    counted = tiles._count_into_tiles(tile, owner, slab=70, tiles=10)
-    for a, b in zip(tiles._sort_into_tiles(tile, owner, tiles=10), counted, strict=True):
+    counted = tile_lists._count_into_tiles(tile, owner, slab=70, tiles=10)
+    for a, b in zip(tile_lists._sort_into_tiles(tile, owner, tiles=10), counted, strict=True):
         kept = int(counted[2].sum()) if a.shape == tile.shape else len(a)
         np.testing.assert_array_equal(a[:kept], b[:kept])
 
@@ -257,7 +257,7 @@ def test_entries_by_product_are_those_of_the_table():
     table = jnp.asarray(rng.integers(0, 1 << 20, (20, 33)), jnp.int32)
     row, column = jnp.asarray(rng.integers(0, 20, 500)), jnp.asarray(rng.integers(0, 33, 500))
     np.testing.assert_array_equal(
-        tiles._entries_by_product(table, row, column), tiles._entries(table, row, column)
+        tile_lists._entries_by_product(table, row, column), tile_lists._entries(table, row, column)
     )
-    traced = str(jax.make_jaxpr(tiles._entries_by_product)(table, row, column))
+    traced = str(jax.make_jaxpr(tile_lists._entries_by_product)(table, row, column))
     assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in traced  # or TPUs would round

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from worldr1_jax.rewards import splat_cost, tiles
+from worldr1_jax.rewards import splat_cost, tile_lists
 
 FULL = {"gaussians": 12_002_256, "size": (294, 504), "views": 81, "rounds": 50}
 
@@ -28,7 +28,7 @@ def test_sorting_by_hand():
 
 
 def test_a_round_moves_its_gaussians_and_its_pairs():
-    grid = tiles.make_grid(FULL["size"], 16, None, None, "pallas")
+    grid = tile_lists.make_grid(FULL["size"], 16, None, None, "pallas")
     rows, steps = splat_cost.round_counts(grid, FULL["gaussians"])
     assert steps == 608 + grid.pairs // 128
     # Rows, radii, and what a pair has to know of its Gaussian; chunks that every tile fills up.

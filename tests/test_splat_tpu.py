@@ -7,7 +7,7 @@ import pytest
 
 from worldr1_jax import plan, plan_hlo
 from worldr1_jax.chips import CHIPS
-from worldr1_jax.rewards import splat_cost, tile_kernel, tiles
+from worldr1_jax.rewards import splat_cost, tile_kernel, tile_lists, tiles
 
 pytest.importorskip("libtpu")
 
@@ -20,7 +20,7 @@ def test_the_kernel_compiles(chip):
     """A round of the default room at full size: as a kernel of the chip, within its memory."""
     mesh = jax.sharding.Mesh(np.array(plan.topology_devices(TOPOLOGIES[chip])[:1]), ("data",))
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    grid = tiles.make_grid(SIZE, 16, None, None, "pallas")
+    grid = tile_lists.make_grid(SIZE, 16, None, None, "pallas")
 
     def shape(*dims, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
@@ -28,7 +28,7 @@ def test_the_kernel_compiles(chip):
     def ints(*dims):
         return shape(*dims, dtype=jnp.int32)
 
-    lists = tiles.Lists(
+    lists = tile_lists.Lists(
         shape(grid.pairs, 10), ints(grid.pairs), ints(grid.pairs), ints(grid.padded),
         ints(grid.padded), ints(),
     )  # fmt: skip

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from worldr1_jax.rewards import exact, tiles
+from worldr1_jax.rewards import exact, tile_lists, tiles
 from worldr1_jax.rewards.projection import Projected, project
 from worldr1_jax.types import Gaussians
 
@@ -42,7 +42,7 @@ class Rendered(NamedTuple):
 # ---- Images --------------------------------------------------------------------------------------
 
 
-def _untiled(features: Float[Array, "L 5 P"], grid: tiles.Grid) -> Float[Array, "H W 5"]:
+def _untiled(features: Float[Array, "L 5 P"], grid: tile_lists.Grid) -> Float[Array, "H W 5"]:
     """r, g, b, depth times alpha, and alpha, from tiles."""
     (down, across), tile, (height, width) = grid.shape, grid.tile, grid.size
     image = features[: grid.tiles].reshape(down, across, features.shape[1], tile, tile)
@@ -121,7 +121,7 @@ def render(
             Gaussian against every pixel, the oracle: slow.
         tile: side of the square tiles, px; speed only. None: 8, and 16 with "pallas".
         pairs: room of a round, in Gaussians times the tiles that they touch; speed and memory only.
-            None: `tiles.PAIRS_PER_TILE` a tile.
+            None: `tile_lists.PAIRS_PER_TILE` a tile.
         rounds: at most so many rounds, for a bound on the time; what is then missing is counted in
             `overflow`. None: until nothing is left, and `overflow` is 0.
         interpret: run the TPU kernel without a TPU, slowly.
@@ -137,11 +137,13 @@ def render(
     else:
         kernel = "xla" if method == "tiled" else "interpret" if interpret else "pallas"
         side = tile or (8 if method == "tiled" else 16)
-        one_view = partial(_tiled_view, grid=tiles.make_grid(size, side, pairs, rounds, kernel))
+        one_view = partial(
+            _tiled_view, grid=tile_lists.make_grid(size, side, pairs, rounds, kernel)
+        )
     return _each_view(one_view, gaussians, camtoworld, intrinsics, size)
 
 
-def _tiled_view(view: Projected, grid: tiles.Grid) -> tuple[Array, Array]:
+def _tiled_view(view: Projected, grid: tile_lists.Grid) -> tuple[Array, Array]:
     features, missed = tiles.blend(grid, view)
     return _untiled(features, grid), missed
 

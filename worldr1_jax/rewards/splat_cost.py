@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from worldr1_jax.chips import CHIPS
 from worldr1_jax.cost import sub_jaxprs
-from worldr1_jax.rewards import tile_kernel, tiles
+from worldr1_jax.rewards import tile_kernel, tile_lists, tiles
 
 PROJECT_CYCLES = 8.3  # a Gaussian with harmonics of degree 2, v5e; a million of them: 5.5 ms
 GATHER_CYCLES = 680 / 128  # a row, v5e
@@ -63,7 +63,7 @@ def video(
     """
     if chip not in CHIPS:
         raise ValueError(f"chip is '{chip}': it knows {', '.join(CHIPS)}")
-    grid = tiles.make_grid(size, tile, pairs, None, "pallas")
+    grid = tile_lists.make_grid(size, tile, pairs, None, "pallas")
     rows, steps = round_counts(grid, gaussians)
     rounds = most_rounds(grid, gaussians) if rounds is None else rounds
     cycles = {
@@ -77,7 +77,7 @@ def video(
     return seconds | {"total": sum(seconds.values())}
 
 
-def most_rounds(grid: tiles.Grid, gaussians: int) -> float:
+def most_rounds(grid: tile_lists.Grid, gaussians: int) -> float:
     """Rounds of a view that has every Gaussian inside and draws all of it; a bound for Gaussians
     of up to RADIUS, which touch (1 + 2 RADIUS / tile)^2 tiles on average.
 
@@ -92,19 +92,19 @@ def sort_cycles(keys: int) -> float:
     return SORT_CYCLES * keys / REGISTER * stages * (stages + 1) / 2
 
 
-def round_counts(grid: tiles.Grid, gaussians: int) -> tuple[int, int]:
+def round_counts(grid: tile_lists.Grid, gaussians: int) -> tuple[int, int]:
     """Rows gathered or scattered in a round, and steps of its kernel, from the traced programs."""
 
     def shape(*dims: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(dims, dtype)
 
     slab = min(gaussians, grid.pairs)
-    table = shape(gaussians, tiles.ROW + 2)
+    table = shape(gaussians, tile_lists.ROW + 2)
     number, order = shape(dtype=jnp.int32), shape(gaussians + slab, dtype=jnp.int32)
     opened = shape(grid.padded, dtype=jnp.bool_)
 
     def listed(table, order, visible, cursor, opened):
-        return tiles.take(grid, table, order, visible, cursor, opened)
+        return tile_lists.take(grid, table, order, visible, cursor, opened)
 
     def drawn(lists, canvas, number):
         return tile_kernel.composite(grid, lists, canvas, number, False)
@@ -120,7 +120,7 @@ def round_counts(grid: tiles.Grid, gaussians: int) -> tuple[int, int]:
 def moved_rows(jaxpr: Any) -> int:
     """Rows that the gathers and scatters of a program move, loops multiplied out.
 
-    What depends on the platform is left out: there TPUs sort, and CPUs count (`tiles.by_tile`).
+    What depends on the platform is left out: there TPUs sort, and CPUs count (see `by_tile`).
     """
     total = 0
     for equation in jaxpr.eqns:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from worldr1_jax.rewards import tiles
+from worldr1_jax.rewards import tile_lists, tiles
 from worldr1_jax.rewards.projection import ALPHA_MAX, ALPHA_MIN, TRANSMITTANCE_MIN
 
 NAME = "composite_tiles"
@@ -29,8 +29,8 @@ _RUNNING = -1.0  # a place in the round's list otherwise; exact in float32 below
 
 
 def composite(
-    grid: tiles.Grid,
-    lists: tiles.Lists,
+    grid: tile_lists.Grid,
+    lists: tile_lists.Lists,
     canvas: tiles.Canvas,
     number: Int[Array, ""],
     record: bool,
@@ -60,7 +60,7 @@ def composite(
 
 
 def _chunks(
-    grid: tiles.Grid, lists: tiles.Lists
+    grid: tile_lists.Grid, lists: tile_lists.Lists
 ) -> tuple[Int[Array, " W"], Int[Array, " W"], Float[Array, "W 16 128"]]:
     """Every list in chunks: the tile of each, its number within the tile (-1: none), and its rows,
     6 coefficients and 5 features a Gaussian.
