@@ -23,14 +23,15 @@ def main() -> None:
     products, and the shares of the update and of the products."""
     import jax
 
-    from worldr1_jax import settings, sharding
-    from worldr1_jax.grpo import update as grpo
-    from worldr1_jax.grpo.advantage import group_advantage
+    from worldr1_jax import settings
+    from worldr1_jax.algorithms import update as grpo
+    from worldr1_jax.algorithms.advantage import group_advantage
+    from worldr1_jax.mesh.make import make_mesh
     from worldr1_jax.rollout.sample import sample_keys
 
     config = cli.CONFIG.value
     cli.use_cpu_well_for(config)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     settings.check(config, mesh)
     pipeline = settings.build_pipeline(config, mesh, jax.random.key(0))
     reward = settings.build_reward(config, mesh)
@@ -89,7 +90,7 @@ def _matmul_rate(devices: int, size: int = 2048) -> float:
 def _time(rows: dict, name: str, function, *args, **kwargs):
     import jax
 
-    from worldr1_jax.cost import matmul_flops
+    from worldr1_jax.plan.flops import matmul_flops
 
     seconds = []
     for _ in range(REPEATS.value + 1):

@@ -21,9 +21,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # so that configs/ is found from any folder
 
-from worldr1_jax import chips
+from worldr1_jax.mesh import compiler
 
-chips.set_flags()
+compiler.set_flags()
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/world.py[:nano|:small|:large]")
 WORKDIR = flags.DEFINE_string("workdir", "runs/world", "folder of checkpoints, metrics and videos")

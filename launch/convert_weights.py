@@ -22,13 +22,15 @@ def main() -> None:
     """Writes transformer, vae, text_encoder and tokenizer to workdir."""
     import jax.numpy as jnp
 
-    from worldr1_jax import nano, settings, sharding
-    from worldr1_jax.models import wan
+    from worldr1_jax import settings
+    from worldr1_jax.mesh.make import make_mesh
+    from worldr1_jax.policies import wan
+    from worldr1_jax.weights.shipped import resolve
 
     config = cli.CONFIG.value
-    folder = nano.resolve(config.policy.weights)
+    folder = resolve(config.policy.weights)
     wan.store(
-        folder, cli.WORKDIR.value, mesh=sharding.make_mesh(config.mesh),
+        folder, cli.WORKDIR.value, mesh=make_mesh(config.mesh),
         dtype=jnp.dtype(config.policy.dtype), form=FORM.value,
         adapters=settings.load_adapters(config, ADAPTERS.value, KIND.value),
     )  # fmt: skip

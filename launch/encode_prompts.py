@@ -17,16 +17,19 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from worldr1_jax import nano, settings, sharding
+    from worldr1_jax import settings
     from worldr1_jax.data import text_cache
-    from worldr1_jax.metrics import Progress
-    from worldr1_jax.models import wan
-    from worldr1_jax.pipeline import TextStage
+    from worldr1_jax.mesh import placement as sharding
+    from worldr1_jax.mesh.make import make_mesh
+    from worldr1_jax.policies import wan
+    from worldr1_jax.policies.stages import TextStage
+    from worldr1_jax.weights.shipped import resolve
+    from worldr1_jax.workdir.metrics import Progress
 
     config = cli.CONFIG.value
     if config.mesh.data == -1:
         cli.use_cpu_well(BATCH.value)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     parts = sharding.batch_parts(mesh)
     if BATCH.value < 1 or BATCH.value % parts:
         raise ValueError(f"--batch is {BATCH.value}: the mesh needs a multiple of {parts}")
@@ -35,7 +38,7 @@ def main() -> None:
     texts = settings.texts(config, settings.load_prompts(config))
     made_by = settings.text_fingerprint(config)
     dtype = jnp.dtype(config.policy.dtype)
-    encoder, tokenizer = wan.load_text(nano.resolve(config.policy.weights), mesh=mesh, dtype=dtype)
+    encoder, tokenizer = wan.load_text(resolve(config.policy.weights), mesh=mesh, dtype=dtype)
     each = max(BATCH.value // sharding.batch_parts(mesh, "sequences"), 1)
     encode = TextStage(encoder, tokenizer, config.policy.text_tokens, mesh, at_once=each)
 

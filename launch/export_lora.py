@@ -18,7 +18,7 @@ FORM = flags.DEFINE_enum("form", "diffusers", ("diffusers", "peft"), "whose name
 def main() -> None:
     """Writes one file of LoRA to workdir."""
     from worldr1_jax import settings
-    from worldr1_jax.models import lora_files
+    from worldr1_jax.models.wan import lora_files
 
     found = settings.load_adapters(cli.CONFIG.value, ADAPTERS.value, KIND.value)
     if found is None:

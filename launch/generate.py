@@ -31,9 +31,13 @@ def main() -> None:
     """Writes workdir/<words of the prompt>-<hash>-<number>.mp4, each as soon as it is made."""
     import jax
 
-    from worldr1_jax import generate, settings, sharding
-    from worldr1_jax.metrics import Progress, write_mp4
+    from worldr1_jax import settings
+    from worldr1_jax.media import write_mp4
+    from worldr1_jax.mesh import placement as sharding
+    from worldr1_jax.mesh.make import make_mesh
+    from worldr1_jax.policies import generate
     from worldr1_jax.rollout import unipc
+    from worldr1_jax.workdir.metrics import Progress
 
     config = cli.CONFIG.value
     prompts = [*PROMPT.value, *(generate.read_prompts(PROMPTS.value) if PROMPTS.value else [])]
@@ -42,7 +46,7 @@ def main() -> None:
     wanted = len(prompts) * SAMPLES.value
     if config.mesh.data == -1:
         cli.use_cpu_well(BATCH.value or max(wanted, 1))
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     settings.check_policy(config)
     solver = None
     if SAMPLER.value == "unipc":

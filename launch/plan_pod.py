@@ -34,7 +34,7 @@ WINDOWS = flags.DEFINE_list("windows", [], "numbers of window steps, for --sweep
 
 def main() -> None:
     """Prints a table of the programs, or JSON, or with --sweep a ranking of choices."""
-    from worldr1_jax import plan
+    from worldr1_jax.plan import report as plan
 
     config = cli.CONFIG.value
     devices = plan.topology_devices(TOPOLOGY.value)
@@ -72,7 +72,8 @@ def main() -> None:
 
 
 def _sweep(config, devices) -> None:
-    from worldr1_jax import plan, sharding
+    from worldr1_jax.mesh.make import make_mesh
+    from worldr1_jax.plan import report as plan
 
     rows = []
     windows = [int(w) for w in WINDOWS.value] or [config.sample.window]
@@ -81,7 +82,7 @@ def _sweep(config, devices) -> None:
             config.policy.remat, config.sample.window = remat, window
         choice = {"context": int(context), "remat": remat, "window": window}
         try:
-            mesh = sharding.make_mesh({"fsdp": -1, "context": int(context)}, devices)
+            mesh = make_mesh({"fsdp": -1, "context": int(context)}, devices)
             programs = plan.plan(config, mesh, only=tuple(ONLY.value or ("rollout", "update")))
         except ValueError as error:
             rows.append({**choice, "fits": False, "why": str(error)})

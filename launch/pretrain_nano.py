@@ -26,9 +26,9 @@ START = flags.DEFINE_string(
 
 def main() -> None:
     """Runs the stages in order; each reads what the ones before it wrote to workdir/weights."""
-    from worldr1_jax import nano
     from worldr1_jax.nano import pretrain
     from worldr1_jax.nano.videos import cached
+    from worldr1_jax.weights.shipped import resolve
 
     cli.use_cpu_well(2)  # divides the batch of every stage
     workdir = Path(cli.WORKDIR.value)
@@ -37,7 +37,7 @@ def main() -> None:
     weights = workdir / "weights"
     if stages:
         truth = cached(workdir / "videos", SEED.value, VIDEOS.value, dynamic_share=0.15)
-        start = nano.resolve(START.value) if START.value else None
+        start = resolve(START.value) if START.value else None
         options: dict[str, Any] = {"seed": SEED.value, "scale": SCALE.value, "start": start}
         for stage in stages:
             print(f"stage {stage}", flush=True)
@@ -49,11 +49,12 @@ def main() -> None:
 
 def check(weights: Path | None) -> None:
     """Prints the figures of the given or shipped weights on held-out scenes, as JSON."""
-    from worldr1_jax import nano, rewards
+    from worldr1_jax import rewards
     from worldr1_jax.nano import check as checks
     from worldr1_jax.nano.videos import sample
+    from worldr1_jax.weights import shipped
 
-    folder = weights or nano.WEIGHTS
+    folder = weights or shipped.WEIGHTS
     truth = sample(12345, 96, held_out=True)
     config = cli.CONFIG.value.rewards
     reward = rewards.build(

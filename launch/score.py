@@ -27,8 +27,11 @@ SHOWN = (
 
 def main() -> None:
     """Scores one video after the other; those that cannot be judged say why."""
-    from worldr1_jax import scoring, settings, sharding
-    from worldr1_jax.metrics import write_atomically, write_summary
+    from worldr1_jax import settings
+    from worldr1_jax.evaluation import scoring
+    from worldr1_jax.files import write_atomically
+    from worldr1_jax.mesh.make import make_mesh
+    from worldr1_jax.workdir.metrics import write_summary
 
     config = cli.CONFIG.value
     if len(VIDEO.value) != len(PROMPT.value):
@@ -41,7 +44,7 @@ def main() -> None:
     if not pairs:
         raise ValueError("there is no video: give --video and --prompt, or --list=file.jsonl")
     settings.check_rewards(config)
-    reward = settings.build_reward(config, sharding.make_mesh(config.mesh))
+    reward = settings.build_reward(config, make_mesh(config.mesh))
     magnitudes = settings.make_camera(config).magnitudes
     folder, rows = Path(cli.WORKDIR.value), []
     for row in scoring.score(

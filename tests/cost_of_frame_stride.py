@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.truth_of_rewards import jitter
-from worldr1_jax import rewards
 from worldr1_jax.nano import videos
+from worldr1_jax.rewards.scorer import build
 
 STRIDES = (1, 2, 4, 8)
 MADE_FOR = 4
@@ -29,7 +29,7 @@ JITTER = 0.25  # of truth_of_rewards' 4 px
 
 def measure(stride: int, clips: np.ndarray, bad: np.ndarray, asked: np.ndarray, rounds: int):
     """Scores of the true clips, of the jittered ones and against other paths, and seconds."""
-    reward = rewards.build({"recon": 1.0}, frame_stride=stride, depth_scale=4.0)
+    reward = build({"recon": 1.0}, frame_stride=stride, depth_scale=4.0)
 
     def parts(batch, paths):
         found = reward.reconstruct(batch)

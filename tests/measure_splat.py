@@ -20,20 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldr1_jax import rewards
 from worldr1_jax.camera import trajectory
 from worldr1_jax.nano import captions, videos, world
-from worldr1_jax.rewards import (
-    exact,
-    recon,
-    splat,
-    splat_cost,
-    thin,
-    tile_kernel,
-    tile_lists,
-    tiles,
-)
-from worldr1_jax.rewards.projection import project
+from worldr1_jax.plan import splat_cost
+from worldr1_jax.rewards import likeness, thin
+from worldr1_jax.rewards.scorer import build
+from worldr1_jax.splat import exact, tiles
+from worldr1_jax.splat import kernel as tile_kernel
+from worldr1_jax.splat import lists as tile_lists
+from worldr1_jax.splat import render as splat
+from worldr1_jax.splat.projection import project
 from worldr1_jax.types import Gaussians, Reconstruction
 
 FRAMES, SIZE = 81, (294, 504)  # what Depth Anything 3 sees of 81 frames of 480x832
@@ -99,7 +95,7 @@ def network(count: int = 32, keep: tuple[int, ...] = (9, 5, 3)) -> None:
     """Nano's network on all 17 frames of ground-truth videos, its Gaussians thinned."""
     truth = videos.sample(77, count)
     batch = jnp.asarray(truth.video, jnp.float32) / 255.0
-    reward = rewards.build({"recon": 1.0}, da3="nano")
+    reward = build({"recon": 1.0}, da3="nano")
     found = reward.reconstruct(batch)
     for kept in (batch.shape[1], *keep):
         parts = reward.geometry(batch, thin.by_frames(found, kept), truth.camtoworld)
@@ -207,9 +203,9 @@ def against_exact(gaussians, pose, matrix, image) -> list[float]:
 
 
 def psnr(a, b) -> float:
-    """dB, of images in [0, 1]; at most 140 here, where recon.psnr stops at 100."""
+    """dB, of images in [0, 1]; at most 140 here, where likeness.psnr stops at 100."""
     error = np.mean((np.clip(a, 0, 1) - np.clip(b, 0, 1)) ** 2)
-    return float(-10 * np.log10(max(error, recon.MSE_MIN * 1e-4)))
+    return float(-10 * np.log10(max(error, likeness.MSE_MIN * 1e-4)))
 
 
 def show(**figures) -> None:

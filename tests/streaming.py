@@ -24,8 +24,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from worldr1_jax import sharding
-from worldr1_jax.models import convert, wan_dit
+from worldr1_jax.mesh import placement
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models.wan import dit as wan_dit
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     config = dataclasses.replace(wan_dit.Config.wan_1_3b(), num_layers=args.layers)
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = make_mesh({"fsdp": 8})
     place = sharding.placer("wan_dit", mesh)
     with tempfile.TemporaryDirectory() as folder:
         on_disk = write(Path(folder), config, args.file_dtype)
@@ -66,7 +68,7 @@ def main() -> None:
 def write(folder: Path, config: wan_dit.Config, dtype: str) -> int:
     """A safetensors file of zeros with every key at its shape, without its bytes; its size."""
     shapes = {
-        convert.leaf_path(path): leaf.get_raw_value().shape
+        placement.leaf_path(path): leaf.get_raw_value().shape
         for path, leaf in nnx.to_flat_state(
             nnx.state(nnx.eval_shape(lambda: wan_dit.WanDiT(config, nnx.Rngs(0))), nnx.Param)
         )

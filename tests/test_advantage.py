@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from worldr1_jax.grpo.advantage import group_advantage
+from worldr1_jax.algorithms.advantage import group_advantage
 
 REWARDS = jnp.array([1.0, 3.0, 10.0, 10.0])
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from worldr1_jax import sharding
-from worldr1_jax.models import attention as attn
-from worldr1_jax.models import attention_context, attention_kernels, layers
+from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.nn import attention as attn
+from worldr1_jax.nn import attention_context, attention_kernels, layers
 
 TOKENS = 37  # divides nothing
 HEADS, WIDTH = 4, 16
@@ -36,7 +37,7 @@ def _value_and_grads(implementation, inputs, mesh):
         out = attn.attention(*padded, length=TOKENS, implementation=implementation)
         return jnp.sum(out[:, :TOKENS] * target), out[:, :TOKENS]
 
-    with sharding.on(mesh):
+    with arrays.on(mesh):
         call = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
         (_, out), grads = call(q, k, v)
     return jax.tree.map(np.asarray, (out, *grads))
@@ -44,7 +45,7 @@ def _value_and_grads(implementation, inputs, mesh):
 
 def _compare(implementation, mesh, width=WIDTH):
     inputs = _inputs(width)
-    one = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    one = make_mesh({"data": 1}, jax.devices()[:1])
     want = _value_and_grads("xla", inputs, one)
     got = _value_and_grads(implementation, inputs, mesh)
     for a, b in zip(got, want, strict=True):
@@ -54,7 +55,7 @@ def _compare(implementation, mesh, width=WIDTH):
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("name", ["ulysses:blocks", "ring:blocks", "blocks"])
 def test_exchanges_equal_the_reference(name, sizes):
-    mesh = sharding.make_mesh(MESHES[sizes])
+    mesh = make_mesh(MESHES[sizes])
     implementation = attn.build(name, device_kind="cpu")
     if name.startswith("ulysses") or name == "ring:blocks":
         small = attention_kernels.Blocks(logits_bytes=4 * 2 * HEADS * 40 * 16)  # several blocks
@@ -67,7 +68,7 @@ def test_blocks_of_one_head_equal_the_reference(context):
     """37 tokens in blocks of 16, the last one padded; heads over `tensor`, or no mesh at all."""
     kernel = attention_kernels.Blocks(rows=16)
     if context:
-        mesh = sharding.make_mesh(MESHES["mixed"])
+        mesh = make_mesh(MESHES["mixed"])
         return _compare(attention_context.Sharded(kernel, context), mesh)
     *inputs, target = _inputs()
 
@@ -97,9 +98,9 @@ def test_zeros_behind_the_last_block_of_keys_are_no_keys():
 def test_devices_loop_over_their_own_heads():
     """Heads over `tensor` are not gathered, and each device's loop is over its part of them."""
     q, k, v, _ = _inputs()
-    mesh = sharding.make_mesh({"tensor": 4}, jax.devices()[:4])
+    mesh = make_mesh({"tensor": 4}, jax.devices()[:4])
     blocks = attention_context.Sharded(attention_kernels.Blocks(rows=16))
-    with sharding.on(mesh):
+    with arrays.on(mesh):
         call = jax.jit(lambda *x: attn.attention(*x, implementation=blocks))
         text = call.lower(q, k, v).as_text()
     assert f"tensor<{2 * HEADS // 4}x{TOKENS}x{WIDTH}xf32>" in text
@@ -109,17 +110,17 @@ def test_devices_loop_over_their_own_heads():
 @pytest.mark.parametrize("context", ["ulysses", "ring"])
 def test_splash_equals_the_reference(context):
     kernel = attention_kernels.Splash(block=128, interpret=True)
-    mesh = sharding.make_mesh({"context": 2}, jax.devices()[:2])
+    mesh = make_mesh({"context": 2}, jax.devices()[:2])
     _compare(attention_context.Sharded(kernel, context), mesh, width=128)
 
 
 def test_text_keys_stay_whole():
     q, k, v, _ = _inputs()
     want = attn.attention(q, k[:, :5], v[:, :5])
-    mesh = sharding.make_mesh({"data": 2, "context": 4})
+    mesh = make_mesh({"data": 2, "context": 4})
     short = attn.for_short_keys(attn.build("ulysses:blocks", device_kind="cpu"))
     q = jnp.pad(q, ((0, 0), (0, 3), (0, 0), (0, 0)))
-    with sharding.on(mesh):
+    with arrays.on(mesh):
         got = jax.jit(lambda *x: attn.attention(*x, implementation=short))(q, k[:, :5], v[:, :5])
     np.testing.assert_allclose(got[:, :TOKENS], want, **TOLERANCE)
 
@@ -131,8 +132,8 @@ def test_names_that_do_not_exist_and_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="is no TPU known here"):
         attn.build("splash", device_kind="TPU v2")
     q, k, v, _ = _inputs()
-    mesh = sharding.make_mesh({"context": 8})
-    with sharding.on(mesh), pytest.raises(ValueError, match="do not divide over context = 8"):
+    mesh = make_mesh({"context": 8})
+    with arrays.on(mesh), pytest.raises(ValueError, match="do not divide over context = 8"):
         attn.attention(q, k, v, implementation=attn.build("ring:blocks", device_kind="cpu"))
 
 
@@ -175,7 +176,7 @@ def test_auto_takes_what_the_device_has():
 @pytest.mark.parametrize("name", ["blocks", "splash", "ring:blocks"])
 def test_a_remat_policy_keeps_what_long_attention_found(capsys, name, keys):
     context = 2 if name.startswith("ring") else 1
-    mesh = sharding.make_mesh({"context": context}, jax.devices()[:context])
+    mesh = make_mesh({"context": context}, jax.devices()[:context])
     implementation = attn.build(name, device_kind="cpu" if "blocks" in name else "TPU v5")
     q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.float32) for n in (256, keys))
     policy = jax.checkpoint_policies.save_only_these_names(layers.SAVED)
@@ -184,7 +185,7 @@ def test_a_remat_policy_keeps_what_long_attention_found(capsys, name, keys):
     def attend(q, k, v):
         return attn.attention(jnp.sin(q), k, v, implementation=implementation).sum()
 
-    with sharding.on(mesh):
+    with arrays.on(mesh):
         jax.ad_checkpoint.print_saved_residuals(attend, q, k, k)
     lines = capsys.readouterr().out.splitlines()
     kept = [line for line in lines if "argument" not in line and "a constant" not in line]

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from worldr1_jax.checkpoint import Checkpointer, StopSignal, check_workdir
+from worldr1_jax.workdir.checkpoint import Checkpointer, StopSignal, check_workdir
 
 
 def _abstract(state, sharding=None):

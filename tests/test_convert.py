@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from worldr1_jax import sharding
-from worldr1_jax.models import convert
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.weights import convert
 
 TABLE = (
     ("a.weight", "a.kernel", "linear"),
@@ -75,7 +75,7 @@ def test_shards_stream_to_their_devices(folder):
     for name in set(files.values()):
         save_file({k: tensors[k] for k in keys if files[k] == name}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
     places = NamedSharding(mesh, PartitionSpec(None, "fsdp", None))
 
     def shardings(leaf, shape):

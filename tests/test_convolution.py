@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from worldr1_jax.models import convolution, wan_vae_layers
+from worldr1_jax.models.wan import vae_layers as wan_vae_layers
+from worldr1_jax.nn import convolution
 
 LAYOUTS = {2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from worldr1_jax import sharding
-from worldr1_jax.cost import matmul_flops
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.plan.flops import matmul_flops
 
 A, B = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
 PRODUCT = 2 * 3 * 4 * 5 * 6
@@ -33,7 +33,7 @@ def test_convolution():
 
 
 def test_every_device_counts():
-    mesh = sharding.make_mesh({"data": -1})
+    mesh = make_mesh({"data": -1})
     rows = np.ones((mesh.size, 4, 5), np.float32)
     product = jax.shard_map(
         lambda a: a @ jnp.ones((5, 6)), mesh=mesh, in_specs=PartitionSpec("data"),

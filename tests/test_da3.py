@@ -14,24 +14,22 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from tests.goldens.make_da3 import golden_config
-from worldr1_jax import cost
-from worldr1_jax.models import da3
-from worldr1_jax.models.da3_backbone import bicubic_matrix, reference_frame
-from worldr1_jax.models.da3_config import flops
-from worldr1_jax.models.da3_gaussians import (
+from worldr1_jax.geometry import matrix_to_quaternion, quaternion_to_matrix, rigid_inverse
+from worldr1_jax.models.da3 import model as da3
+from worldr1_jax.models.da3.backbone import bicubic_matrix, reference_frame
+from worldr1_jax.models.da3.config import flops
+from worldr1_jax.models.da3.gaussians import (
     GaussianConfig,
     decode_cameras,
     gaussians_from,
-    matrix_to_quaternion,
     move,
-    quaternion_to_matrix,
     relative_to_first,
     resample_depth,
-    rigid_inverse,
     rotate_sh,
     sh_band,
 )
-from worldr1_jax.models.da3_heads import corner_matrix
+from worldr1_jax.models.da3.heads import corner_matrix
+from worldr1_jax.plan import flops as cost
 from worldr1_jax.rewards.reconstruct import processed_size, reconstruct
 
 GOLDEN = Path(__file__).parent / "goldens" / "da3.npz"

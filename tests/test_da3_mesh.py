@@ -13,10 +13,14 @@ import pytest
 from flax import nnx
 
 from tests.goldens.make_da3 import tiny_config
-from worldr1_jax import sharding
-from worldr1_jax.models import attention, da3, da3_backbone
-from worldr1_jax.models.attention_context import Sharded
-from worldr1_jax.models.attention_kernels import Splash
+from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models.da3 import backbone as da3_backbone
+from worldr1_jax.models.da3 import model as da3
+from worldr1_jax.nn import attention
+from worldr1_jax.nn.attention_context import Sharded
+from worldr1_jax.nn.attention_kernels import Splash
 
 FRAMES, SIZE = 5, (14, 21)  # 7 tokens a frame, 35 in all: 2, 4 and 8 divide neither
 MESHES = {
@@ -46,13 +50,13 @@ def single():
 def test_every_mesh_gives_the_same(single, name):
     model, video, want = single
     kernel, sizes = MESHES[name]
-    mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     model = nnx.clone(model)
     model.attention = attention.build(kernel, device_kind="cpu")
     graph, state = nnx.split(sharding.place(model, "da3", mesh))
     with jax.set_mesh(mesh):
         call = jax.jit(lambda state, video: nnx.merge(graph, state)(video))
-        got = call(state, jax.device_put(video, sharding.batched(mesh)))
+        got = call(state, jax.device_put(video, arrays.batched(mesh)))
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # float32 in another order of summation
         error = np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(theirs).max()
@@ -63,7 +67,7 @@ def test_no_device_holds_the_scores_or_the_frames_of_another(single):
     """Of 8 frames, each device's backbone sees 2, in sequences of one frame and of all tokens."""
     model = nnx.clone(single[0])
     model.attention = attention.build("blocks", device_kind="cpu")
-    mesh = sharding.make_mesh({"context": 4}, jax.devices()[:4])
+    mesh = make_mesh({"context": 4}, jax.devices()[:4])
     video = jnp.zeros((1, 8, *SIZE, 3))
     with jax.set_mesh(mesh):
         graph, state = nnx.split(sharding.place(model, "da3", mesh))
@@ -81,7 +85,7 @@ def test_no_device_holds_the_scores_or_the_frames_of_another(single):
 
 def test_long_sequences_get_whole_blocks_and_travelling_keys():
     splash = Sharded(Splash(block=1024))
-    mesh = sharding.make_mesh({"context": 8})
+    mesh = make_mesh({"context": 8})
     with jax.set_mesh(mesh):
         long = attention.for_long_sequences(splash, 88 * 757, 24)
         assert (long.context, long.kernel.multiple) == ("ulysses", 1024)

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from worldr1_jax import evaluate, sharding
+from worldr1_jax.evaluation import held_out as evaluate
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import make_mesh
 
 FRAMES, SIDE = 2, 4
 
@@ -15,7 +17,7 @@ class Pipeline:
     """Its latents are the samples' keys, its videos noise drawn from them."""
 
     def __init__(self, parts):
-        self.mesh = sharding.make_mesh({"data": parts}, jax.devices()[:parts])
+        self.mesh = make_mesh({"data": parts}, jax.devices()[:parts])
         self.most = 0  # videos that ever existed together
 
     def paths(self, prompts):

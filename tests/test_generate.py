@@ -13,10 +13,16 @@ import pytest
 from flax import nnx
 
 from tests import tiny
-from worldr1_jax import generate, settings, sharding, trained
-from worldr1_jax.checkpoint import Checkpointer, check_workdir
-from worldr1_jax.grpo import update as grpo
-from worldr1_jax.models import lora, lora_files, umt5, wan, wan_dit
+from worldr1_jax import settings
+from worldr1_jax.algorithms import update as grpo
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models import umt5
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import lora_files
+from worldr1_jax.nn import lora
+from worldr1_jax.policies import adapters as trained
+from worldr1_jax.policies import generate, wan
+from worldr1_jax.workdir.checkpoint import Checkpointer, check_workdir
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["Camera push in. A red sphere.", "Pan left. A tall blue box.", "A green box."]
@@ -40,7 +46,7 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.make_mesh({"data": 2}, jax.devices()[:2])
+    return make_mesh({"data": 2}, jax.devices()[:2])
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +232,8 @@ def test_a_run_on_encoded_prompts_never_reads_the_encoder(
 
 
 def test_a_pipeline_without_encoder_needs_a_cache(folder, mesh):
-    from worldr1_jax.pipeline import Camera, Pipeline
+    from worldr1_jax.camera.injection import Camera
+    from worldr1_jax.policies.stages import Pipeline
 
     model = wan.load(folder, mesh=mesh, tokens=8, text=False)
     assert model.text_encoder is None and isinstance(model.dit, nnx.Module)

@@ -10,7 +10,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from worldr1_jax.models import lora, lora_files, wan_dit
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import lora_files
+from worldr1_jax.nn import lora
 
 CONFIG = wan_dit.Config(
     num_attention_heads=2, attention_head_dim=8, text_dim=8, freq_dim=8, ffn_dim=24, num_layers=3

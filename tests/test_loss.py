@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldr1_jax.grpo import loss
+from worldr1_jax.algorithms import grpo as loss
 from worldr1_jax.rollout import schedule
 from worldr1_jax.rollout.sample import Sampler
 

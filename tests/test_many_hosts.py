@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from worldr1_jax import sharding
-from worldr1_jax.checkpoint import Checkpointer
+from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.workdir.checkpoint import Checkpointer
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
@@ -59,7 +60,7 @@ def values() -> dict[str, np.ndarray]:
 
 def places(sizes: dict[str, int]) -> dict[str, jax.sharding.NamedSharding]:
     """Where each leaf lies on a mesh."""
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     return {
         name: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
         for name, (_, _, axes) in STATE.items()
@@ -69,7 +70,7 @@ def places(sizes: dict[str, int]) -> dict[str, jax.sharding.NamedSharding]:
 def save(folder: str, sizes: dict[str, int]) -> None:
     """Writes the state from the processes there are."""
     where = places(sizes)
-    state = {name: sharding.to_global(x, where[name]) for name, x in values().items()}
+    state = {name: arrays.to_global(x, where[name]) for name, x in values().items()}
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(1, state, data={}, meta={})
 
@@ -85,7 +86,7 @@ def restore(folder: str, sizes: dict[str, int]) -> dict[str, np.ndarray]:
     assert restored is not None
     for name, leaf in restored.state.items():
         assert leaf.sharding == places(sizes)[name]
-    held = {name: sharding.to_host(leaf) for name, leaf in restored.state.items()}
+    held = {name: arrays.to_host(leaf) for name, leaf in restored.state.items()}
     if jax.process_count() > 1 and jax.process_index() == 0:
         np.savez(Path(folder) / "held.npz", **{n: _bits(x) for n, x in held.items()})
     return held

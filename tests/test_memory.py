@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from worldr1_jax import memory
-from worldr1_jax.metrics import StageTimer
+from worldr1_jax import timing as memory
+from worldr1_jax.timing import StageTimer
 
 MESSAGE = (
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "

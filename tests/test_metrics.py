@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worldr1_jax import metrics, scoring
+from worldr1_jax import media
+from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
+from worldr1_jax.timing import StageTimer
+from worldr1_jax.workdir import metrics
 
 
 def _records(workdir):
@@ -53,7 +56,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 
 def test_stage_timer_adds_up_and_starts_afresh():
     begun = []
-    timer = metrics.StageTimer(on_stage=begun.append)
+    timer = StageTimer(on_stage=begun.append)
     for _ in range(2):
         with timer("rollout") as wait_for:
             value = wait_for(jnp.ones(3) + 1)
@@ -95,12 +98,12 @@ def test_progress_rewrites_one_line_on_a_terminal():
 @pytest.mark.parametrize(("shape", "size"), [((16, 24), (384, 256)), ((15, 17), (306, 270))])
 def test_mp4_is_enlarged_readable_and_the_same_bits(tmp_path, shape, size):
     video = np.broadcast_to(np.linspace(0, 1, 5)[:, None, None, None], (5, *shape, 3))
-    metrics.write_mp4(tmp_path / "a" / "v.mp4", video, fps=8)
-    metrics.write_mp4(tmp_path / "b.mp4", video, fps=8)
+    media.write_mp4(tmp_path / "a" / "v.mp4", video, fps=8)
+    media.write_mp4(tmp_path / "b.mp4", video, fps=8)
     assert (tmp_path / "a" / "v.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["v.mp4"]
     # Not imageio_ffmpeg.read_frames, which leaves its pipes open and forks our threads.
-    frames = 255 * scoring.read_video(tmp_path / "b.mp4", 5)
+    frames = 255 * media.read_video(tmp_path / "b.mp4", 5)
     assert frames.shape == (5, size[1], size[0], 3)
     count, seconds = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "b.mp4"))
     assert count == 5 and seconds == pytest.approx(5 / 8, abs=0.01)  # ffmpeg prints hundredths
@@ -110,31 +113,31 @@ def test_mp4_is_enlarged_readable_and_the_same_bits(tmp_path, shape, size):
 
 def test_mp4_refuses_bad_videos(tmp_path):
     with pytest.raises(ValueError, match=r"shape \(5, 16, 24\)"):
-        metrics.write_mp4(tmp_path / "v.mp4", _video()[..., 0], fps=8)
+        media.write_mp4(tmp_path / "v.mp4", _video()[..., 0], fps=8)
     with pytest.raises(ValueError, match="not finite"):
-        metrics.write_mp4(tmp_path / "v.mp4", _video() * np.nan, fps=8)
+        media.write_mp4(tmp_path / "v.mp4", _video() * np.nan, fps=8)
     assert not list(tmp_path.iterdir())
 
 
 def test_video_grid_fills_rows_and_leaves_black():
     videos = np.stack([_video() for _ in range(3)]) + np.arange(3).reshape(3, 1, 1, 1, 1)
-    grid = metrics.video_grid(videos, columns=2)
+    grid = media.video_grid(videos, columns=2)
     assert grid.shape == (5, 32, 48, 3)
     np.testing.assert_array_equal(grid[:, :16, 24:], videos[1])
     np.testing.assert_array_equal(grid[:, 16:, :24], videos[2])
     assert not grid[:, 16:, 24:].any()
     with pytest.raises(ValueError, match="columns is 0"):
-        metrics.video_grid(videos, columns=0)
+        media.video_grid(videos, columns=0)
 
 
 def test_contact_sheet_is_a_png_with_a_row_per_video():
     videos = np.stack([_video(), _video()])
-    sheet = Image.open(io.BytesIO(metrics.contact_sheet(videos, columns=3)))
+    sheet = Image.open(io.BytesIO(media.contact_sheet(videos, columns=3)))
     assert sheet.format == "PNG" and sheet.size == (3 * 24 * 8, 2 * 16 * 8)
-    captioned = metrics.contact_sheet(videos, ["a red sphere " * 40, "слон"], columns=3)
+    captioned = media.contact_sheet(videos, ["a red sphere " * 40, "слон"], columns=3)
     assert Image.open(io.BytesIO(captioned)).size[1] > sheet.size[1]
     with pytest.raises(ValueError, match="1 captions for 2 videos"):
-        metrics.contact_sheet(videos, ["one"])
+        media.contact_sheet(videos, ["one"])
 
 
 def test_writer_keeps_videos(tmp_path):
@@ -156,15 +159,15 @@ def test_bootstrap_interval_matches_the_normal_one_and_its_seed():
     generator = np.random.default_rng(1)
     before = generator.normal(size=400)
     after = before + 0.3 + 0.1 * generator.normal(size=400)
-    low, high = metrics.paired_bootstrap_ci95(before, after, seed=0)
+    low, high = paired_bootstrap_ci95(before, after, seed=0)
     difference = after - before
     half = 1.96 * difference.std(ddof=1) / np.sqrt(400)
     # 10,000 resamples leave about 2% of the half width as noise, skew a little more.
     np.testing.assert_allclose(
         [low, high], difference.mean() + half * np.array([-1, 1]), atol=0.1 * half
     )
-    assert (low, high) == metrics.paired_bootstrap_ci95(before, after, seed=0)
-    assert metrics.paired_bootstrap_ci95(np.zeros(3), np.ones(3), seed=0) == (1.0, 1.0)
+    assert (low, high) == paired_bootstrap_ci95(before, after, seed=0)
+    assert paired_bootstrap_ci95(np.zeros(3), np.ones(3), seed=0) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -173,4 +176,4 @@ def test_bootstrap_interval_matches_the_normal_one_and_its_seed():
 )
 def test_bootstrap_refuses(before, after, message):
     with pytest.raises(ValueError, match=message):
-        metrics.paired_bootstrap_ci95(before, after, seed=0)
+        paired_bootstrap_ci95(before, after, seed=0)

@@ -5,7 +5,7 @@ import pytest
 
 from worldr1_jax.camera import commands, trajectory
 from worldr1_jax.nano import captions, pretrain, tokenizer, videos, world
-from worldr1_jax.rewards import general
+from worldr1_jax.nano import palette as general
 
 
 def spec(**fields):

@@ -5,9 +5,11 @@ import types
 
 import pytest
 
-from worldr1_jax import chips, plan, plan_hlo
-from worldr1_jax.chips import Chip
-from worldr1_jax.rewards import splat_cost
+from worldr1_jax.mesh import compiler
+from worldr1_jax.mesh.chips import Chip
+from worldr1_jax.plan import hlo as plan_hlo
+from worldr1_jax.plan import report as plan
+from worldr1_jax.plan import splat_cost
 
 MODULE = """HloModule jit_f, is_scheduled=true
 
@@ -137,18 +139,18 @@ def test_a_backward_kernel_with_the_gradient_of_queries_counts_a_product_more():
 
 def test_the_compilers_flags_are_added_once_and_say_how_much_memory_a_kernel_has(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
-    assert chips.scoped_memory("v5p") == 16 << 20
-    chips.set_flags()
-    chips.set_flags()
+    assert compiler.scoped_memory("v5p") == 16 << 20
+    compiler.set_flags()
+    compiler.set_flags()
     assert os.environ["LIBTPU_INIT_ARGS"].count("xla_tpu_scoped_vmem_limit_kib") == 1
-    assert chips.scoped_memory("v5p") == 48 << 20 and chips.scoped_memory("v4") == 16 << 20
+    assert compiler.scoped_memory("v5p") == 48 << 20 and compiler.scoped_memory("v4") == 16 << 20
     longer = "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false"  # than another's name
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"{longer} --xla_tpu_scoped_vmem_limit_kib=20000")
-    chips.set_flags()
+    compiler.set_flags()
     args = os.environ["LIBTPU_INIT_ARGS"].split()
     assert longer in args and "--xla_tpu_enable_async_collective_fusion=true" in args
-    assert len(args) == len(chips.FLAGS)
-    assert chips.scoped_memory("v5p") == 20000 << 10
+    assert len(args) == len(compiler.FLAGS)
+    assert compiler.scoped_memory("v5p") == 20000 << 10
 
 
 def test_a_loop_without_an_end_is_an_error():
@@ -232,13 +234,13 @@ def test_the_compiler_is_told_what_the_chip_can_do(monkeypatch):
         types.SimpleNamespace(platform=platform, device_kind=kind)
         for platform, kind in (("tpu", "TPU v5 lite"), ("tpu", "TPU v6 lite"), ("cpu", "cpu"))
     )
-    assert chips.compiler_options(v5e) == {}  # where asynchronous exchanges end the compilation
-    assert chips.compiler_options(v6e) == chips.EXCHANGES
-    assert chips.compiler_options(v6e, True) == chips.EXCHANGES | chips.CONVOLUTIONS
-    assert chips.compiler_options(cpu, True) == {}
+    assert compiler.compiler_options(v5e) == {}  # where asynchronous exchanges end the compilation
+    assert compiler.compiler_options(v6e) == compiler.EXCHANGES
+    assert compiler.compiler_options(v6e, True) == compiler.EXCHANGES | compiler.CONVOLUTIONS
+    assert compiler.compiler_options(cpu, True) == {}
     # Where the environment says otherwise, it is left alone.
-    chips.set_flags()
-    assert chips.compiler_options(v6e, True) == chips.EXCHANGES | chips.CONVOLUTIONS
+    compiler.set_flags()
+    assert compiler.compiler_options(v6e, True) == compiler.EXCHANGES | compiler.CONVOLUTIONS
     own = "--xla_tpu_enable_async_all_to_all=false --xla_tpu_scoped_vmem_limit_kib=20000"
     monkeypatch.setenv("LIBTPU_INIT_ARGS", own)
-    assert chips.compiler_options(v6e, True) == {}
+    assert compiler.compiler_options(v6e, True) == {}

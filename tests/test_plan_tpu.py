@@ -10,10 +10,17 @@ from flax import nnx
 
 from configs import world
 from tests.test_wan_vae import TINY
-from worldr1_jax import chips, plan, plan_hlo, plan_programs, sharding
-from worldr1_jax.chips import CHIPS
-from worldr1_jax.models import da3, wan_dit, wan_vae
-from worldr1_jax.pipeline import COLUMNS
+from worldr1_jax.mesh import arrays, compiler
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.chips import CHIPS
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models.da3 import model as da3
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import vae as wan_vae
+from worldr1_jax.plan import hlo as plan_hlo
+from worldr1_jax.plan import programs as plan_programs
+from worldr1_jax.plan import report as plan
+from worldr1_jax.policies.stages import COLUMNS
 
 pytest.importorskip("libtpu")
 
@@ -72,9 +79,9 @@ def test_depth_anything_compiles_with_kernels_and_fits():
         for head in (net.head, net.gs_head)
     ]
     net = dataclasses.replace(net, net=small, head=heads[0], gs_head=heads[1], process_res=224)
-    mesh = sharding.make_mesh({"fsdp": 4, "context": 2}, plan.topology_devices("v5e:2x4"))
+    mesh = make_mesh({"fsdp": 4, "context": 2}, plan.topology_devices("v5e:2x4"))
     reward = plan_programs.abstract_reward(config, mesh, net)
-    videos = jax.ShapeDtypeStruct((4, 5, 160, 224, 3), "float32", sharding=sharding.batched(mesh))
+    videos = jax.ShapeDtypeStruct((4, 5, 160, 224, 3), "float32", sharding=arrays.batched(mesh))
     with jax.set_mesh(mesh):
         compiled = reward._reconstruct.trace(reward._state, videos).lower().compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -86,19 +93,19 @@ def test_depth_anything_compiles_with_kernels_and_fits():
 def test_the_decoder_convolves_in_bfloat16_and_in_time():
     """A float32 decoder, columns over two devices: no convolution of float32, which takes the
     compiler minutes at full size, and one in place of a tap each."""
-    mesh = sharding.make_mesh({"fsdp": 2, "context": 2}, plan.topology_devices("v5e:2x2"))
+    mesh = make_mesh({"fsdp": 2, "context": 2}, plan.topology_devices("v5e:2x2"))
     graph, state = nnx.split(nnx.eval_shape(lambda: wan_vae.WanVAE(TINY, nnx.Rngs(0))))
     state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=arrays.replicated(mesh)), state
     )
-    latents = jax.ShapeDtypeStruct((2, 3, 8, 8, 2), "float32", sharding=sharding.batched(mesh))
+    latents = jax.ShapeDtypeStruct((2, 3, 8, 8, 2), "float32", sharding=arrays.batched(mesh))
 
     def decode(state, latents):
         latents = sharding.constrain(latents, *COLUMNS)
         return nnx.merge(graph, state).decode(latents, chunked=True)
 
     with jax.set_mesh(mesh):
-        lowered = chips.Jit(decode, mesh, convolutions=True).trace(state, latents).lower()
+        lowered = compiler.Jit(decode, mesh, convolutions=True).trace(state, latents).lower()
     inputs = re.findall(
         r"stablehlo.convolution.*: \(tensor<(\w+)>, tensor<(\w+)>", lowered.as_text()
     )

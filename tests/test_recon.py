@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tests.test_splat import scene
-from worldr1_jax import sharding
-from worldr1_jax.rewards import recon, splat
+from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.rewards import consistency, likeness, recon
+from worldr1_jax.splat import render as splat
 from worldr1_jax.types import Reconstruction
 
 SIZE = (24, 28)
@@ -30,7 +32,7 @@ def test_ssim_of_constants_by_hand():
     """Flat images: the structure term is 1 and brightness is (2ab + C1) / (a^2 + b^2 + C1)."""
     a, b = jnp.full((9, 9, 3), 0.2), jnp.full((9, 9, 3), 0.6)
     expected = (2 * 0.2 * 0.6 + 1e-4) / (0.04 + 0.36 + 1e-4)
-    assert float(recon.ssim(a, b)) == pytest.approx(expected, abs=1e-3)
+    assert float(likeness.ssim(a, b)) == pytest.approx(expected, abs=1e-3)
 
 
 def test_ssim_of_opposites_by_hand():
@@ -42,12 +44,12 @@ def test_ssim_of_opposites_by_hand():
     variance = (window * pattern**2).sum()
     images = jnp.asarray(np.repeat(pattern[..., None], 3, -1), jnp.float32)
     expected = (-2 * variance + 9e-4) / (2 * variance + 9e-4)
-    assert float(recon.ssim(images, -images)) == pytest.approx(expected, rel=1e-4)
+    assert float(likeness.ssim(images, -images)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_psnr_by_hand():
-    assert float(recon.psnr(jnp.zeros((4, 4, 3)), jnp.full((4, 4, 3), 0.1))) == pytest.approx(20)
-    assert float(recon.psnr(jnp.ones((4, 4, 3)), jnp.ones((4, 4, 3)))) == pytest.approx(100)
+    assert float(likeness.psnr(jnp.zeros((4, 4, 3)), jnp.full((4, 4, 3), 0.1))) == pytest.approx(20)
+    assert float(likeness.psnr(jnp.ones((4, 4, 3)), jnp.ones((4, 4, 3)))) == pytest.approx(100)
 
 
 def test_an_ideal_reconstruction_scores_one():
@@ -77,12 +79,12 @@ def test_devices_that_hold_the_same_video_share_its_views(context, tensor):
     asks = {"change_floor": 0.3, "change_min": 0.5, "moves": jnp.array([True, False])}
     want = jax.jit(lambda v, f: recon.s_recon(v, f, **asks))(video, found)
     sizes = {"data": 2, "context": context, "tensor": tensor}
-    mesh = sharding.make_mesh(sizes, jax.devices()[: 2 * context * tensor])
+    mesh = make_mesh(sizes, jax.devices()[: 2 * context * tensor])
     with jax.set_mesh(mesh):
         own = lambda v, f, moves: recon.s_recon(  # noqa: E731
             v, f, shared=("context", "tensor"), **{**asks, "moves": moves}
         )
-        got = jax.jit(sharding.each_device(own))(video, found, asks["moves"])
+        got = jax.jit(arrays.each_device(own))(video, found, asks["moves"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
@@ -96,7 +98,7 @@ def test_blank_videos_do_not_win():
     video = jnp.zeros_like(video)
     ungated, _ = s_recon(video, found.replace(gaussians=empty), texture_min=0.0)
     np.testing.assert_allclose(ungated, 1.0, atol=1e-5)
-    assert float(recon.texture(jnp.full((1, 2, 24, 24, 3), 0.7)).max()) < 1e-4
+    assert float(likeness.texture(jnp.full((1, 2, 24, 24, 3), 0.7)).max()) < 1e-4
 
 
 def test_the_frame_that_shows_least_is_found_among_all():
@@ -126,11 +128,11 @@ def test_mvcs_of_a_plane_by_hand():
     poses = jnp.tile(jnp.eye(4), (1, 2, 1, 1)).at[0, 1, 2, 3].set(0.5)
     matrix = jnp.array([[10.0, 0, 6], [0, 10, 4.5], [0, 0, 1]])
     matrices = jnp.tile(matrix, (1, 2, 1, 1))
-    np.testing.assert_allclose(recon.mvcs(depth, poses, matrices), 1.0, atol=1e-5)
-    wrong = recon.mvcs(depth.at[:, 1].multiply(1.1), poses, matrices)
+    np.testing.assert_allclose(consistency.mvcs(depth, poses, matrices), 1.0, atol=1e-5)
+    wrong = consistency.mvcs(depth.at[:, 1].multiply(1.1), poses, matrices)
     expected = (56 / 1.1 + 108 * 2 / 2.15) / (56 + 108)
     np.testing.assert_allclose(wrong, expected, atol=1e-4)
-    assert np.isnan(recon.mvcs(depth[:, :1], poses[:, :1], matrices[:, :1])[0])
+    assert np.isnan(consistency.mvcs(depth[:, :1], poses[:, :1], matrices[:, :1])[0])
 
 
 def test_flaws_weigh_more_when_nothing_moves():
@@ -158,7 +160,7 @@ def test_stillness_can_be_priced_by_a_gate():
     moves = jnp.array([True, False])
     right, _ = gated(video, found, change_min=0.1, moves=moves)
     np.testing.assert_allclose(right, 1.0, atol=1e-3)
-    change = 1 - float(recon.ssim(video[0, 0], video[0, 1]))
+    change = 1 - float(likeness.ssim(video[0, 0], video[0, 1]))
     half, _ = gated(video, found, change_min=2 * change, moves=moves)
     np.testing.assert_allclose(half, [0.5, 1.0], atol=1e-3)
     still = jnp.repeat(video[:, :1], 2, axis=1)

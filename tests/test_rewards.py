@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.test_recon import ideal
-from worldr1_jax import rewards
 from worldr1_jax.nano import videos as nano_videos
 from worldr1_jax.rewards import recon, thin
+from worldr1_jax.rewards.scorer import build, check
 
 VIDEO = np.zeros((2, 3, 32, 32, 3), np.float32)
 PATHS = np.tile(np.eye(4, dtype=np.float32), (2, 3, 1, 1))
@@ -18,7 +18,7 @@ PROMPTS = ["Camera push in. A red sphere."] * 2
 
 @pytest.fixture(scope="module")
 def reward():
-    return rewards.build({"recon": 1.0, "trajectory": 1.0}, da3="nano")
+    return build({"recon": 1.0, "trajectory": 1.0}, da3="nano")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, 
 @pytest.mark.parametrize("at_once", [0, 1, 2])
 def test_videos_may_be_made_as_they_are_scored(at_once):
     """From what stands for them, here their bytes, some at a time; the scores are the same."""
-    reward = rewards.build(WEIGHTS, da3="nano", frame_stride=8, videos_at_once=at_once)
+    reward = build(WEIGHTS, da3="nano", frame_stride=8, videos_at_once=at_once)
     truth = nano_videos.sample(5, 4)
     videos = np.asarray(truth.video, np.float32) / 255
     want = reward(videos, truth.captions, truth.camtoworld)
@@ -65,7 +65,7 @@ def test_unknown_rewards_and_modes_are_named():
         ({"recon": 1.0}, "fast", "paper or released"),
     ):
         with pytest.raises(ValueError, match=words):
-            rewards.check(weights, "nano", mode)
+            check(weights, "nano", mode)
 
 
 def test_videos_that_show_nothing_cannot_be_learnt_from(reward):
@@ -89,7 +89,7 @@ def test_half_precision_changes_scores_little():
     video = jnp.asarray(truth.video, jnp.float32) / 255
     options = {"frame_stride": 4, "depth_scale": 4.0}
     scores = [
-        rewards.build({"recon": 1.0, "trajectory": 1.0}, dtype=dtype, **options)(
+        build({"recon": 1.0, "trajectory": 1.0}, dtype=dtype, **options)(
             video, truth.captions, truth.camtoworld
         )
         for dtype in ("float32", "bfloat16")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from worldr1_jax.camera import commands, trajectory
-from worldr1_jax.rewards.trajectory import errors, parts, rotation_angle, s_traj
+from worldr1_jax.geometry import rotation_angle
+from worldr1_jax.rewards.trajectory import errors, parts, s_traj
 
 FRAMES = 17
 NANO = trajectory.Magnitudes.nano()

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worldr1_jax import rewards, scoring
+from worldr1_jax import media
 from worldr1_jax.camera import trajectory
-from worldr1_jax.metrics import write_mp4
+from worldr1_jax.evaluation import scoring
+from worldr1_jax.media import write_mp4
+from worldr1_jax.rewards.scorer import build
 
 PROMPT = "Camera push in. A red sphere."
 NANO = trajectory.Magnitudes.nano()
@@ -21,7 +23,7 @@ NANO = trajectory.Magnitudes.nano()
 
 @pytest.fixture(scope="module")
 def reward():
-    return rewards.build({"recon": 1.0, "trajectory": 1.0, "general": 1.0}, da3="nano")
+    return build({"recon": 1.0, "trajectory": 1.0, "general": 1.0}, da3="nano")
 
 
 def noise(*shape):
@@ -43,7 +45,7 @@ def test_other_pixel_formats_are_read(tmp_path):
     for kind in ("rgb48le", "gray"):
         file = tmp_path / f"{kind}.avi"
         ffmpeg(tmp_path / "a.mp4", "-c:v", "rawvideo", "-pix_fmt", kind, "-f", "nut", file)
-        got = scoring.read_video(file, 3)
+        got = media.read_video(file, 3)
         assert got.shape == (3, 256, 384, 3)  # write_mp4 enlarges small videos
         np.testing.assert_allclose(got, 0.5, atol=0.02)
 
@@ -52,7 +54,7 @@ def test_read_video_gives_frames(tmp_path):
     video = np.zeros((3, 256, 320, 3))
     video[1, :, :, 0] = 1.0
     write_mp4(tmp_path / "a.mp4", video, 8)
-    got = scoring.read_video(tmp_path / "a.mp4", 3)
+    got = media.read_video(tmp_path / "a.mp4", 3)
     assert got.shape == (3, 256, 320, 3)
     np.testing.assert_allclose(got, video, atol=0.02)  # H.264 in 4:2:0, flat colours
 

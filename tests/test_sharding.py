@@ -10,8 +10,15 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from worldr1_jax import sharding
-from worldr1_jax.models import da3, lora, umt5, wan_dit, wan_vae
+from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh import make as meshes
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import AXES, default_sizes, make_mesh
+from worldr1_jax.models import umt5
+from worldr1_jax.models.da3 import model as da3
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import vae as wan_vae
+from worldr1_jax.nn import lora
 
 NETWORKS = {
     "wan_dit": lambda: wan_dit.WanDiT(wan_dit.Config.nano(), nnx.Rngs(0)),
@@ -23,7 +30,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_leaf_has_a_rule_and_every_rule_a_leaf(name):
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     state = nnx.state(nnx.eval_shape(NETWORKS[name]))
     placed = jax.tree.leaves(sharding.shardings_of(state, name, mesh))
     assert len(placed) == len(jax.tree.leaves(state))
@@ -31,7 +38,7 @@ def test_every_leaf_has_a_rule_and_every_rule_a_leaf(name):
 
 @pytest.mark.parametrize("preset", [wan_dit.Config.wan_1_3b, wan_dit.Config.wan_14b])
 def test_published_sizes_are_split_over_fsdp_and_tensor(preset):
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
     model = nnx.eval_shape(lambda: wan_dit.WanDiT(preset(), nnx.Rngs(0)))
     placed = dict(nnx.to_flat_state(sharding.shardings_of(nnx.state(model), "wan_dit", mesh)))
     kernel = placed[("blocks", "ffn", "linear_1", "kernel")]
@@ -51,7 +58,7 @@ def test_weights_adapters_and_moments_fall_as_devices_grow():
         for context in (1, 8):
             shape = (1, devices // context, context, 1)
             mesh = jax.sharding.AbstractMesh(
-                shape, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4
+                shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4
             )
             total = 0
             for kind, table, copies in (
@@ -73,7 +80,7 @@ def test_weights_adapters_and_moments_fall_as_devices_grow():
 
 
 def test_adapters_follow_their_kernels():
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
     model = lora.add(NETWORKS["wan_dit"](), 4, 8.0, nnx.Rngs(1))
     sharding.place(model, "wan_dit", mesh)
     assert model.blocks.attn1.to_q.lora_a[...].sharding.spec == P(None, "fsdp", None)
@@ -82,7 +89,7 @@ def test_adapters_follow_their_kernels():
 
 
 def test_unmatched_leaves_and_unused_rules_are_errors(monkeypatch):
-    mesh = sharding.make_mesh({"data": 8})
+    mesh = make_mesh({"data": 8})
     state = nnx.state(nnx.eval_shape(NETWORKS["umt5"]))
     monkeypatch.setitem(sharding.RULES, "umt5", sharding.RULES["umt5"][:-1])
     with pytest.raises(ValueError, match="no sharding rule matches the leaf"):
@@ -104,7 +111,7 @@ def test_unmatched_leaves_and_unused_rules_are_errors(monkeypatch):
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
-        sharding.make_mesh(sizes)
+        make_mesh(sizes)
 
 
 def _devices(platform, count, slices=1):
@@ -117,7 +124,7 @@ def _devices(platform, count, slices=1):
 
 
 def test_default_meshes_suit_the_devices():
-    tpu, sizes = _devices("tpu", 64), sharding.default_sizes
+    tpu, sizes = _devices("tpu", 64), default_sizes
     assert sizes(tpu, 384, 40) == {"data": 1, "fsdp": 64, "context": 1, "tensor": 1}
     # As many devices a video as the machine has more than videos, or as its memory asks for.
     assert sizes(tpu, 32, 40)["context"] == 2
@@ -131,17 +138,17 @@ def test_default_meshes_suit_the_devices():
 
 def test_slices_lie_along_data(monkeypatch):
     placed = []
-    monkeypatch.setattr(sharding, "Mesh", lambda array, *_, **__: placed.append(array))
-    monkeypatch.setattr(sharding, "_torus", lambda shape, d: np.array(d, object).reshape(shape))
-    sharding.make_mesh({"data": 2, "fsdp": 4}, _devices("tpu", 8, slices=2))
+    monkeypatch.setattr(meshes, "Mesh", lambda array, *_, **__: placed.append(array))
+    monkeypatch.setattr(meshes, "_torus", lambda shape, d: np.array(d, object).reshape(shape))
+    make_mesh({"data": 2, "fsdp": 4}, _devices("tpu", 8, slices=2))
     assert {d.slice_index for d in placed[0][0].flat} == {0}
     assert {d.slice_index for d in placed[0][1].flat} == {1}
     with pytest.raises(ValueError, match="data has to be a multiple"):
-        sharding.make_mesh({"data": 1, "fsdp": 8}, _devices("tpu", 8, slices=2))
+        make_mesh({"data": 1, "fsdp": 8}, _devices("tpu", 8, slices=2))
 
 
 def test_activations_are_placed_by_what_their_axes_are():
-    mesh = sharding.make_mesh({"fsdp": 4, "context": 2})
+    mesh = make_mesh({"fsdp": 4, "context": 2})
     x = jnp.zeros((8, 6, 3))
     with jax.set_mesh(mesh):
         placed = jax.jit(lambda x: sharding.constrain(x, "videos", "tokens", "features"))(x)
@@ -153,18 +160,18 @@ def test_activations_are_placed_by_what_their_axes_are():
 
 
 def test_networks_rest_on_the_hosts_and_come_back_to_their_shards():
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
     model = lora.add(NETWORKS["wan_dit"](), 4, 8.0, nnx.Rngs(1))
     sharding.place(model, "wan_dit", mesh)
     before = nnx.to_pure_dict(nnx.state(model))
-    sharding.rest(model)
+    arrays.rest(model)
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))}
     assert kinds == {"device"}
     base = nnx.state(model, nnx.Not(nnx.LoRAParam))
-    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(base)} == {sharding.HOST}
-    woken = nnx.to_pure_dict(sharding.awake(nnx.state(model)))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(base)} == {arrays.HOST}
+    woken = nnx.to_pure_dict(arrays.awake(nnx.state(model)))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(woken), strict=True):
         assert new.sharding == old.sharding
         np.testing.assert_array_equal(old, new)
     # Awake copies are the caller's: the network itself goes on resting.
-    assert model.blocks.ffn.linear_1.kernel[...].sharding.memory_kind == sharding.HOST
+    assert model.blocks.ffn.linear_1.kernel[...].sharding.memory_kind == arrays.HOST

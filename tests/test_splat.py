@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from worldr1_jax.rewards import splat, tile_lists
+from worldr1_jax.splat import lists as tile_lists
+from worldr1_jax.splat import render as splat
 from worldr1_jax.types import Gaussians
 
 exact = partial(splat.render, method="exact")

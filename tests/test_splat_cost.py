@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from worldr1_jax.rewards import splat_cost, tile_lists
+from worldr1_jax.plan import splat_cost
+from worldr1_jax.splat import lists as tile_lists
 
 FULL = {"gaussians": 12_002_256, "size": (294, 504), "views": 81, "rounds": 50}
 

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from worldr1_jax import plan, plan_hlo
-from worldr1_jax.chips import CHIPS
-from worldr1_jax.rewards import splat_cost, tile_kernel, tile_lists, tiles
+from worldr1_jax.mesh.chips import CHIPS
+from worldr1_jax.plan import hlo as plan_hlo
+from worldr1_jax.plan import report as plan
+from worldr1_jax.plan import splat_cost
+from worldr1_jax.splat import kernel as tile_kernel
+from worldr1_jax.splat import lists as tile_lists
+from worldr1_jax.splat import tiles
 
 pytest.importorskip("libtpu")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.torch_archive import number, pack, pth, table, text
-from worldr1_jax.models.torch_zip import TorchZip
-from worldr1_jax.models.weight_files import open_tensors
+from worldr1_jax.weights.safetensors import open_tensors
+from worldr1_jax.weights.torch_zip import TorchZip
 
 TENSORS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests import tiny
-from worldr1_jax import sharding, train
+from worldr1_jax import train
+from worldr1_jax.mesh import make as meshes
 
 ROOT = Path(__file__).parents[1]
 UPDATES = 5
@@ -143,15 +144,15 @@ def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
         ),
     ]
     for count, sizes, changes in runs:
-        make = sharding.make_mesh
+        make = meshes.make_mesh
 
         def on_some(*_, count=count, sizes=sizes, make=make):
             return make(sizes, jax.devices()[:count])
 
-        monkeypatch.setattr(sharding, "make_mesh", on_some)
+        monkeypatch.setattr(meshes, "make_mesh", on_some)
         config = tiny.config(folder, num_updates=3, **{"evaluate.prompts": 0}, **changes)
         train.run(config, str(tmp_path / str(count)))
-        monkeypatch.setattr(sharding, "make_mesh", make)
+        monkeypatch.setattr(meshes, "make_mesh", make)
         results.append(final_state(tmp_path / str(count))[1])
     # Adam divides by the root of tiny squared gradients, so rounding of 1e-7 in them shows up
     # larger.
@@ -204,8 +205,8 @@ def test_wrong_prompt_files_are_refused(folder, tmp_path, content, message):
 
 def test_a_workdir_of_another_config_is_refused_and_kept(folder, unbroken, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in unbroken.rglob("*") if p.is_file()}
-    make = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: make({"data": 1}, jax.devices()[:1]))
+    make = meshes.make_mesh
+    monkeypatch.setattr(meshes, "make_mesh", lambda *_: make({"data": 1}, jax.devices()[:1]))
     with pytest.raises(ValueError, match="seed is 0 there and 7 here"):
         train.run(tiny.config(folder, seed=7), str(unbroken))
     assert before == {p: p.stat().st_mtime_ns for p in unbroken.rglob("*") if p.is_file()}

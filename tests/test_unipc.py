@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from worldr1_jax import sharding
-from worldr1_jax.models import umt5, wan, wan_dit, wan_vae
-from worldr1_jax.pipeline import Camera, Pipeline
+from worldr1_jax.camera.injection import Camera
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models import umt5
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import vae as wan_vae
+from worldr1_jax.policies import wan
+from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rollout import schedule, unipc
 from worldr1_jax.rollout.sample import Sampler, sample, sample_keys
 
@@ -226,7 +231,7 @@ def test_refusals(inputs):
 @pytest.fixture(scope="module")
 def model():
     """A DiT of one block over two devices; VAE and text encoder are shapes only."""
-    mesh = sharding.make_mesh({"data": 2}, jax.devices()[:2])
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
     config = wan_dit.Config(
         num_attention_heads=1, attention_head_dim=8, text_dim=3, freq_dim=8, ffn_dim=8, num_layers=1
     )

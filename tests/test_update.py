@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from worldr1_jax.grpo import update
-from worldr1_jax.grpo.advantage import group_advantage
+from worldr1_jax.algorithms import update
+from worldr1_jax.algorithms.advantage import group_advantage
 from worldr1_jax.rollout import schedule, sde
 from worldr1_jax.rollout.sample import Sampler, sample, sample_keys, step_noise, transition
 

@@ -11,8 +11,14 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from tests import tiny, torch_archive
-from worldr1_jax import sharding
-from worldr1_jax.models import convert, lora, umt5, wan, wan_dit, wan_dit_config, wan_vae
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models import umt5
+from worldr1_jax.models.wan import config as wan_dit_config
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import vae as wan_vae
+from worldr1_jax.nn import lora
+from worldr1_jax.policies import wan
+from worldr1_jax.weights import convert
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +149,7 @@ def test_a_truncated_file_of_the_original_release_is_named(original, mesh):
 @pytest.fixture(scope="module")
 def one():
     """A mesh of one device, from which Orbax writes in a tenth of the time of eight."""
-    return sharding.make_mesh({}, jax.devices()[:1])
+    return make_mesh({}, jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +163,7 @@ def stored(folder, one, tmp_path_factory):
     "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 1}], ids=str
 )
 def test_a_stored_model_starts_on_any_mesh_with_the_same_bits(folder, stored, sizes):
-    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     want = wan.load(folder, mesh=mesh, tokens=8)
     assert_same_model(wan.load(stored, mesh=mesh, tokens=8), want)
     assert wan.read_configs(stored) == wan.read_configs(folder)

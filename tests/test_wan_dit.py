@@ -13,9 +13,11 @@ from flax import nnx
 
 from tests import goldens
 from tests.goldens.make_wan_dit import PATH
-from worldr1_jax import sharding
-from worldr1_jax.models import attention_kernels, layers, lora, rotary, wan_dit
-from worldr1_jax.models.attention import attention
+from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.nn import attention_kernels, layers, lora, rotary
+from worldr1_jax.nn.attention import attention
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +274,7 @@ def test_tokens_are_rows_of_one_matrix_unless_a_mesh_divides_them():
     x = jnp.zeros((2, 3, 4))
     assert layers.as_matrix(x).shape == (6, 4)
     assert layers.as_matrix(x[0, 0]).shape == (4,)
-    with sharding.on(sharding.make_mesh({"data": 1}, jax.devices()[:1])):
+    with arrays.on(make_mesh({"data": 1}, jax.devices()[:1])):
         assert layers.as_matrix(x).shape == (6, 4)
-    with sharding.on(sharding.make_mesh({"data": 2}, jax.devices()[:2])):
+    with arrays.on(make_mesh({"data": 2}, jax.devices()[:2])):
         assert layers.as_matrix(x).shape == (2, 3, 4)

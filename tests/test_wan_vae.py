@@ -13,9 +13,10 @@ from safetensors.numpy import load_file
 
 from tests import goldens
 from tests.goldens.make_wan_vae import PATH
-from worldr1_jax import sharding
-from worldr1_jax.models import wan_vae
-from worldr1_jax.pipeline import COLUMNS
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models.wan import vae as wan_vae
+from worldr1_jax.policies.stages import COLUMNS
 
 TINY = wan_vae.Config(
     base_dim=4,
@@ -119,7 +120,7 @@ def test_chunks_keep_memory_and_columns_split_it(tiny):
     latents = [jax.random.normal(jax.random.key(1), (1, f, 8, 32, 2)) for f in (3, 9)]
     (program, few), (_, many) = (plan(decode, z) for z in latents)
     assert many <= 1.05 * few, (few, many)
-    mesh = sharding.make_mesh({"context": 2, "tensor": 2}, jax.devices()[:4])
+    mesh = make_mesh({"context": 2, "tensor": 2}, jax.devices()[:4])
     with jax.set_mesh(mesh):
         split, each = plan(
             lambda state, z: decode(state, sharding.constrain(z, *COLUMNS)), latents[0]

@@ -8,7 +8,10 @@ import numpy as np
 from flax import nnx
 
 from configs import world
-from worldr1_jax.models import da3, umt5, wan_dit, wan_vae
+from worldr1_jax.models import umt5
+from worldr1_jax.models.da3 import model as da3
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import tokenizer
 
 

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldr1_jax import rewards, scoring
-from worldr1_jax.metrics import paired_bootstrap_ci95
+from worldr1_jax import media
+from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
 from worldr1_jax.nano import videos
+from worldr1_jax.rewards.scorer import build
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 FRAMES, SIZE, STRIDE = 17, 64, 4
@@ -130,7 +131,7 @@ CORRUPTIONS = (jitter, morph, shuffle, freeze_half, reverse, sharpen, still, blu
 def clips_of(path):
     """[windows, 2, ...]: clips of 17 frames, two video frames apart, the left and the right square
     at 64 px, of the windows without a cut."""
-    video = scoring.read_video(path, 10_000)
+    video = media.read_video(path, 10_000)
     side, length = min(video.shape[1:3]), 2 * FRAMES - 1
     changes = np.abs(np.diff(video, axis=0)).mean((1, 2, 3))
     shots = [0, *(np.flatnonzero(changes > CUT) + 1), len(video)]
@@ -217,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [f for f in CORRUPTIONS if f.__name__ in args.only]
     options = {"frame_stride": STRIDE, "depth_scale": 4.0}
-    pair = tuple(rewards.build({"recon": 1.0}, **options, **more) for more in ({}, STRICT))
+    pair = tuple(build({"recon": 1.0}, **options, **more) for more in ({}, STRICT))
     tables = {}
     if args.scenes:
         truth = videos.sample(77, args.scenes)

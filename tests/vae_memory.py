@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from worldr1_jax import sharding
-from worldr1_jax.models import wan_vae
-from worldr1_jax.pipeline import COLUMNS
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models.wan import vae as wan_vae
+from worldr1_jax.policies.stages import COLUMNS
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--split", type=int, default=1, help="devices that share the columns")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.split)
-    mesh = sharding.make_mesh({"context": args.split})
+    mesh = make_mesh({"context": args.split})
     model = nnx.eval_shape(lambda: wan_vae.WanVAE(wan_vae.Config.wan2_1(), nnx.Rngs(0)))
     for what in args.what:
         for frames in args.frames:

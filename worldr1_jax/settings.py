@@ -17,19 +17,27 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from worldr1_jax import chips, nano, rewards, sharding, trained
+from worldr1_jax import rewards
+from worldr1_jax.algorithms import update as grpo
 from worldr1_jax.camera import commands
+from worldr1_jax.camera.injection import MAGNITUDES, Camera
 from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data import text_cache
 from worldr1_jax.data.loader import Loader
 from worldr1_jax.data.world_prompts import generate as world_prompts
-from worldr1_jax.grpo import update as grpo
-from worldr1_jax.models import wan, wan_dit, wan_dit_config
-from worldr1_jax.models.lora import Adapters
+from worldr1_jax.mesh import arrays, chips, compiler
+from worldr1_jax.mesh import make as meshes
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.models.wan import config as wan_dit_config
+from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.nano import captions
-from worldr1_jax.pipeline import IDLE, MAGNITUDES, Camera, Pipeline, latent_shape
+from worldr1_jax.nn.lora import Adapters
+from worldr1_jax.policies import adapters as trained
+from worldr1_jax.policies import wan
+from worldr1_jax.policies.stages import IDLE, Pipeline, latent_shape
 from worldr1_jax.rollout import schedule
 from worldr1_jax.rollout.sample import Sampler
+from worldr1_jax.weights.shipped import resolve
 
 # For `least_context`: arrays of the residual stream's size that a layer keeps, by policy.remat, and
 # bytes per number of the stream that a block's backward pass takes: an estimate, from a block that
@@ -117,7 +125,7 @@ def check_rewards(config: ml_collections.ConfigDict) -> None:
 
 def check_policy(config: ml_collections.ConfigDict) -> None:
     """The part of `check` that sampling videos depends on."""
-    dit, vae = wan.read_configs(nano.resolve(config.policy.weights))
+    dit, vae = wan.read_configs(resolve(config.policy.weights))
     latent_shape(vae, dit, (config.frames, config.height, config.width))
     make_camera(config)
 
@@ -129,7 +137,7 @@ def texts(config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets) -
 
 def text_fingerprint(config: ml_collections.ConfigDict) -> str:
     """What the embeddings of a cache depend on: encoder, tokenizer, padded length and dtype."""
-    found = wan.parts(nano.resolve(config.policy.weights))
+    found = wan.parts(resolve(config.policy.weights))
     return text_cache.fingerprint(
         [found["text_encoder"], found["tokenizer"]], config.policy.text_tokens, config.policy.dtype
     )
@@ -168,7 +176,7 @@ def make_state(config: ml_collections.ConfigDict, pipeline: Pipeline) -> grpo.Tr
 
 def make_update(
     config: ml_collections.ConfigDict, pipeline: Pipeline, state: Any, *, donate: bool = True
-) -> chips.Jit:
+) -> compiler.Jit:
     """The compiled update, (state, base, batch, sigmas, text_null) -> (state, metrics), that keeps
     the state where it lies and, if it may `donate` it, in its own memory."""
     step = partial(
@@ -177,7 +185,7 @@ def make_update(
         rules=make_rules(config, sharding.batch_parts(pipeline.mesh)),
     )  # fmt: skip
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return chips.Jit(
+    return compiler.Jit(
         step, pipeline.mesh, out_shardings=(places, None), donate_argnums=0 if donate else ()
     )  # fmt: skip
 
@@ -200,14 +208,14 @@ def make_mesh(
       devices: by default all that there are.
     """
     if config.mesh.data:
-        return sharding.make_mesh(config.mesh, devices)
+        return meshes.make_mesh(config.mesh, devices)
     found = list(jax.devices() if devices is None else devices)
     if dit is None:
-        dit, _ = wan.read_configs(nano.resolve(config.policy.weights))
+        dit, _ = wan.read_configs(resolve(config.policy.weights))
     context = least_context(config, dit, found) if found[0].platform == "tpu" else 1
     videos = config.groups * config.group_size
-    sizes = sharding.default_sizes(found, videos, dit.num_attention_heads, context)
-    return sharding.make_mesh(sizes, found)
+    sizes = meshes.default_sizes(found, videos, dit.num_attention_heads, context)
+    return meshes.make_mesh(sizes, found)
 
 
 def least_context(
@@ -265,7 +273,7 @@ def build_pipeline(
     the given ones, or, with neither, none."""
     cache = open_text_cache(config)
     model = wan.load(
-        nano.resolve(config.policy.weights), mesh=mesh, tokens=config.policy.text_tokens,
+        resolve(config.policy.weights), mesh=mesh, tokens=config.policy.text_tokens,
         dtype=jnp.dtype(config.policy.dtype), remat=config.policy.remat,
         lora_rank=0 if key is None else config.policy.lora_rank,
         lora_alpha=config.policy.lora_alpha, key=key, adapters=adapters, text=cache is None,
@@ -274,7 +282,7 @@ def build_pipeline(
     for name in config.idle_on_host:
         network = parts.get(name)
         if network is not None:
-            sharding.rest(network)
+            arrays.rest(network)
     s = config.sample
     return Pipeline(
         model, mesh, size=(config.frames, config.height, config.width),
@@ -287,11 +295,11 @@ def build_pipeline(
 def load_adapters(
     config: ml_collections.ConfigDict, path: str, kind: str = "ema"
 ) -> Adapters | None:
-    """Adapters of a run or of a LoRA file for the policy that the config names (see trained.py);
-    None for an empty path."""
+    """Adapters of a run or of a LoRA file for the policy that the config names; None for an empty
+    path. See policies/adapters.py."""
     if not path:
         return None
-    dit, _ = wan.read_configs(nano.resolve(config.policy.weights))
+    dit, _ = wan.read_configs(resolve(config.policy.weights))
     return trained.load(path, dit, kind)
 
 

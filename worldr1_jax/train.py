@@ -1,4 +1,4 @@
-"""run(): the whole of training, top to bottom. The update itself is grpo/update.py,
+"""run(): the whole of training, top to bottom. The update itself is algorithms/update.py,
 `train_step`."""
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ import numpy as np
 from clu import parameter_overview
 from flax import nnx
 
-from worldr1_jax import evaluate, settings, sharding
-from worldr1_jax.checkpoint import Checkpointer, StopSignal, check_workdir
+from worldr1_jax import settings
+from worldr1_jax.algorithms import update as grpo
+from worldr1_jax.algorithms.advantage import group_advantage
 from worldr1_jax.data.loader import Loader, PromptBatch
-from worldr1_jax.grpo import update as grpo
-from worldr1_jax.grpo.advantage import group_advantage
-from worldr1_jax.metrics import MetricsWriter, Progress, StageTimer, write_atomically, write_summary
-from worldr1_jax.pipeline import Pipeline
-from worldr1_jax.rewards import NAMES, Reward
+from worldr1_jax.evaluation import held_out as evaluate
+from worldr1_jax.files import write_atomically
+from worldr1_jax.mesh import arrays
+from worldr1_jax.policies.stages import Pipeline
+from worldr1_jax.rewards.scorer import NAMES, Reward
 from worldr1_jax.rollout.sample import Sampler, sample_keys
+from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
+from worldr1_jax.workdir.checkpoint import Checkpointer, StopSignal, check_workdir
+from worldr1_jax.workdir.metrics import MetricsWriter, Progress, write_summary
 
 SHOWN = ("reward", "recon", "trajectory", "general", "kl", "ratio_deviation", "grad_norm")
 
@@ -181,7 +185,7 @@ def one_update(
         videos = pipeline.decode(latents)
         for row, place in enumerate(places.tolist()):
             if place in saved:
-                shown[place] = sharding.to_host(videos[row])
+                shown[place] = arrays.to_host(videos[row])
         return videos
 
     off = tuple(config.dynamic.off) if batch.is_dynamic else ()
@@ -195,11 +199,11 @@ def one_update(
             scores.total, config.group_size, scores.valid,
             std=config.train.advantage_std, clip=config.train.advantage_clip,
         )  # fmt: skip
-        keys = sharding.keys_to_global(keys, sharding.batched(programs.mesh))
+        keys = arrays.keys_to_global(keys, arrays.batched(programs.mesh))
         step = grpo.make_batch(trajectory, text, advantages, scores.valid, keys)
         state, learnt = wait_for(
             programs.train_step(
-                state, sharding.awake(pipeline.base), step, pipeline.sigmas, programs.text_null
+                state, arrays.awake(pipeline.base), step, pipeline.sigmas, programs.text_null
             )
         )
     scalars = summarise(scores, learnt, batch.is_dynamic) | timer.collect()
@@ -208,9 +212,9 @@ def one_update(
 
 def summarise(scores: Scores, learnt: dict[str, jax.Array], is_dynamic: bool) -> dict[str, float]:
     """Scalars of one update; rewards are means over the samples that could be scored."""
-    valid = sharding.to_host(scores.valid)
-    parts = {name: sharding.to_host(part) for name, part in scores.parts.items()}
-    values = {"reward": sharding.to_host(scores.total), **parts}
+    valid = arrays.to_host(scores.valid)
+    parts = {name: arrays.to_host(part) for name, part in scores.parts.items()}
+    values = {"reward": arrays.to_host(scores.total), **parts}
     means = {
         name: float(value[valid].mean()) if valid.any() else float("nan")
         for name, value in values.items()
@@ -239,7 +243,7 @@ def save_videos(
     """One video of each of the first groups as mp4, and a text file with their prompts and
     rewards."""
     scores, prompts = outcome.scores, outcome.batch.prompts
-    lines, found = [], {name: sharding.to_host(part) for name, part in scores.parts.items()}
+    lines, found = [], {name: arrays.to_host(part) for name, part in scores.parts.items()}
     for group, (index, video) in enumerate(outcome.videos.items()):
         writer.video(update, f"group{group}", video, fps)
         parts = "  ".join(f"{name} {float(value[index]):.3f}" for name, value in found.items())

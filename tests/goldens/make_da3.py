@@ -15,10 +15,10 @@ from unittest import mock
 
 import numpy as np
 
-from worldr1_jax.models.da3 import IGNORE, Config
-from worldr1_jax.models.da3_backbone import BackboneConfig
-from worldr1_jax.models.da3_gaussians import GaussianConfig
-from worldr1_jax.models.da3_heads import HeadConfig
+from worldr1_jax.models.da3.backbone import BackboneConfig
+from worldr1_jax.models.da3.gaussians import GaussianConfig
+from worldr1_jax.models.da3.heads import HeadConfig
+from worldr1_jax.models.da3.model import IGNORE, Config
 
 PATH = Path(__file__).with_name("da3.npz")
 

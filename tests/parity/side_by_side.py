@@ -28,7 +28,9 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from flax import nnx
 
 from launch import cli
-from worldr1_jax.models import rotary, wan_dit, wan_vae
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import vae as wan_vae
+from worldr1_jax.nn import rotary
 
 TEXT = 512  # tokens of a prompt
 LATENTS = {1024: (1, 32, 32), 4096: (4, 32, 32)}  # tokens -> tokens along frames, rows, columns

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from launch import cli
 from tests.goldens import make_da3
 from tests.parity.side_by_side import versus
-from worldr1_jax.models import da3
+from worldr1_jax.models.da3 import model as da3
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from tests.goldens import make_da3
-from worldr1_jax.models import da3
-from worldr1_jax.models.da3_backbone import STRATEGIES, reference_frame
-from worldr1_jax.models.da3_config import SIZES
-from worldr1_jax.models.da3_gaussians import decode_cameras, gaussians_from, rotate_sh
+from worldr1_jax.models.da3 import model as da3
+from worldr1_jax.models.da3.backbone import STRATEGIES, reference_frame
+from worldr1_jax.models.da3.config import SIZES
+from worldr1_jax.models.da3.gaussians import decode_cameras, gaussians_from, rotate_sh
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -13,7 +13,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from tests.goldens.make_wan_dit import make_inputs, make_reference, run_reference
-from worldr1_jax.models import lora, lora_files, wan_dit
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import lora_files
+from worldr1_jax.nn import lora
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -3,7 +3,7 @@
     python -m pytest -m "parity and slow" tests/parity/test_precision.py -s
 
 Ours keeps weights and matmuls in bfloat16, and norms, modulation, time embedding, RoPE and softmax
-in float32 (models/wan_dit.py). diffusers in bfloat16 keeps norms, modulation and time embedding in
+in float32 (models/wan/dit.py). diffusers in bfloat16 keeps norms, modulation and time embedding in
 float32 as well.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from tests.goldens.make_wan_dit import make_inputs, make_reference, run_reference
-from worldr1_jax.models import wan_dit
+from worldr1_jax.models.wan import dit as wan_dit
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 torch = pytest.importorskip("torch")

@@ -9,7 +9,8 @@ reference = pytest.importorskip("gsplat.cuda._torch_impl")
 import jax  # noqa: E402
 
 from tests.test_splat import SIZE, scene  # noqa: E402
-from worldr1_jax.rewards import projection  # noqa: E402
+from worldr1_jax import geometry  # noqa: E402
+from worldr1_jax.splat import projection  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 1e-5  # float32 on both sides, other orders of summation
@@ -38,7 +39,7 @@ def test_harmonics(degree):
     sh = gaussians.sh[:, : (degree + 1) ** 2]
     directions = projection._unit(gaussians.means)
     theirs = reference._spherical_harmonics(degree, tensor(directions), tensor(sh))
-    close(projection.harmonics(sh, directions), theirs)
+    close(geometry.harmonics(sh, directions), theirs)
 
 
 def test_projection():

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 from tests.goldens import make_umt5, make_wan_dit, make_wan_vae
-from worldr1_jax import sharding
-from worldr1_jax.models import umt5, wan, wan_dit, wan_vae
+from worldr1_jax.camera.injection import Camera
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models import umt5
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import tokenizer
-from worldr1_jax.pipeline import Camera, Pipeline
+from worldr1_jax.policies import wan
+from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rollout import schedule, unipc
 from worldr1_jax.rollout.sample import Sampler, sample_keys
 
@@ -84,7 +88,7 @@ def test_videos_match_diffusers_pipeline(folder):
         latents=torch.from_numpy(noise.transpose(0, 4, 1, 2, 3).copy()), output_type="np",
     ).frames  # fmt: skip
 
-    mesh = sharding.make_mesh({"data": 2}, jax.devices()[:2])
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
     pipeline = Pipeline(
         wan.load(folder, mesh=mesh, tokens=TOKENS), mesh, size=(5, 32, 48),
         sigmas=schedule.sigmas(STEPS, SHIFT), camera=Camera("none"),
@@ -161,7 +165,7 @@ def test_the_original_vae_has_the_names_that_diffusers_converts(theirs, original
 
 
 def test_both_layouts_give_one_model(folder, original, monkeypatch):
-    mesh = sharding.make_mesh({"data": 2}, jax.devices()[:2])
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
     want = wan.load(folder, mesh=mesh, tokens=TOKENS)
     monkeypatch.setattr(wan_vae.Config, "wan2_1", lambda: want.vae.config)
     monkeypatch.setattr(umt5.Config, "xxl", lambda: want.text_encoder.config)
@@ -179,7 +183,7 @@ def _leaves(network):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_torch_saves_what_we_read(tmp_path, dtype):
     """Parameters of a module, a transposed view, a tensor that shares its storage with another."""
-    from worldr1_jax.models.weight_files import open_tensors
+    from worldr1_jax.weights.safetensors import open_tensors
 
     whole = torch.arange(12.0).reshape(3, 4)
     module = torch.nn.Linear(3, 2)

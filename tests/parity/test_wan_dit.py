@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.goldens.make_wan_dit import make_inputs, make_reference, run_reference
-from worldr1_jax.models import wan_dit
+from worldr1_jax.models.wan import dit as wan_dit
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

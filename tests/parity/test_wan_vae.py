@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from tests.goldens.make_wan_vae import FIELDS, make_reference, make_video, run_reference
-from worldr1_jax.models import wan_vae
+from worldr1_jax.models.wan import vae as wan_vae
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

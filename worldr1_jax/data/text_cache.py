@@ -21,7 +21,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float, Int
 
-from worldr1_jax.metrics import write_atomically
+from worldr1_jax.files import write_atomically
 
 RECORDS, INDEX = "embeddings.array_record", "index.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # of a large file, read for the fingerprint

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from worldr1_jax.models import convert
-from worldr1_jax.models.convolution import convolve
+from worldr1_jax.nn.convolution import convolve
+from worldr1_jax.weights import convert
 
 FILENAME = "model.safetensors"
 IGNORE = (r"classifier\..*",)

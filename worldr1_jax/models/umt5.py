@@ -19,8 +19,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from worldr1_jax.models import convert, layers
-from worldr1_jax.models.attention import attention
+from worldr1_jax.nn import layers
+from worldr1_jax.nn.attention import attention
+from worldr1_jax.weights import convert
 
 # Values that transformers' config.json may state and that this network takes for granted.
 _REQUIRED = {"feed_forward_proj": "gated-gelu", "is_gated_act": True, "model_type": "umt5"}

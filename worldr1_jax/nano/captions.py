@@ -15,7 +15,7 @@ import numpy as np
 
 from worldr1_jax.camera import commands
 from worldr1_jax.data.prompts import PromptSets
-from worldr1_jax.rewards.general import PALETTE as COLORS
+from worldr1_jax.nano.palette import PALETTE as COLORS
 
 SHAPES = ("sphere", "box", "cylinder")
 SIZES = {

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldr1_jax.models import wan_vae
+from worldr1_jax.geometry import rotation_angle
+from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import videos
-from worldr1_jax.rewards import Reward
-from worldr1_jax.rewards.trajectory import rotation_angle
+from worldr1_jax.rewards.scorer import Reward
 
 TURNS = ("pan_left", "pan_right", "orbit_left", "orbit_right")
 MOVES = ("push_in", "pull_out", "move_left", "move_right")

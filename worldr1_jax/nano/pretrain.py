@@ -21,12 +21,18 @@ import optax
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from worldr1_jax import sharding
+from worldr1_jax import geometry
 from worldr1_jax.camera import commands
-from worldr1_jax.models import da3, da3_gaussians, umt5, wan_dit, wan_vae
+from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.models import umt5
+from worldr1_jax.models.da3 import gaussians as da3_gaussians
+from worldr1_jax.models.da3 import model as da3
+from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import captions, tokenizer, world
 from worldr1_jax.nano.videos import Videos
-from worldr1_jax.rewards import splat
+from worldr1_jax.splat import render as splat
 
 TOKENS = 32  # caption length in tokens, padded
 CAPTION_DROPOUT = 0.1
@@ -139,8 +145,8 @@ def fit(
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
         return params, average, opt_state, metrics
 
-    mesh = sharding.make_mesh({"data": -1})
-    params = jax.device_put(params, sharding.replicated(mesh))
+    mesh = make_mesh({"data": -1})
+    params = jax.device_put(params, arrays.replicated(mesh))
     average = jax.tree.map(jnp.copy, params)
     opt_state = optimizer.init(params)
     base, start, window = jax.random.key(seed), time.time(), []
@@ -178,7 +184,7 @@ def _matrices(params: Any) -> Any:
 def _split(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     """The batch over all devices, or whole on each where it does not divide."""
     divides = all(len(array) % mesh.size == 0 for array in batch.values())
-    place = sharding.batched(mesh) if divides else sharding.replicated(mesh)
+    place = arrays.batched(mesh) if divides else arrays.replicated(mesh)
     return {name: jax.device_put(array, place) for name, array in batch.items()}
 
 
@@ -422,7 +428,7 @@ def camera_terms(raw: da3.Raw, camtoworld: jax.Array) -> dict[str, jax.Array]:
     absolute error the network first learns their median, which is to say nothing. The quaternion is
     compared before normalisation, or its length would grow and its gradient vanish.
     """
-    quaternion = da3_gaussians.matrix_to_quaternion(camtoworld[..., :3, :3])
+    quaternion = geometry.matrix_to_quaternion(camtoworld[..., :3, :3])
     turn, move = raw.quaternion - quaternion, raw.translation - camtoworld[..., :3, 3]
     fov = 2 * np.arctan(0.5 / world.FOCAL)
     return {
@@ -452,7 +458,7 @@ def render_terms(
     gaussians = network.gaussians_from(raw, camtoworld, intrinsics)
     chosen = jax.random.choice(key, camtoworld.shape[1], (views,), replace=False)
     render = partial(splat.render, size=size)
-    image = sharding.each_device(render)(gaussians, camtoworld[:, chosen], intrinsics[:, chosen])
+    image = arrays.each_device(render)(gaussians, camtoworld[:, chosen], intrinsics[:, chosen])
     difference = image.rgb - video[:, chosen]
     error = jnp.mean(difference**2)
     return {

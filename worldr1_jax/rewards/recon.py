@@ -26,14 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from worldr1_jax.rewards import reconstruct, splat
+from worldr1_jax.rewards import reconstruct
+from worldr1_jax.rewards.likeness import psnr, ssim, texture
+from worldr1_jax.rewards.reconstruct import frame_indices
+from worldr1_jax.splat import render as splat
 from worldr1_jax.types import Reconstruction
 
-WINDOW, SIGMA = 7, 1.5  # px; SSIM's Gaussian window, 7 instead of 11 because nano frames are small
-C1, C2 = 0.01**2, 0.03**2  # SSIM's stabilisers for a range of 1
 TEXTURE_MIN = 0.02  # mean local standard deviation of brightness; about 5 of 255 levels
 BLANK = 1 / 255  # texture below which a frame shows nothing: one level of 8 bits
-MSE_MIN = 1e-10  # PSNR is at most 100 dB
 
 Perceptual = Callable[[Float[Array, "N H W 3"], Float[Array, "N H W 3"]], Float[Array, " N"]]
 Average = Callable[[Float[Array, "B v"]], Float[Array, " B"]]
@@ -169,114 +169,6 @@ def _likeness(
         return ssim(image, frames)
     flat = (x.reshape(-1, *x.shape[2:]) for x in (image, frames))
     return 1.0 - perceptual(*flat).reshape(image.shape[:2])
-
-
-def mvcs(
-    depth: Float[Array, "B F H W"],
-    camtoworld: Float[Array, "B F 4 4"],
-    intrinsics: Float[Array, "B F 3 3"],
-) -> Float[Array, " B"]:
-    """Multi-view consistency: do neighbouring frames agree on where the surfaces are? In (0, 1].
-
-    Every pixel of a frame is lifted by its depth, moved into the next frame's camera and projected;
-    there its depth z and that frame's own depth d at that place (bilinear) agree by
-    min(z, d) / max(z, d). The score is the mean over all pixels that land inside the image, over
-    all pairs of neighbours, in both directions. What the next frame hides counts as disagreement.
-    NaN for a single frame, or when no pixel lands inside.
-
-    World-R1 reports a number of this name (0.963 to 0.993) without a formula; this one is ours.
-    """
-    height, width = depth.shape[-2:]
-    y, x = (jnp.asarray(a.ravel() + 0.5, jnp.float32) for a in np.mgrid[:height, :width])
-    exact = jax.lax.Precision.HIGHEST
-
-    def agreement(source: tuple[Array, ...], target: tuple[Array, ...]) -> tuple[Array, Array]:
-        (depth, pose, matrix), (other_depth, other_pose, other_matrix) = source, target
-        # By hand and not by linalg.solve: its LAPACK call is slow for a 3x3, and on a CPU hung when
-        # another program was under way.
-        ray_y = (y - matrix[1, 2]) / matrix[1, 1]
-        ray_x = (x - matrix[0, 2] - matrix[0, 1] * ray_y) / matrix[0, 0]
-        rays = jnp.stack([ray_x, ray_y, jnp.ones_like(x)])
-        points = jnp.matmul(pose[:3, :3], rays * depth.ravel(), precision=exact)
-        points = points + pose[:3, 3:] - other_pose[:3, 3:]
-        points = jnp.matmul(other_pose[:3, :3].T, points, precision=exact)
-        z = points[2]
-        u, v, _ = jnp.matmul(other_matrix, points, precision=exact) / jnp.where(z > 0, z, 1.0)
-        inside = (z > 0) & (u >= 0.5) & (u <= width - 0.5) & (v >= 0.5) & (v <= height - 0.5)
-        found = jax.scipy.ndimage.map_coordinates(other_depth, [v - 0.5, u - 0.5], 1, "nearest")
-        ratio = jnp.minimum(z, found) / jnp.maximum(jnp.maximum(z, found), 1e-9)
-        return jnp.sum(jnp.where(inside, ratio, 0.0)), jnp.sum(inside)
-
-    def one_video(frames: tuple[Array, ...]) -> Array:
-        ahead = jax.tree.map(lambda leaf: leaf[1:], frames)
-        back = jax.tree.map(lambda leaf: leaf[:-1], frames)
-        pairs = [jax.vmap(agreement)(back, ahead), jax.vmap(agreement)(ahead, back)]
-        total = sum(jnp.sum(pair[0]) for pair in pairs)
-        count = sum(jnp.sum(pair[1]) for pair in pairs)
-        return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
-
-    return jax.vmap(one_video)((depth, camtoworld, intrinsics))
-
-
-def frame_indices(frames: int, views: int | None) -> np.ndarray:
-    """`views` frame numbers out of `frames`, evenly spaced, ends included; all when None."""
-    if views is None:
-        return np.arange(frames)
-    if not 1 <= views <= frames:
-        raise ValueError(f"views is {views}; a video of {frames} frames has 1 to {frames}")
-    return np.round(np.linspace(0, frames - 1, views)).astype(int)
-
-
-def psnr(
-    a: Float[Array, "*batch H W 3"], b: Float[Array, "*batch H W 3"]
-) -> Float[Array, "*batch"]:
-    """Peak signal-to-noise ratio of images in [0, 1]; dB, at most 100."""
-    error = jnp.mean((a - b) ** 2, axis=(-3, -2, -1))
-    return -10.0 * jnp.log10(jnp.maximum(error, MSE_MIN))
-
-
-def ssim(
-    a: Float[Array, "*batch H W 3"], b: Float[Array, "*batch H W 3"]
-) -> Float[Array, "*batch"]:
-    """Structural similarity of images in [0, 1] (Wang et al. 2004), -1 to 1.
-
-    Gaussian window, population variances, mean over channels and over the pixels whose window lies
-    inside the image.
-
-    Raises:
-        ValueError: images smaller than the window.
-    """
-    if min(a.shape[-3:-1]) < WINDOW:
-        raise ValueError(f"images are {a.shape[-3:-1]} px; SSIM needs at least {WINDOW} a side")
-    mean_a, mean_b = _blur(a), _blur(b)
-    variance_a = _blur(a * a) - mean_a**2
-    variance_b = _blur(b * b) - mean_b**2
-    covariance = _blur(a * b) - mean_a * mean_b
-    brightness = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
-    structure = (2 * covariance + C2) / (variance_a + variance_b + C2)
-    return jnp.mean(brightness * structure, axis=(-3, -2, -1))
-
-
-def texture(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F"]:
-    """Mean local standard deviation of brightness (SSIM's window); 0 for a blank frame."""
-    gray = jnp.mean(video, axis=-1, keepdims=True)
-    gray = gray - jnp.mean(gray, axis=(2, 3), keepdims=True)  # or rounding looks like texture
-    variance = _blur(gray * gray) - _blur(gray) ** 2
-    return jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0)), axis=(2, 3, 4))
-
-
-def _blur(image: Float[Array, "*batch H W C"]) -> Float[Array, "*batch h w C"]:
-    """Gaussian mean of each whole window."""
-    taps = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
-    taps = taps / taps.sum()
-    for axis in (-3, -2):
-        axis = image.ndim + axis
-        length = image.shape[axis] - WINDOW + 1
-        shifted = [jax.lax.slice_in_dim(image, k, k + length, axis=axis) for k in range(WINDOW)]
-        image = functools.reduce(
-            jnp.add, [float(tap) * part for tap, part in zip(taps, shifted, strict=True)]
-        )
-    return image
 
 
 def _finite(tree: object) -> Array:

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from worldr1_jax import sharding
-from worldr1_jax.models import da3
-from worldr1_jax.models.da3 import DA3
-from worldr1_jax.models.da3_backbone import bicubic_matrix
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.models.da3 import model as da3
+from worldr1_jax.models.da3.backbone import bicubic_matrix
+from worldr1_jax.models.da3.model import DA3
 from worldr1_jax.types import Reconstruction
 
 
@@ -124,3 +124,12 @@ def area_matrix(source: int, target: int) -> np.ndarray:
     pixels = np.arange(source)
     overlap = np.clip(np.minimum(high, pixels + 1) - np.maximum(low, pixels), 0.0, None)
     return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
+
+
+def frame_indices(frames: int, views: int | None) -> np.ndarray:
+    """`views` frame numbers out of `frames`, evenly spaced, ends included; all when None."""
+    if views is None:
+        return np.arange(frames)
+    if not 1 <= views <= frames:
+        raise ValueError(f"views is {views}; a video of {frames} frames has 1 to {frames}")
+    return np.round(np.linspace(0, frames - 1, views)).astype(int)

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from worldr1_jax.rewards.trajectory import relative_to_first, rotation_angle
+from worldr1_jax.geometry import rotation_angle
+from worldr1_jax.rewards.trajectory import relative_to_first
 
 STILL_UNITS, STILL_DEGREES = 1e-4, 1e-3  # a path below these asks for no translation, no rotation
 EPS = 1e-6

@@ -21,7 +21,7 @@ import dataclasses
 import jax
 from jaxtyping import Array
 
-from worldr1_jax.rewards.recon import frame_indices
+from worldr1_jax.rewards.reconstruct import frame_indices
 from worldr1_jax.types import Reconstruction
 
 

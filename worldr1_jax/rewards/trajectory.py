@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from worldr1_jax.geometry import rotation_angle
+
 SHARPNESS = 1.5  # score = exp(-SHARPNESS * squared relative error): a still camera gets 0.22
 ROTATION_TOLERANCE = 6.0  # degrees; the unit of rotation errors on paths that turn less than this
 TRANSLATION_TOLERANCE = 0.1  # of the scene's depth; the same for paths without translation
@@ -115,23 +117,6 @@ def errors(
         "trans_err": jnp.sum(jnp.linalg.norm(offsets, axis=-1), axis=-1),
         "cam_mc": jnp.sum(jnp.sqrt(squared), axis=-1),
     }
-
-
-def rotation_angle(matrix: Float[Array, "*batch 3 3"]) -> Float[Array, "*batch"]:
-    """Angle of a rotation in [0, pi], radians.
-
-    From sine and cosine together: arccos of the trace alone cannot tell angles below about 0.03
-    degrees apart in float32, and is NaN when rounding takes the trace above 3.
-    """
-    skew = jnp.stack(
-        [
-            matrix[..., 2, 1] - matrix[..., 1, 2],
-            matrix[..., 0, 2] - matrix[..., 2, 0],
-            matrix[..., 1, 0] - matrix[..., 0, 1],
-        ],
-        axis=-1,
-    )
-    return jnp.arctan2(jnp.linalg.norm(skew, axis=-1), jnp.trace(matrix, axis1=-2, axis2=-1) - 1.0)
 
 
 def relative_to_first(

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not (flags.data_dir or flags.text_dir or flags.measure or flags.checksums):
         parser.error("give --data_dir or --text_dir, a folder to write to, or --measure")
     made = generate.records()
-    from worldr1_jax.data.world_prompts import builder  # seconds: tensorflow-datasets
+    from worldr1_jax.data.world_prompts import builder
 
     if flags.checksums:
         sums = {split: builder.checksum(made[split]) for split in made}

@@ -1,0 +1,1 @@
+"""Learning from rewards: advantage.py, grpo.py, update.py (train_step: start here)."""

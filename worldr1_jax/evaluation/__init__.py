@@ -1,0 +1,1 @@
+"""Held-out prompts before and after; scores of video files; intervals and pictures."""

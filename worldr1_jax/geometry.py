@@ -1,0 +1,112 @@
+"""Poses, rotations and harmonics: one convention for all."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def quaternion_to_matrix(quaternion: Float[Array, "*b 4"]) -> Float[Array, "*b 3 3"]:
+    """Rotation matrix of a quaternion xyzw of any length."""
+    x, y, z, w = jnp.moveaxis(quaternion, -1, 0)
+    s = 2.0 / jnp.sum(quaternion * quaternion, axis=-1)
+    rows = [
+        [1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w)],
+        [s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)],
+        [s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)],
+    ]
+    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def matrix_to_quaternion(matrix: Float[Array, "*b 3 3"]) -> Float[Array, "*b 4"]:
+    """Unit quaternion xyzw with w >= 0 of a rotation matrix; stable for every angle."""
+    m = [[matrix[..., i, j] for j in range(3)] for i in range(3)]
+    trace = m[0][0] + m[1][1] + m[2][2]
+    # Row c holds 4 q_c q: the row with the largest own component is far from zero and is divided by
+    # its length.
+    rows = [
+        [1 + 2 * m[0][0] - trace, m[1][0] + m[0][1], m[0][2] + m[2][0], m[2][1] - m[1][2]],
+        [m[1][0] + m[0][1], 1 + 2 * m[1][1] - trace, m[2][1] + m[1][2], m[0][2] - m[2][0]],
+        [m[0][2] + m[2][0], m[2][1] + m[1][2], 1 + 2 * m[2][2] - trace, m[1][0] - m[0][1]],
+        [m[2][1] - m[1][2], m[0][2] - m[2][0], m[1][0] - m[0][1], 1 + trace],
+    ]
+    table = jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+    best = jnp.argmax(jnp.diagonal(table, axis1=-2, axis2=-1), axis=-1)
+    quaternion = jnp.take_along_axis(table, best[..., None, None], axis=-2)[..., 0, :]
+    quaternion = quaternion / jnp.linalg.norm(quaternion, axis=-1, keepdims=True)
+    return jnp.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
+
+
+def multiply(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
+    """Hamilton product of quaternions wxyz: the rotation b, then a."""
+    aw, ax, ay, az = jnp.moveaxis(a, -1, 0)
+    bw, bx, by, bz = jnp.moveaxis(b, -1, 0)
+    return jnp.stack(
+        [
+            aw * bw - ax * bx - ay * by - az * bz,
+            aw * bx + ax * bw + ay * bz - az * by,
+            aw * by - ax * bz + ay * bw + az * bx,
+            aw * bz + ax * by - ay * bx + az * bw,
+        ],
+        axis=-1,
+    )
+
+
+def rigid_inverse(camtoworld: Float[Array, "*b 4 4"]) -> Float[Array, "*b 4 4"]:
+    """Inverse of rotation and translation; worldtocam of camtoworld."""
+    inverse = jnp.swapaxes(camtoworld[..., :3, :3], -1, -2)
+    position = jnp.einsum("...ij,...j->...i", inverse, camtoworld[..., :3, 3], precision="highest")
+    upper = jnp.concatenate([inverse, -position[..., None]], axis=-1)
+    last = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], upper.dtype), (*upper.shape[:-2], 1, 4))
+    return jnp.concatenate([upper, last], axis=-2)
+
+
+def rotation_matrix(quaternions: Float[Array, "*batch 4"]) -> Float[Array, "*batch 3 3"]:
+    """Rotation matrices of quaternions wxyz, which are normalised first."""
+    norm = jnp.linalg.norm(quaternions, axis=-1, keepdims=True)
+    w, x, y, z = jnp.moveaxis(quaternions / norm, -1, 0)
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    )
+    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
+
+
+def harmonics(
+    sh: Float[Array, "*batch K 3"], directions: Float[Array, "*batch 3"]
+) -> Float[Array, "*batch 3"]:
+    """Real spherical harmonics of degree 0, 1 or 2 (K = 1, 4 or 9) along unit `directions`."""
+    x, y, z = jnp.moveaxis(directions, -1, 0)
+    basis = [
+        jnp.full_like(x, 0.28209479177387814),
+        -0.4886025119029199 * y,
+        0.4886025119029199 * z,
+        -0.4886025119029199 * x,
+        1.0925484305920792 * x * y,
+        -1.0925484305920792 * y * z,
+        0.9461746957575601 * z * z - 0.3153915652525201,
+        -1.0925484305920792 * x * z,
+        0.5462742152960396 * (x * x - y * y),
+    ]
+    count = sh.shape[-2]
+    if count not in (1, 4, 9):
+        raise ValueError(f"sh has {count} coefficients, want 1, 4 or 9 (degree 0, 1 or 2)")
+    return sum(basis[k][..., None] * sh[..., k, :] for k in range(count))
+
+
+def rotation_angle(matrix: Float[Array, "*batch 3 3"]) -> Float[Array, "*batch"]:
+    """Angle of a rotation in [0, pi], radians.
+
+    From sine and cosine together: arccos of the trace alone cannot tell angles below about 0.03
+    degrees apart in float32, and is NaN when rounding takes the trace above 3.
+    """
+    skew = jnp.stack(
+        [
+            matrix[..., 2, 1] - matrix[..., 1, 2],
+            matrix[..., 0, 2] - matrix[..., 2, 0],
+            matrix[..., 1, 0] - matrix[..., 0, 1],
+        ],
+        axis=-1,
+    )
+    return jnp.arctan2(jnp.linalg.norm(skew, axis=-1), jnp.trace(matrix, axis1=-2, axis2=-1) - 1.0)

@@ -1,1 +1,0 @@
-"""Learning from rewards: advantage.py, loss.py, update.py (train_step: start here)."""

@@ -1,0 +1,227 @@
+"""The mesh, and one ordered table of rules per network: which axis of a leaf lies on which axis of
+the mesh.
+
+Mesh axes: data (prompt groups), fsdp (weights), context (tokens of one video), tensor (heads).
+Model code says what an axis is by the name of its leaf; only these tables say where it lives. The
+first rule that matches a leaf's path counts; a leaf that no rule matches, or a rule that no leaf
+uses, is an error, so that a renamed layer cannot become replicated unnoticed.
+
+Why these places: kernels are split over fsdp on their input axis and over tensor on the axis of
+heads or of hidden units, so that a column-parallel product is followed by a row-parallel one and
+tensor needs one reduction a block. Norms, biases and modulation tables are small and replicated.
+LoRA factors follow the kernel that they are added to, but their long sides are split over all axes,
+or half of them, with their moments and average, would be whole on every device. Weights are split
+over context as well as fsdp: devices that share the tokens of a video need not hold the same
+weights twice.
+
+Activations: model code names what an axis is (`constrain`), and ACTIVATIONS says where it lives.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from worldr1_jax.mesh.make import AXES
+
+Axis = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, tuple[Axis, ...]]]
+
+# What an axis of an activation is -> where it lives.
+ACTIVATIONS: dict[str, Axis] = {
+    "videos": ("data", "fsdp"),
+    "tokens": "context",
+    "frames": "context",  # where a video's frames go apart: a device has whole ones
+    "sequences": ("data", "fsdp", "context"),  # frames of all videos, on one axis
+    "heads": "tensor",
+    "hidden": "tensor",  # of the MLP, between its column-parallel and its row-parallel product
+    "features": None,  # of the residual stream
+    "text": None,  # tokens of the prompt
+    "words": "context",  # the same, while embeddings wait for their use
+    "columns": ("context", "tensor"),  # of latents that are decoded, or wait
+}
+
+_SPLIT = ("fsdp", "context")
+_COLUMN, _ROW = (_SPLIT, "tensor"), ("tensor", _SPLIT)
+_SMALL = r"(.*\.)?(bias|scale|gamma|ls[12]|scale_shift_table|embedding|pos_embed|\w+_token)"
+
+RULES: dict[str, Rules] = {
+    "wan_dit": (
+        (r"blocks\.attn[12]\.to_[qkv]\.kernel", (None, *_COLUMN)),
+        (r"blocks\.attn[12]\.to_out\.kernel", (None, *_ROW)),
+        (r"blocks\.ffn\.linear_1\.kernel", (None, *_COLUMN)),
+        (r"blocks\.ffn\.linear_2\.kernel", (None, *_ROW)),
+        (r"(text_embedder|time_embedder)\.linear_[12]\.kernel", (_SPLIT, None)),
+        (r"time_proj\.kernel", (_SPLIT, None)),
+        (r"proj_out\.kernel", (_SPLIT, None)),
+        (r"patch_embedding\.kernel", ()),
+        (_SMALL, ()),
+    ),
+    "lora": (
+        (r"blocks\.attn[12]\.to_[qkv]\.lora_a", (None, _SPLIT, None)),
+        (r"blocks\.attn[12]\.to_[qkv]\.lora_b", (None, None, ("tensor", *_SPLIT))),
+        (r"blocks\.attn[12]\.to_out\.lora_a", (None, ("tensor", *_SPLIT), None)),
+        (r"blocks\.attn[12]\.to_out\.lora_b", (None, None, _SPLIT)),
+    ),
+    "umt5": (
+        (r"blocks\.([qkv]|wi_[01])\.kernel", (None, *_COLUMN)),
+        (r"blocks\.(o|wo)\.kernel", (None, *_ROW)),
+        (r"token_embedding\.embedding", (_SPLIT, None)),
+        (_SMALL, ()),
+    ),
+    "wan_vae": ((r".*", ()),),  # 0.5 GB at full size: replicated, its work is split over samples
+    "da3": (
+        (r"backbone\.blocks\.\d+\.attn\.qkv\.kernel", _COLUMN),
+        (r"backbone\.blocks\.\d+\.attn\.proj\.kernel", _ROW),
+        (r"backbone\.blocks\.\d+\.mlp\.(fc1|w12)\.kernel", _COLUMN),
+        (r"backbone\.blocks\.\d+\.mlp\.(fc2|w3)\.kernel", _ROW),
+        (r"backbone\.patch_embed\.kernel", ()),
+        (r"(cam_dec|head|gs_head)\..*kernel", ()),
+        (_SMALL, ()),
+    ),
+}
+
+
+class _Any:
+    """A mesh of one device, to check names by when there is none."""
+
+    shape = dict.fromkeys(AXES, 1)
+
+
+_ANY = _Any()
+
+
+def batch_parts(mesh: Mesh, of: str = "videos") -> int:
+    """Into how many parts the mesh splits a batch of videos, or of sequences."""
+    return math.prod(mesh.shape[name] for name in ACTIVATIONS[of] or ())
+
+
+def turns(mesh: Mesh, count: int, at_once: int) -> int:
+    """How often each device takes `at_once` of its samples (0: all) until `count` are done.
+
+    Raises:
+      ValueError: a number that does not divide a device's samples.
+    """
+    mine = count // batch_parts(mesh)
+    if not at_once or mine <= at_once:
+        return 1
+    if mine % at_once:
+        raise ValueError(
+            f"videos_at_once is {at_once}; it has to divide the {mine} videos of a device"
+        )
+    return mine // at_once
+
+
+def spec_of(
+    path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh
+) -> tuple[int, PartitionSpec]:
+    """Index of the rule that matches and the placement it gives to a leaf of this shape.
+
+    An axis whose length the mesh axis does not divide stays whole: nano's 12 output channels must
+    not stop a mesh that fits everything else.
+    """
+    for index, (pattern, axes) in enumerate(rules):
+        if re.fullmatch(pattern, path):
+            fits = [_fitting(a, n, mesh) for a, n in zip(axes, shape, strict=False)]
+            return index, PartitionSpec(*fits)
+    raise ValueError(f"no sharding rule matches the leaf '{path}'")
+
+
+def _fitting(axis: Axis, length: int, mesh: Any) -> Axis:
+    """The longest prefix of the mesh axes whose size divides the length, or None."""
+    if axis is None or isinstance(axis, str):
+        return axis if length % mesh.shape.get(axis, 1) == 0 else None
+    names = tuple(name for name in axis if mesh.shape[name] > 1)
+    while names and length % math.prod(mesh.shape[name] for name in names):
+        names = names[:-1]
+    return names[0] if len(names) == 1 else names or None
+
+
+def spec_for(shape: tuple[int, ...], axes: Sequence[str | None], mesh: Any) -> PartitionSpec:
+    """Placement of an activation by what its axes are (keys of ACTIVATIONS, or None: whole).
+
+    Raises:
+      ValueError: a name that ACTIVATIONS lacks, or not one name an axis.
+    """
+    unknown = [name for name in axes if name is not None and name not in ACTIVATIONS]
+    if unknown or len(axes) != len(shape):
+        raise ValueError(
+            f"axes {list(axes)} do not describe {list(shape)}: one of {', '.join(ACTIVATIONS)} "
+            "for each"
+        )
+    places = [ACTIVATIONS[name] if name else None for name in axes]
+    return PartitionSpec(*(_fitting(a, n, mesh) for a, n in zip(places, shape, strict=True)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, placed by what its axes are (see `spec_for`); unchanged without a mesh of ours, or where
+    a device already works on its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = spec_for(x.shape, axes, _ANY if mesh.empty else mesh)
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def shardings_of(state: Any, name: str, mesh: Mesh) -> Any:
+    """NamedShardings for every leaf of an nnx state, by the table `name`.
+
+    Raises:
+      ValueError: a leaf without a rule, or a rule without a leaf.
+    """
+    rules, used = RULES[name], set()
+    flat = []
+    for path, leaf in nnx.to_flat_state(state):
+        index, spec = spec_of(leaf_path(path), leaf.get_raw_value().shape, rules, mesh)
+        used.add(index)
+        flat.append((path, leaf.replace(NamedSharding(mesh, spec))))
+    unused = [rules[i][0] for i in range(len(rules)) if i not in used]
+    if unused:
+        raise ValueError(f"the sharding rule '{unused[0]}' of {name} matches no leaf")
+    return nnx.from_flat_state(flat)
+
+
+def placer(name: str, mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
+    """Leaf path and shape -> its sharding, for weights that are placed as they stream in."""
+    if mesh is None:
+        return lambda path, shape: None
+    return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, RULES[name], mesh)[1])
+
+
+def place(module: nnx.Module, name: str, mesh: Mesh) -> nnx.Module:
+    """Moves a module's parameters to their shards, in place; LoRA leaves follow the table
+    `lora`."""
+    return _updated(module, name, mesh, jax.device_put)
+
+
+def describe(module: nnx.Module, name: str, mesh: Mesh) -> nnx.Module:
+    """As `place`, for a module whose leaves have a shape and a dtype but no values
+    (nnx.eval_shape)."""
+
+    def described(state: Any, places: Any) -> Any:
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+        )
+
+    return _updated(module, name, mesh, described)
+
+
+def _updated(
+    module: nnx.Module, name: str, mesh: Mesh, placed: Callable[[Any, Any], Any]
+) -> nnx.Module:
+    for kind, table in ((nnx.LoRAParam, "lora"), (nnx.Not(nnx.LoRAParam), name)):
+        state = nnx.state(module, nnx.All(nnx.Param, kind))
+        if jax.tree.leaves(state):
+            nnx.update(module, placed(state, shardings_of(state, table, mesh)))
+    return module
+
+
+def leaf_path(path: Sequence[Any]) -> str:
+    """('blocks', 0, 'kernel') -> 'blocks.0.kernel'."""
+    return ".".join(str(part) for part in path)

@@ -1,0 +1,1 @@
+"""What a pod needs, from the TPU compiler."""

@@ -1,0 +1,231 @@
+"""Plans an update for chips that are not there: the real programs, from shapes alone, through the
+TPU compiler.
+
+The compiler gives memory per device exactly, and an estimate of the cycles of most XLA operations.
+What it does not estimate is modelled, and said so: attention kernels run at EFFICIENCY of the peak,
+gathers, scatters, sorts and the renderer's kernel at cycles of plan/splat_cost.py, collectives
+at what one device sends over the links of the torus axes that they span, and loops whose number of
+turns depends on the data at a stated number (programs.py). Nothing here was measured on a
+chip. Waiting of the host, transfers to and from it, and stragglers are not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from worldr1_jax import settings
+from worldr1_jax.mesh import compiler
+from worldr1_jax.mesh.chips import CHIPS, EFFICIENCY, Chip, generation
+from worldr1_jax.plan import flops as cost
+from worldr1_jax.plan import hlo as plan_hlo
+from worldr1_jax.plan import programs as plan_programs
+from worldr1_jax.plan.programs import PRESETS, Lowering
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the plan says of one program; bytes, FLOPs and seconds of one device.
+
+    Attributes:
+      name: of the stage.
+      times: runs in one update; 0 for what runs when a job starts.
+      hbm_peak_bytes: arguments, results and temporaries, and what other stages keep on the device
+        meanwhile (hbm_resting_bytes of it); hbm_limit_bytes: what the chip has.
+      flops: of matrix products and kernels that run, recomputation included.
+      hbm_bytes, ici_bytes: traffic with memory, and sent to other devices, of one run.
+      seconds: of one run; terms: of it in XLA operations, kernels and collectives.
+      bound: the largest term.
+      mfu: FLOPs that the mathematics needs, recomputation not counted, over time and peak.
+      compile_seconds: on the machine that planned.
+      collectives: bytes sent, by kind.
+    """
+
+    name: str
+    times: int
+    hbm_peak_bytes: int
+    hbm_resting_bytes: int
+    hbm_limit_bytes: int
+    flops: float
+    hbm_bytes: int
+    ici_bytes: int
+    seconds: float
+    bound: str
+    mfu: float
+    compile_seconds: float
+    terms: dict[str, float]
+    collectives: dict[str, int]
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Described devices of a topology such as "v5p:4x4x4", "v5e:1x1", or "2*v5e:4x4" (two slices).
+
+    Raises:
+      ValueError: libtpu is missing, or it knows no such topology.
+    """
+    from jax.experimental import topologies
+
+    compiler.set_flags()
+    slices, _, shape = name.rpartition("*")
+    options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
+    if shape.endswith(":1x1"):
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        found = topologies.get_topology_desc(topology_name=shape, platform="tpu", **options)
+    except (RuntimeError, OSError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise ValueError(
+            f"topology '{name}' cannot be planned ({reason}): it needs 'jax[tpu]' and a name "
+            "such as v5p:4x4x4"
+        ) from error
+    return list(found.devices)
+
+
+def mesh_for(config: ml_collections.ConfigDict, devices: list[Any]) -> jax.sharding.Mesh:
+    """The trainer's mesh on these devices."""
+    return settings.make_mesh(config, PRESETS[config.variant](), devices)
+
+
+def plan(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    *,
+    only: tuple[str, ...] = (),
+    efficiency: float | None = None,
+    hlo: str = "",
+) -> list[Program]:
+    """Compiles the programs, or those named in `only`, for the mesh's described devices.
+
+    Args:
+      efficiency: share of the peak that attention kernels reach; None takes the table's.
+      hlo: folder into which the compiled programs' text is written; "" for none.
+
+    Raises:
+      ValueError: an unknown name in `only`, a variant without published size, or a program that
+        the compiler refuses, with what it says of memory.
+    """
+    if config.variant not in PRESETS:
+        raise ValueError(f"variant '{config.variant}' has no pod to plan: {' or '.join(PRESETS)}")
+    found, names = [], []
+    for lowering in plan_programs.lowerings(config, mesh):
+        names.append(lowering.name)
+        if not only or lowering.name in only:
+            found.append(_compile(lowering, mesh, efficiency, hlo))
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"there is no program '{unknown[0]}' to plan: {', '.join(names)}")
+    return found
+
+
+def _compile(
+    lowering: Lowering, mesh: jax.sharding.Mesh, efficiency: float | None, hlo: str
+) -> Program:
+    kind = generation(mesh.devices.flat[0].device_kind)
+    chip, share = CHIPS[kind], efficiency or EFFICIENCY[kind]
+    began = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            traced = lowering.trace()
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        lines = [line for line in str(error).splitlines() if "hbm" in line.lower()] or [str(error)]
+        raise ValueError(f"{lowering.name} does not fit: {' '.join(lines[:3])[:400]}") from error
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    )  # fmt: skip
+    text = compiled.as_text()
+    if hlo:
+        Path(hlo).mkdir(parents=True, exist_ok=True)
+        (Path(hlo) / f"{lowering.name}.txt").write_text(text)
+    ops = plan_hlo.read(text, lowering.turns)
+    products = cost.jaxpr_flops(traced.jaxpr.jaxpr) / mesh.size
+    found = program(
+        lowering.name, ops, chip, share, mesh.size, lowering.needed or products, products, peak,
+        seconds,
+    )  # fmt: skip
+    return dataclasses.replace(
+        found, times=lowering.times, hbm_resting_bytes=lowering.resting,
+        hbm_peak_bytes=found.hbm_peak_bytes + lowering.resting,
+    )  # fmt: skip
+
+
+def program(
+    name: str, ops: list[plan_hlo.Op], chip: Chip, efficiency: float, devices: int,
+    needed: float, products: float, peak: int, compile_seconds: float,
+) -> Program:  # fmt: skip
+    """The figures of a program from its operations; see `Program`."""
+    terms = {"xla": 0.0, "kernels": 0.0, "interconnect": 0.0}
+    sent: dict[str, int] = {}
+    for op in ops:
+        if op.kind == "xla":
+            terms["xla"] += op.times * op.cycles / chip.clock
+        elif op.kind == "kernel":
+            terms["kernels"] += op.times * max(
+                op.flops / (efficiency * chip.peak), op.bytes / chip.bandwidth,
+                op.cycles / chip.clock,
+            )  # fmt: skip
+        else:
+            axes = chip.axes if op.group == devices else 1
+            alone = op.bytes / (2 * axes * chip.link) - op.cover / chip.clock
+            terms["interconnect"] += op.times * max(alone, 0.0)
+            sent[op.kind] = sent.get(op.kind, 0) + op.times * op.bytes
+    total = sum(terms.values())
+    return Program(
+        name=name, times=1, hbm_peak_bytes=int(peak), hbm_resting_bytes=0,
+        hbm_limit_bytes=int(chip.hbm),
+        flops=products + sum(op.flops * op.times for op in ops),
+        hbm_bytes=sum(op.bytes * op.times for op in ops if op.kind in ("xla", "kernel")),
+        ici_bytes=sum(sent.values()), seconds=total, bound=max(terms, key=lambda t: terms[t]),
+        mfu=needed / (total * chip.peak) if total else 0.0,
+        compile_seconds=compile_seconds, terms=terms, collectives=sent,
+    )  # fmt: skip
+
+
+def table_row(variant: str, topology: str, mesh: jax.sharding.Mesh, programs: list[Program]) -> str:
+    """The plan as a row of the README's table: the largest program and its bytes a device, seconds
+    and chip-hours of an update, MFU of rollout and update, and seconds to compile them all."""
+    found = report(topology, mesh, programs)
+    largest = max(programs, key=lambda p: p.hbm_peak_bytes)
+    mfu = {p.name: f"{p.mfu:.0%}" for p in programs}
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    cells = (
+        variant, topology, sizes or "one device", largest.name,
+        f"{largest.hbm_peak_bytes / 1e9:.1f} of {largest.hbm_limit_bytes / 1e9:.1f} GB",
+        f"{found['seconds_per_update']:.0f} s", f"{found['chip_hours_per_update']:.1f}",
+        f"{mfu.get('rollout', '-')} / {mfu.get('update', '-')}",
+        f"{sum(p.compile_seconds for p in programs):.0f} s",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def report(topology: str, mesh: jax.sharding.Mesh, programs: list[Program]) -> dict[str, Any]:
+    """What `--json` prints: figures of a program are those of all its runs in one update, and of
+    one run where there is none."""
+
+    def row(p: Program) -> dict[str, Any]:
+        times = max(p.times, 1)
+        return {
+            "name": p.name, "hbm_peak_bytes": p.hbm_peak_bytes,
+            "hbm_limit_bytes": p.hbm_limit_bytes, "flops": p.flops * times,
+            "hbm_bytes": p.hbm_bytes * times, "ici_bytes": p.ici_bytes * times,
+            "seconds": p.seconds * times, "bound": p.bound, "mfu": p.mfu,
+            "compile_seconds": p.compile_seconds,
+        }  # fmt: skip
+
+    seconds = sum(p.seconds * p.times for p in programs)
+    chip = CHIPS[generation(mesh.devices.flat[0].device_kind)]
+    return {
+        "topology": topology,
+        "devices": mesh.size,
+        "programs": [row(p) for p in programs],
+        "seconds_per_update": seconds,
+        "chip_hours_per_update": seconds * mesh.size / chip.per_chip / 3600,
+    }

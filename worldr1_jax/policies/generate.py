@@ -1,0 +1,130 @@
+"""Prompts to videos, one by one: what `launch/generate.py` runs, for other programs too."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from worldr1_jax.camera import commands
+from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.policies.stages import Pipeline
+from worldr1_jax.rollout import unipc
+from worldr1_jax.rollout.sample import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """One video [F H W 3] in [0, 1], and what it was made from."""
+
+    prompt: str
+    number: int  # of the prompt's videos, from 0
+    video: Float[np.ndarray, "F H W 3"]
+
+    @property
+    def name(self) -> str:
+        """A file name that only prompt and number decide: words of the prompt, its hash, number."""
+        words = "-".join(re.findall(r"[a-z0-9]+", self.prompt.lower()))[:48].strip("-")
+        return f"{words or 'video'}-{_digest(self.prompt):08x}-{self.number}"
+
+
+def read_prompts(source: str) -> list[str]:
+    """The prompts of a text file, one a line, or of standard input for "-"; blank lines are passed
+    over.
+
+    Raises:
+      ValueError: a file that is missing, not UTF-8, or without a prompt.
+    """
+    try:
+        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        lines = content.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise ValueError(f"--prompts {source} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {source} is not UTF-8 text: {error.reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {source} holds no prompt: give one a line")
+    return prompts
+
+
+def generate(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    samples: int = 1,
+    batch: int = 1,
+    guidance: float = 1.0,
+    negative_prompt: str = "",
+    adapters: Any = None,
+    solver: unipc.UniPC | None = None,
+) -> Iterator[Generated]:
+    """Videos in the order of the prompts, `samples` each.
+
+    A video's noise follows from (seed, prompt, its number) alone, and every batch has one size, so
+    that the same prompt and seed give the same bytes whatever else is asked for.
+
+    Args:
+      pipeline: the model, its video size, schedule, solver and camera.
+      prompts: any texts; camera commands at their head steer the starting noise.
+      seed: >= 0.
+      samples: videos per prompt, >= 1.
+      batch: videos at a time, a multiple of the devices that share a batch; the last batch is
+        filled up with repeats, which are dropped.
+      guidance: classifier-free guidance scale; 1 is off.
+      negative_prompt: what guidance leads away from.
+      adapters: LoRA leaves as `pipeline.adapters`; None is the pipeline's own.
+      solver: UniPC (`unipc.make`); None is Euler on the pipeline's sigmas.
+
+    Raises:
+      ValueError: samples or batch below 1, a batch that the mesh does not divide, or prompts that
+        ask for a camera movement that is none.
+    """
+    commands.check_prompts(prompts)
+    parts = sharding.batch_parts(pipeline.mesh)
+    if samples < 1 or batch < 1 or batch % parts:
+        raise ValueError(
+            f"samples is {samples} and batch {batch}: both have to be at least 1, and batch a "
+            f"multiple of the {parts} devices that share it"
+        )
+    text_null = pipeline.encode_one(negative_prompt) if guidance != 1 else None
+    sampler = Sampler(kind="none", guidance=guidance)
+    adapters = pipeline.adapters if adapters is None else adapters
+    wanted = [(prompt, number) for prompt in prompts for number in range(samples)]
+    for first in range(0, len(wanted), batch):
+        chosen = wanted[first : first + batch]
+        filled = chosen + [chosen[-1]] * (batch - len(chosen))
+        texts = [prompt for prompt, _ in filled]
+        trajectory = pipeline.rollout(
+            adapters, pipeline.encode(texts), pipeline.paths(texts), _keys(seed, filled),
+            sampler=sampler, text_null=text_null, solver=solver,
+        )  # fmt: skip
+        videos = pipeline.decode(trajectory.latents)
+        for row, (prompt, number) in enumerate(chosen):
+            yield Generated(prompt, number, arrays.to_host(videos[row]))
+        del videos  # the next rollout needs the room
+
+
+def _keys(seed: int, wanted: Sequence[tuple[str, int]]) -> jax.Array:
+    base = jax.random.key(seed)
+    keys = [
+        jax.random.fold_in(jax.random.fold_in(base, _digest(prompt)), number)
+        for prompt, number in wanted
+    ]
+    return jnp.stack(keys)
+
+
+def _digest(prompt: str) -> int:
+    """32 bits of the prompt's hash."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")

@@ -1,0 +1,1 @@
+"""Files of weights: the publishers' and our own, read strictly."""

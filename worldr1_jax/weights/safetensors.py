@@ -1,0 +1,154 @@
+"""Opens published weights: .safetensors files, shards with an index, and torch's .pth files.
+
+Names, shapes and dtypes come from the headers; a tensor's bytes are read when `Tensor.read` asks
+for a part of it, through the mapped file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from worldr1_jax.weights import torch_zip
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+# Pages of a mapped file that were read stay in the process's memory until the file is unmapped.
+# After this many bytes of tensors it is mapped anew (40 microseconds), so that loading does not
+# hold the file beside the arrays. Larger than most tensors, small beside any model that matters.
+_WINDOW = 64 * 2**20
+
+
+class _Mapping:
+    """The one file that is mapped at a time, of all the files of a model."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._handle: Any = None
+        self._seen = 0
+
+    def handle(self, path: Path, nbytes: int) -> Any:
+        """The open file, of which at most `nbytes` more are about to be read."""
+        if path != self._path or self._seen > _WINDOW:
+            self._path = self._handle = None  # unmapped before anything else is mapped
+            self._handle, self._path, self._seen = _open(path), path, 0
+        self._seen += nbytes
+        return self._handle
+
+
+class Tensor:
+    """A tensor in a file.
+
+    Attributes:
+      key: the publisher's name.
+      shape: in the publisher's axis order.
+      dtype: as safetensors names it: F32, BF16, F8_E4M3, I64, ...
+    """
+
+    def __init__(self, mapping: _Mapping, path: Path, key: str):
+        header = mapping.handle(path, 0).get_slice(key)
+        self._mapping, self._path, self.key = mapping, path, key
+        self.shape: tuple[int, ...] = tuple(header.get_shape())
+        self.dtype: str = header.get_dtype()
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index`, one slice an axis, in the file's dtype; it may be a view of the file,
+        so copy what is to be kept."""
+        itemsize = torch_zip.DTYPES[self.dtype].itemsize
+        rows = range(*index[0].indices(self.shape[0])) if index else range(1)
+        # A part of a row maps the whole row.
+        handle = self._mapping.handle(self._path, len(rows) * math.prod(self.shape[1:]) * itemsize)
+        return handle.get_slice(self.key)[index] if index else handle.get_tensor(self.key)
+
+
+def open_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a file or of a folder's shards, by name.
+
+    Args:
+      path: a .safetensors or .pth file, an index (*.safetensors.index.json), or a folder with one
+        index or one .safetensors file.
+
+    Raises:
+      ValueError: a missing, truncated or unreadable file; an index and files that do not agree, as
+        when a name is in two files.
+    """
+    path = Path(path)
+    files, listed = _files(path)
+    tensors: dict[str, Tensor] = {}
+    mapping = _Mapping()
+    for file in files:
+        names = list(mapping.handle(file, 0).keys())
+        found = {key: Tensor(mapping, file, key) for key in names}
+        if listed is not None:
+            _compare_index(path, file.name, listed, found)
+        tensors |= found
+    return tensors
+
+
+def _open(path: Path) -> Any:
+    if path.suffix in torch_zip.SUFFIXES:
+        return torch_zip.TorchZip(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is neither a .safetensors nor a .pth file")
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors (truncated or not such a file): {error}"
+        ) from error
+
+
+def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files to read, and key -> file name when an index says so."""
+    if path.is_file():
+        return _shards(path) if path.name.endswith(INDEX_SUFFIX) else ([path], None)
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist: give a folder or a .safetensors file")
+    indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) > 1:
+        raise ValueError(f"{path} has more than one weight index: {_names(indexes)}")
+    if indexes:
+        return _shards(indexes[0])
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no .safetensors file")
+    if len(files) > 1:
+        raise ValueError(
+            f"{path} holds {len(files)} .safetensors files but no index; name the one to read"
+        )
+    return files, None
+
+
+def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
+    try:
+        listed = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(listed.values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards: it needs a weight_map") from error
+    if outside:
+        raise ValueError(f"{index} names the shard '{outside[0]}', which is not a file beside it")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{index.parent} lacks the shard {missing[0]}, which {index.name} names")
+    return [index.parent / name for name in names], listed
+
+
+def _compare_index(path: Path, name: str, listed: dict[str, str], found: Collection[str]) -> None:
+    here = {key for key, file in listed.items() if file == name}
+    for keys, text in (
+        (here - set(found), "is in the index, but not in the shard"),
+        (set(found) - here, "is not in the index, but in the shard"),
+    ):
+        if keys:
+            raise ValueError(f"{path}: the key '{min(keys)}' {text} {name}")
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)

@@ -1,0 +1,369 @@
+"""Checkpoints that are whole or absent, and a run's folder that stays one run's.
+
+A checkpoint is <workdir>/checkpoints/<step> with three items: `state` (arrays), `data` and `meta`
+(JSON). Orbax writes it beside its final name and renames it when it is complete, so a run killed
+at any moment leaves the checkpoints before it untouched and nothing that looks like a new one.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Int, PyTree
+
+from worldr1_jax.files import write_atomically
+
+Json = dict[str, Any]
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held; `step` is the one it was saved under."""
+
+    step: int
+    state: PyTree
+    data: Json
+    meta: Json
+
+
+class Checkpointer:
+    """Saves asynchronously, keeps the newest few, restores the newest.
+
+    Args:
+      workdir: the run's folder; on several hosts one that all of them see.
+      keep: how many checkpoints to keep, >= 1.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; it must be 1 or more checkpoints.")
+        self._folder = _local(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,  # what a killed save left
+            ),
+        )
+
+    def save(self, step: int, state: PyTree, data: Mapping[str, Any], meta: Json) -> None:
+        """Starts to save `step` and returns once the arrays may be changed or donated.
+
+        Args:
+          step: updates done; must be larger than that of every checkpoint kept.
+          state: pytree of arrays; typed PRNG keys go into `meta` as their key data.
+          data: position in the prompts (`Loader.get_state()`), JSON-able.
+          meta: config fingerprint, version, seed, key data and the like, JSON-able.
+        """
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(dict(data)),
+                meta=ocp.args.JsonSave({"user": meta, "leaves": _describe(state, digests=True)}),
+            ),
+        )
+        if not saved:
+            raise ValueError(
+                f"step {step} cannot be saved in {self._folder}, which has step "
+                f"{self._manager.latest_step()}; steps must grow."
+            )
+
+    def restore_latest(self, abstract_state: PyTree) -> Restored | None:
+        """Restores the newest checkpoint, or returns None when there is none.
+
+        Args:
+          abstract_state: jax.ShapeDtypeStruct for each leaf, with the sharding that it is to
+            have, which need not be the one it was saved with; the bits are the same.
+
+        Raises:
+          ValueError: the checkpoint is damaged, or holds other leaves than `abstract_state`.
+        """
+        self.wait()
+        self._manager.reload()
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        folder = self._folder / str(step)
+        with _damage_named(folder):
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()),
+            )
+            data, meta, leaves = items["data"], items["meta"]["user"], items["meta"]["leaves"]
+        _compare_leaves(folder, leaves, _describe(abstract_state, digests=False))
+        with _damage_named(folder):
+            state = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            )["state"]
+        _compare_digests(folder, leaves, _describe(state, digests=True))
+        return Restored(step, state, data, meta)
+
+    def latest_step(self) -> int | None:
+        """The newest step saved, or being saved."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Returns when no save is in progress; raises what went wrong in one."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes what is in progress and frees the threads."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_state(workdir: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
+    """Step and state of a run's newest checkpoint, as nested dicts of arrays on one device.
+
+    For what needs neither the run's model nor its mesh, such as exporting adapters.
+
+    Raises:
+      ValueError: no checkpoint there, or one that is damaged.
+    """
+    folder = _local(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{workdir} holds no checkpoints/: it is no folder of a run")
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step()
+    if step is None:
+        raise ValueError(f"{folder} holds no checkpoint yet")
+    item = folder / str(step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with (
+        _damage_named(item),
+        ocp.StandardCheckpointer() as arrays,
+        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as texts,
+    ):
+        meta = texts.restore(item / "meta")
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            arrays.metadata(item / "state").item_metadata.tree,
+        )
+        state = arrays.restore(item / "state", wanted)
+    saved = list(meta["leaves"].values())
+    found = list(_describe(state, digests=True).values())
+    if sorted(saved) != sorted(found):  # dicts' paths are not those of the run's own types
+        reason = "the bits of its state are not those that were saved"
+        raise ValueError(_damaged(item, reason))
+    return step, state
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Turns what orbax and tensorstore raise at unreadable files into one that names the folder."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise  # the device's trouble, such as too little memory: the files are not to blame
+    except Exception as error:  # orbax 0.12.8 raises no narrower type at a chunk cut short
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise ValueError(_damaged(folder, reason)) from error
+
+
+def _damaged(folder: Path, reason: str) -> str:
+    return (
+        f"checkpoint {folder} is damaged or cannot be read ({reason}); mend it, or remove that "
+        "folder to go on from the checkpoint before it."
+    )
+
+
+# --------------------------------------------------------------------- what the state is made of
+
+
+def _describe(state: PyTree, digests: bool) -> dict[str, list[Any]]:
+    """{path: [shape, dtype]} of each leaf, and the digest of its bits if asked for."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    for path, leaf in leaves:
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            raise ValueError(
+                f"state{jax.tree_util.keystr(path)} is a typed PRNG key; put its "
+                "jax.random.key_data into meta."
+            )
+    described: dict[str, list[Any]] = {
+        jax.tree_util.keystr(path): [list(np.shape(leaf)), jnp.result_type(leaf).name]
+        for path, leaf in leaves
+    }
+    if digests:
+        sums = jax.device_get(digests_of([leaf for _, leaf in leaves]))
+        for entry, value in zip(described.values(), sums, strict=True):
+            entry.append(int(value))
+    return described
+
+
+@jax.jit
+def digests_of(leaves: list[Array]) -> list[Int[Array, ""]]:
+    """All in one program: many small ones with collectives in flight at once can starve emulated
+    devices."""
+    return [_digest(leaf) for leaf in leaves]
+
+
+def _digest(leaf: Array) -> Int[Array, ""]:
+    """Sums the words of an array times odd weights by position, modulo 2^32.
+
+    Zarr chunks carry no checksum, so a flipped bit on disk would be restored without a word; this
+    sum changes with any single bit, and, being of integers, it is the same on every mesh.
+    """
+    width = leaf.dtype.itemsize
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * min(width, 4)}"))
+    place = jnp.uint32(0)
+    for axis in range(words.ndim):  # no reshape: the leaf stays sharded as it is
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
+    weights = (place * jnp.uint32(2654435761)) | jnp.uint32(1)  # Knuth's multiplicative hash
+    return jnp.sum(words.astype(jnp.uint32) * weights, dtype=jnp.uint32)
+
+
+def _compare_leaves(
+    folder: Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]
+) -> None:
+    differing = []
+    for path in saved | wanted:
+        there, here = (leaves.get(path, [])[:2] for leaves in (saved, wanted))
+        if there != here:
+            differing.append(f"{path} is {_name(there)} there and {_name(here)} here")
+    if differing:
+        more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ValueError(
+            f"checkpoint {folder} does not fit this model and optimizer: "
+            f"{', '.join(differing[:5])}{more}; resume with the config that saved it."
+        )
+
+
+def _name(leaf: list[Any]) -> str:
+    return f"{leaf[1]}{leaf[0]}" if leaf else "absent"
+
+
+def _compare_digests(
+    folder: Path, saved: dict[str, list[Any]], restored: dict[str, list[Any]]
+) -> None:
+    differing = [path for path in saved if saved[path] != restored[path]]
+    if differing:
+        reason = f"bits of {', '.join(differing[:5])} are not those that were saved"
+        raise ValueError(_damaged(folder, reason))
+
+
+# ---------------------------------------------------------------------------- the run's folder
+
+
+def check_workdir(
+    workdir: str | os.PathLike[str],
+    config_json: str | Mapping[str, Any],
+    may_change: Collection[str] = (),
+) -> None:
+    """Writes config.json into a new workdir; in a used one checks that the config is the same.
+
+    Args:
+      workdir: folder of the run, made if it is missing.
+      config_json: the config, as JSON text or as a mapping of what JSON holds.
+      may_change: dotted fields that a resume may change, such as "num_updates"; a field stands
+        for everything under it. config.json keeps the values that the run began with.
+
+    Raises:
+      ValueError: the folder has another config (names fields and both values; nothing is
+        written), or its config.json is not JSON.
+    """
+    path = _local(workdir) / "config.json"
+    config = json.loads(config_json) if isinstance(config_json, str) else dict(config_json)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    if not path.exists():
+        if jax.process_index() == 0:
+            write_atomically(path, f"{text}\n".encode())
+        return
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON; choose another workdir.") from error
+    here, there = dict(_fields(json.loads(text))), dict(_fields(saved))
+    differing = [
+        f"{field} is {_value(there, field)} there and {_value(here, field)} here"
+        for field in sorted(here | there)
+        if _value(here, field) != _value(there, field)
+        and not any(field == name or field.startswith(f"{name}.") for name in may_change)
+    ]
+    if differing:
+        raise ValueError(
+            f"workdir {path.parent} belongs to a run with another config: {', '.join(differing)}; "
+            "choose another workdir, or the config that this one began with."
+        )
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("train.clip", value) for every value that is not itself a mapping with fields."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _fields(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _value(fields: dict[str, Any], name: str) -> str:
+    return json.dumps(fields[name]) if name in fields else "absent"
+
+
+def _local(workdir: str | os.PathLike[str]) -> Path:
+    if "://" in os.fspath(workdir):
+        raise ValueError(
+            f"workdir {workdir} is a URL; it must be a folder, such as a bucket mounted by gcsfuse."
+        )
+    return Path(workdir)
+
+
+# ---------------------------------------------------------------------------------- stopping
+
+
+class StopSignal:
+    """Turns SIGTERM and ctrl-C into a request that the training loop honours between updates.
+
+        with StopSignal() as stop:
+            for update in ...:
+                ...
+                if stop.agreed():
+                    save, and leave
+
+    Use it in the main thread. After a first ctrl-C a second one interrupts as usual.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._former: dict[int, Any] = {}
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; every process must call it at the same update.
+
+        Saving is collective, so hosts that are told at different times have to stop together.
+        """
+        if jax.process_count() == 1:
+            return self.requested
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.requested))))
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._former[number])
