@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.test_s_traj import FRAMES, path, walk
+from tests.rewards.test_s_traj import FRAMES, path, walk
 from worldr1_jax.camera import trajectory
 
 METHODS = (

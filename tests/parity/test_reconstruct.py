@@ -26,7 +26,7 @@ def test_frames_are_the_packages(height, width, longest):
     got = resize_frames(jnp.asarray(picture, jnp.float32)[None, None] / 255, size)[0, 0]
     error = np.abs(255 * np.asarray(got) - want)
     print(f"{height}x{width} -> {size}: mean {error.mean():.3f}, most {error.max():.2f} of 255")
-    # See tests/test_reconstruct.py.
+    # See tests/rewards/test_reconstruct.py.
     assert error.max() <= 1.6 and error.mean() <= 0.4
 
 

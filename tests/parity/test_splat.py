@@ -8,7 +8,7 @@ reference = pytest.importorskip("gsplat.cuda._torch_impl")
 
 import jax  # noqa: E402
 
-from tests.test_splat import SIZE, scene  # noqa: E402
+from tests.splat.test_splat import SIZE, scene  # noqa: E402
 from worldr1_jax import geometry  # noqa: E402
 from worldr1_jax.splat import projection  # noqa: E402
 

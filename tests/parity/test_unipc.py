@@ -1,5 +1,5 @@
 """UniPC against diffusers' UniPCMultistepScheduler as Wan configures it, and the numbers that
-tests/test_unipc.py keeps of it."""
+tests/rollout/test_unipc.py keeps of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_unipc import GOLDEN, START, toy
+from tests.rollout.test_unipc import GOLDEN, START, toy
 from worldr1_jax.rollout import unipc
 
 pytestmark = pytest.mark.parity

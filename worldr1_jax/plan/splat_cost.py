@@ -14,8 +14,8 @@ its Gaussians, lists them by tile and runs the kernel. What is counted, and how 
   - steps of the kernel: KERNEL_CYCLES each, the bundles of its final schedule, all of them.
 
 The bundles come out of LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true" in front
-of tests/test_splat_tpu.py. Elementwise work on a round's lists, and the products that look up open
-tiles, are not counted. No figure of this has met a chip.
+of tests/splat/test_splat_tpu.py. Elementwise work on a round's lists, and the products that look up
+open tiles, are not counted. No figure of this has met a chip.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def video(
       chip: of `chips.CHIPS`; its clock is used. Cycles are those of v5e.
       gaussians: of the scene, all of which every view projects and sorts.
       size: height and width of a view, px.
-      rounds: that a view takes, as a run of the scene shows (tests/measure_splat.py); None takes
+      rounds: that a view takes, as a run of the scene shows (tests/measure/splat.py); None takes
         `most_rounds`, where no tile is opaque before its last Gaussian.
       tile, pairs: as in `splat.render`.
 
@@ -83,7 +83,7 @@ def most_rounds(grid: tile_lists.Grid, gaussians: int) -> float:
     """Rounds of a view that has every Gaussian inside and draws all of it; a bound for Gaussians
     of up to RADIUS, which touch (1 + 2 RADIUS / tile)^2 tiles on average.
 
-    tests/measure_splat.py has counted 79 and 96 on a small scene, where the bound is 139.
+    tests/measure/splat.py has counted 79 and 96 on a small scene, where the bound is 139.
     """
     return gaussians * (1 + 2 * RADIUS / grid.tile) ** 2 / grid.pairs
 

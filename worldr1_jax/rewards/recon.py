@@ -3,7 +3,7 @@
 What the score cannot see, and what sees it instead:
   - A still or blurred video is easy to explain: on 16 nano scenes S_recon RISES from 0.875 to 0.926
     when they freeze and to 0.886 when they are half blurred, and shuffled frames pass, 0.871
-    (tests/truth_of_rewards.py). S_traj falls under all three, and so does the plain sum.
+    (tests/measure/truth_of_rewards.py). S_traj falls under all three, and so does the plain sum.
   - Three options, all off or low by default, make S_recon itself charge: `change_min` for
     stillness, `texture_min` for softness, and `change_floor`, which asks for more than standing
     still explains. They can be gamed in turn: a `change_min` above what the policy's videos have

@@ -8,7 +8,7 @@ them. Depth, cameras and the frames that are compared stay those of all frames.
 It is not free, and it is not only a loss: a frame whose own Gaussians are gone is drawn from its
 neighbours', which is what consistency means, and the score is stricter for it. On 81 frames of a
 ray-cast scene at 48x80 with 1% of noise in depth, two views between the frames kept
-(`tests/measure_splat.py full --size 48 80`): the Gaussians of 21 frames draw within 35.0 and
+(`tests/measure/splat.py full --size 48 80`): the Gaussians of 21 frames draw within 35.0 and
 35.3 dB of what all 81 draw, those of 6 within 29.2 and 29.6; the PSNR to the frame itself rises,
 from 23.0 to 24.5 and 26.6 dB, for there is less noise to average. Other scenes can differ; off by
 default (`rewards.gaussian_frames`).

@@ -1,0 +1,137 @@
+"""Rewards as a library: what they refuse, in which words, and fewer Gaussians."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.rewards.test_recon import ideal
+from worldr1_jax.nano import videos as nano_videos
+from worldr1_jax.rewards import recon, thin
+from worldr1_jax.rewards.scorer import build, check
+
+VIDEO = np.zeros((2, 3, 32, 32, 3), np.float32)
+PATHS = np.tile(np.eye(4, dtype=np.float32), (2, 3, 1, 1))
+WEIGHTS = {"recon": 1.0, "trajectory": 1.0, "general": 1.0}
+PROMPTS = ["Camera push in. A red sphere."] * 2
+
+
+@pytest.fixture(scope="module")
+def reward():
+    return build({"recon": 1.0, "trajectory": 1.0}, da3="nano")
+
+
+@pytest.mark.parametrize(
+    "videos, prompts, paths, words",
+    [
+        (VIDEO[0], PROMPTS, PATHS, r"want|has to be \(B, F, H, W, 3\)"),
+        (VIDEO[..., :1], PROMPTS, PATHS, r"has to be \(B, F, H, W, 3\)"),
+        (VIDEO.astype(np.uint8), PROMPTS, PATHS, "uint8: they have to be floats"),
+        (VIDEO, PROMPTS[:1], PATHS, "2 videos and 1 prompts"),
+        (VIDEO, PROMPTS, PATHS[:, :2], r"camtoworld has the shape \(2, 2, 4, 4\); 2 videos of 3"),
+        (VIDEO[:, :1], PROMPTS, PATHS[:, :1], "a camera path needs 2"),
+    ],
+)
+def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, words):
+    with pytest.raises(ValueError, match=words):
+        reward(videos, prompts, paths)
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 2])
+def test_videos_may_be_made_as_they_are_scored(at_once):
+    """From what stands for them, here their bytes, some at a time; the scores are the same."""
+    reward = build(WEIGHTS, da3="nano", frame_stride=8, videos_at_once=at_once)
+    truth = nano_videos.sample(5, 4)
+    videos = np.asarray(truth.video, np.float32) / 255
+    want = reward(videos, truth.captions, truth.camtoworld)
+    given = []
+
+    def decode(some, places):
+        np.testing.assert_array_equal(some, truth.video[places])
+        given.append(len(places))
+        return jnp.asarray(some, jnp.float32) / 255
+
+    got = reward(truth.video, truth.captions, truth.camtoworld, decode=decode)
+    assert given == [at_once or 4] * (4 // (at_once or 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), got, want)
+    with pytest.raises(ValueError, match="have to be floats"):
+        reward(truth.video, truth.captions, truth.camtoworld, decode=lambda some, places: some)
+
+
+def test_unknown_rewards_and_modes_are_named():
+    for weights, mode, words in (
+        ({"recon": 1.0, "beauty": 1.0}, "paper", "names 'beauty'"),
+        ({"recon": 0.0}, "paper", "all 0"),
+        ({"recon": 1.0}, "fast", "paper or released"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check(weights, "nano", mode)
+
+
+def test_videos_that_show_nothing_cannot_be_learnt_from(reward):
+    """A black one, a gray one, and one with a single black frame: no path is made up for them."""
+    truth = nano_videos.sample(3, 4)
+    videos = jnp.asarray(truth.video, jnp.float32) / 255
+    videos = videos.at[0].set(0.0).at[1].set(0.5).at[2, 7].set(0.0)
+    scores = reward(videos, truth.captions, truth.camtoworld, consistency=True)
+    assert scores.valid.tolist() == [False, False, False, True]
+    for name in ("trajectory", "trajectory_rotation", "cam_mc", "mvcs"):
+        np.testing.assert_array_equal(np.isfinite(scores.parts[name]), scores.valid, name)
+    np.testing.assert_array_equal(np.isfinite(scores.total), scores.valid)
+    assert (scores.parts["recon"][:2] < 0.01).all()
+    # Where the path does not count, S_recon's gate is what keeps them from winning.
+    alone = reward(videos, truth.captions, truth.camtoworld, off=("trajectory",))
+    assert alone.valid.all() and (alone.total[:2] < 0.01).all()
+
+
+def test_half_precision_changes_scores_little():
+    truth = nano_videos.sample(3, 2)
+    video = jnp.asarray(truth.video, jnp.float32) / 255
+    options = {"frame_stride": 4, "depth_scale": 4.0}
+    scores = [
+        build({"recon": 1.0, "trajectory": 1.0}, dtype=dtype, **options)(
+            video, truth.captions, truth.camtoworld
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+    for name in ("recon", "trajectory"):
+        # bfloat16 keeps three digits; 0.002 is the largest of these scores' changes
+        np.testing.assert_allclose(scores[1].parts[name], scores[0].parts[name], atol=0.01)
+
+
+def numbered(frames, per_frame):
+    """Two reconstructions whose Gaussians carry the number of their frame as opacity."""
+    _, found = ideal()
+    found = jax.tree.map(lambda leaf: leaf, found)
+    count = frames * per_frame
+    gaussians = jax.tree.map(lambda leaf: leaf[:, :count], found.gaussians)
+    frame = jnp.tile(jnp.repeat(jnp.arange(float(frames)), per_frame), (2, 1))
+    depth = jnp.ones((2, frames, 4, 4))
+    return found.replace(depth=depth, gaussians=gaussians.replace(opacities=frame))
+
+
+def test_gaussians_of_evenly_spaced_frames_stay():
+    found = numbered(5, 3)
+    kept = thin.by_frames(found, 3).gaussians
+    assert kept.opacities.tolist() == [[0.0] * 3 + [2.0] * 3 + [4.0] * 3] * 2
+    for leaf, whole in zip(jax.tree.leaves(kept), jax.tree.leaves(found.gaussians), strict=True):
+        np.testing.assert_array_equal(leaf[:, 3:6], whole[:, 6:9])
+    assert thin.by_frames(found, None) is found
+    everything = thin.by_frames(found, 9).gaussians  # more than there are: all
+    np.testing.assert_array_equal(everything.means, found.gaussians.means)
+    with pytest.raises(ValueError, match="gaussian_frames is 0"):
+        thin.by_frames(found, 0)
+    odd = jax.tree.map(lambda leaf: leaf[:, :-1], found.gaussians)
+    with pytest.raises(ValueError, match="equally many a frame"):
+        thin.by_frames(found.replace(gaussians=odd), 2)
+
+
+def test_a_scene_seen_whole_by_each_frame_loses_nothing():
+    """Both frames' Gaussians are the same scene twice: half of them draw the same picture, up to
+    what a second layer adds where the first is not opaque."""
+    video, found = ideal()
+    twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf], 1), found.gaussians)
+    half = thin.by_frames(found.replace(gaussians=twice), 1)
+    score, parts = recon.s_recon(video, half)
+    np.testing.assert_allclose(score, 1.0, atol=1e-3)
+    assert (parts["psnr"] > 60).all()
