@@ -2,6 +2,7 @@
 (Wan2.1-14B).
 
     --config=configs/world.py          --config=configs/world.py:small
+    --config=configs/world.py:nano,nft (another algorithm, with its own fields in config.algorithm)
     --config.sample.steps=20
 
 Values marked [paper] are World-R1's (arXiv 2604.24764); the others say where they come from. All
@@ -10,14 +11,18 @@ variants have the same fields, and the same code reads them.
 
 import ml_collections
 
+from worldr1_jax.algorithms import base
+
 VARIANTS = ("nano", "small", "large")
 
 
 def get_config(variant: str = "nano") -> ml_collections.ConfigDict:
-    """The configuration of a variant; raises ValueError for a name that is none."""
+    """The configuration of a variant, of "variant" or "variant,algorithm"; raises ValueError for a
+    name that is none."""
+    variant, _, algorithm = variant.partition(",")
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant '{variant}': use one of {', '.join(VARIANTS)}")
-    config = _paper()
+    config = _paper(algorithm or "grpo")
     config.variant = variant
     if variant == "nano":
         _nano(config)
@@ -27,8 +32,8 @@ def get_config(variant: str = "nano") -> ml_collections.ConfigDict:
     return config
 
 
-def _paper() -> ml_collections.ConfigDict:
-    """World-R1 at full size, as far as the paper says."""
+def _paper(algorithm: str) -> ml_collections.ConfigDict:
+    """World-R1 at full size, as far as the paper says, learning by this algorithm."""
     c = ml_collections.ConfigDict()
     c.variant = ""
     c.seed = 0  # every random choice of a run follows from it
@@ -74,13 +79,6 @@ def _paper() -> ml_collections.ConfigDict:
     c.sample.negative_prompt = ""
     # that a device samples, decodes or scores at a time; 0: all that it has
     c.sample.videos_at_once = 0
-    c.sample.sde = "flow"  # noise of the window: flow (flow-SDE) or cps (coefficients-preserving)
-    c.sample.eta = 0.7  # its amount; Flow-GRPO
-    c.sample.level = "sd3"  # sigma -> noise level of the flow-SDE: sd3, linear, constant
-    c.sample.window = 3  # W, stochastic steps, the only ones that are trained (Flow-GRPO-Fast)
-    c.sample.window_range = (0, 25)  # steps that the window may cover
-    c.sample.window_place = "random"  # or "progressive": from noise to data, as MixGRPO
-    c.sample.window_interval = 25  # updates at one place, progressive only
     c.sample.camera = (
         "initial"  # how camera motion enters: initial (warped starting noise) [paper], step, none
     )
@@ -116,22 +114,40 @@ def _paper() -> ml_collections.ConfigDict:
         "palette"  # R_gen; palette: colours that the prompt names (stands in for HPS)
     )
 
+    # What learns, with its fields (algorithms/base.py); :nano,nft names another.
+    c.algorithm = ml_collections.ConfigDict(base.section(algorithm))
+    if algorithm == "grpo":
+        g = c.algorithm
+        g.clip = 1e-3  # half-width of the ratio's interval [paper]
+        g.kl_weight = 0.004  # beta [paper]
+        g.sde = "flow"  # noise of the window: flow (flow-SDE) or cps (coefficients-preserving)
+        g.eta = 0.7  # its amount; Flow-GRPO
+        g.level = "sd3"  # sigma -> noise level of the flow-SDE: sd3, linear, constant
+        g.window = 3  # W, stochastic steps, the only ones that are trained (Flow-GRPO-Fast)
+        g.window_range = (0, 25)  # steps that the window may cover
+        g.window_place = "random"  # or progressive, from noise to data, as MixGRPO; or group
+        g.window_interval = 25  # updates at one place, progressive only
+
+    c.advantage = ml_collections.ConfigDict()  # (algorithms/advantage.py)
+    c.advantage.rewards = "sum"  # or each: every reward by its own std, then the weighted sum
+    c.advantage.std = "group"  # or batch, or global
+    c.advantage.floor = 0.0  # least std of a reward, when each
+    c.advantage.clip = 5.0  # [paper]
+
     c.train = ml_collections.ConfigDict()
     c.train.learning_rate = 1e-4  # AdamW [paper]
     c.train.warmup = 0  # optimizer steps
     c.train.weight_decay = 1e-4  # Flow-GRPO
-    c.train.clip_norm = 1.0  # global norm of the gradient; Flow-GRPO
-    c.train.clip = 1e-3  # half-width of the ratio's interval [paper]
-    c.train.kl_weight = 0.004  # beta [paper]
+    # Adam's epsilon; at full size a gradient is near 1e-9 a parameter, and 1e-8 would swallow it
+    c.train.adam_eps = 1e-15
+    # largest norm of a gradient, in multiples of the mean norm of those before it; 0: any
+    c.train.clip_norm = 3.0
     c.train.epochs = 1  # passes over one rollout
     c.train.minibatches = 2  # optimizer steps per pass; more than one, or the clip never acts
     c.train.microbatches = (
         1  # parts of a minibatch, evaluated one after the other; 0: sample.videos_at_once a device
     )
     c.train.ema_decay, c.train.ema_every = 0.9, 8  # average of the adapters [paper]
-    c.train.advantage_std = "group"  # or "global"
-    c.train.advantage_clip = 5.0  # [paper]
-    c.train.equalise = "none"  # weight of window steps: none, flash, grpo_guard
 
     c.dynamic = ml_collections.ConfigDict()
     c.dynamic.main_updates, c.dynamic.dynamic_updates = (
@@ -162,7 +178,8 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     c.policy.lora_rank, c.policy.lora_alpha = 16, 32.0
     c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "dots", 32
     c.sample.steps, c.sample.guidance = 10, 1.0
-    c.sample.window_range = (0, 6)
+    if "window_range" in c.algorithm:
+        c.algorithm.window_range = (0, 6)
     c.sample.flow_scale, c.sample.magnitudes = 4, "nano"
     c.rewards.da3, c.rewards.frame_stride = "nano", 4  # one frame for each latent frame
     c.rewards.depth_scale = 4.0
@@ -170,10 +187,12 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     # Within a group S_recon spreads by 0.03, S_traj by 0.22 and R_gen by 0.09: with equal weights
     # S_recon would be 2% of the variance that the policy learns from.
     c.rewards.weights.recon = 6.0
-    c.train.learning_rate, c.train.clip, c.train.minibatches = 6e-4, 1e-2, 1
+    c.train.learning_rate, c.train.minibatches = 6e-4, 1
+    if c.algorithm.name == "grpo":
+        c.algorithm.clip = 1e-2
     # The rewards' spreads differ between groups: where a movement is beyond the base policy, S_traj
     # is all but noise, which a group's own std would blow up to the size of a signal.
-    c.train.ema_every, c.train.advantage_std = 1, "global"
+    c.train.ema_every, c.advantage.std = 1, "global"
     c.dynamic.main_updates, c.dynamic.dynamic_updates = 20, 2
     c.evaluate.prompts, c.evaluate.samples = 128, 4
 

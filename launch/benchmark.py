@@ -24,8 +24,7 @@ def main() -> None:
     import jax
 
     from worldr1_jax import settings
-    from worldr1_jax.algorithms import update as grpo
-    from worldr1_jax.algorithms.advantage import group_advantage
+    from worldr1_jax.algorithms import update as learning
     from worldr1_jax.mesh.make import make_mesh
     from worldr1_jax.rollout.sample import sample_keys
 
@@ -38,7 +37,9 @@ def main() -> None:
     count = config.groups * config.group_size
     prompts = list(settings.load_prompts(config).train)
     prompts = [p for p in prompts[: config.groups] for _ in range(config.group_size)]
-    sampler = settings.make_sampler(config)
+    draw = settings.make_algorithm(config).draw(
+        jax.random.key(2), 0, settings.make_plan(config)
+    )  # fmt: skip
     state = settings.make_state(config, pipeline)
     keys = sample_keys(jax.random.key(1), count)
     text, paths = pipeline.encode(prompts), pipeline.paths(prompts)
@@ -50,14 +51,14 @@ def main() -> None:
     with jax.set_mesh(mesh):
         trajectory = _time(
             rows, "rollout", pipeline.rollout, state.adapters, text, paths, keys,
-            sampler=sampler, text_null=text_null, width=config.sample.window,
+            text_null=text_null, **draw._asdict(),
         )  # fmt: skip
         videos = _time(rows, "decode", pipeline.decode, trajectory.latents)
         found = _time(rows, "reconstruct", reward.reconstruct, videos)
         parts = _time(rows, "render", reward.geometry, videos, found, paths)
         scores = reward.combine({**parts, "general": reward.general(videos, prompts)})
-        advantages = group_advantage(scores.total, config.group_size, scores.valid)
-        batch = grpo.make_batch(trajectory, text, advantages, scores.valid)
+        advantages, valid = settings.make_advantages(config, mesh)(scores)
+        batch = learning.Batch(trajectory, text, advantages, valid)
         _time(
             rows, "update", step, state, pipeline.base, batch, pipeline.sigmas, text_null
         )  # fmt: skip

@@ -76,10 +76,10 @@ def _sweep(config, devices) -> None:
     from worldr1_jax.plan import report as plan
 
     rows = []
-    windows = [int(w) for w in WINDOWS.value] or [config.sample.window]
+    windows = [int(w) for w in WINDOWS.value] or [config.algorithm.window]
     for context, remat, window in itertools.product(CONTEXTS.value, REMATS.value, windows):
         with config.unlocked():
-            config.policy.remat, config.sample.window = remat, window
+            config.policy.remat, config.algorithm.window = remat, window
         choice = {"context": int(context), "remat": remat, "window": window}
         try:
             mesh = make_mesh({"fsdp": -1, "context": int(context)}, devices)

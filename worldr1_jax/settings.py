@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 
 from worldr1_jax import rewards
-from worldr1_jax.algorithms import update as grpo
+from worldr1_jax.algorithms import advantage, base, optimizer
+from worldr1_jax.algorithms import update as learning
 from worldr1_jax.camera import commands
 from worldr1_jax.camera.injection import MAGNITUDES, Camera
 from worldr1_jax.data import prompts as prompt_files
@@ -36,7 +36,6 @@ from worldr1_jax.policies import adapters as trained
 from worldr1_jax.policies import wan
 from worldr1_jax.policies.stages import IDLE, Pipeline, latent_shape
 from worldr1_jax.rollout import schedule
-from worldr1_jax.rollout.sample import Sampler
 from worldr1_jax.weights.shipped import resolve
 
 # For `least_context`: arrays of the residual stream's size that a layer keeps, by policy.remat, and
@@ -83,22 +82,18 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     cache = open_text_cache(config)
     if cache is not None:
         cache.check(texts(config, load_prompts(config)))
-    schedule.check_window(config.sample.steps, config.sample.window, *config.sample.window_range)
     parts, videos = sharding.batch_parts(mesh), config.groups * config.group_size
     if videos % parts:
         raise ValueError(
             f"groups x group_size is {videos} videos, which the mesh's data x fsdp = {parts} "
             "cannot divide"
         )
-    if config.sample.window_place not in ("random", "progressive"):
-        raise ValueError(
-            f"sample.window_place is '{config.sample.window_place}': it is random or progressive"
-        )
     strange = [name for name in config.idle_on_host if name not in IDLE]
     if strange:
         raise ValueError(f"idle_on_host names '{strange[0]}': it knows {', '.join(IDLE)}")
-    for make in (make_sampler, make_rules):
+    for make in (make_rules, make_optimizer, make_advantage):
         make(config)  # each refuses what it cannot honour
+    make_algorithm(config).draw(jax.random.key(0), 0, make_plan(config))
     check_rewards(config)
     unknown = [name for name in config.dynamic.off if name not in rewards.NAMES]
     if unknown:
@@ -159,17 +154,42 @@ def make_loader(config: ml_collections.ConfigDict, prompts: prompt_files.PromptS
     )  # fmt: skip
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def make_algorithm(config: ml_collections.ConfigDict) -> base.Algorithm:
+    """The algorithm that the config names; see algorithms/base.py."""
+    return base.build(config.algorithm)
+
+
+def make_plan(config: ml_collections.ConfigDict) -> base.Plan:
+    """What every rollout has in common."""
+    s = config.sample
+    return base.Plan(config.groups, config.group_size, s.steps, s.shift, s.guidance)
+
+
+def make_advantage(config: ml_collections.ConfigDict) -> advantage.Advantage:
+    """How rewards become advantages."""
+    return advantage.Advantage(**config.advantage)
+
+
+def make_advantages(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+    """The compiled (scores, off) -> (advantages, valid)."""
+    weights = dict(config.rewards.weights)
+    return advantage.make(mesh, config.group_size, weights, make_advantage(config))
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optimizer.Optimizer:
     """AdamW of the adapters."""
     t = config.train
-    return grpo.make_optimizer(
-        t.learning_rate, weight_decay=t.weight_decay, clip_norm=t.clip_norm, warmup_steps=t.warmup
-    )
+    return optimizer.make_optimizer(
+        t.learning_rate, weight_decay=t.weight_decay, clip_norm=t.clip_norm, eps=t.adam_eps,
+        warmup_steps=t.warmup,
+    )  # fmt: skip
 
 
-def make_state(config: ml_collections.ConfigDict, pipeline: Pipeline) -> grpo.TrainState:
+def make_state(config: ml_collections.ConfigDict, pipeline: Pipeline) -> learning.TrainState:
     """That before the first update, on the pipeline's mesh."""
-    start = partial(grpo.init_state, optimizer=make_optimizer(config))
+    start = partial(
+        learning.init_state, optimizer=make_optimizer(config), algorithm=make_algorithm(config)
+    )
     with jax.set_mesh(pipeline.mesh):
         return jax.jit(start)(pipeline.adapters)
 
@@ -180,20 +200,14 @@ def make_update(
     """The compiled update, (state, base, batch, sigmas, text_null) -> (state, metrics), that keeps
     the state where it lies and, if it may `donate` it, in its own memory."""
     step = partial(
-        grpo.train_step, velocity=pipeline.velocity, optimizer=make_optimizer(config),
-        sampler=make_sampler(config),
+        learning.train_step, algorithm=make_algorithm(config), velocity=pipeline.velocity,
+        optimizer=make_optimizer(config), guidance=config.sample.guidance,
         rules=make_rules(config, sharding.batch_parts(pipeline.mesh)),
     )  # fmt: skip
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     return compiler.Jit(
         step, pipeline.mesh, out_shardings=(places, None), donate_argnums=0 if donate else ()
     )  # fmt: skip
-
-
-def make_sampler(config: ml_collections.ConfigDict) -> Sampler:
-    """The stochastic sampler that rollout and update share."""
-    s = config.sample
-    return Sampler(kind=s.sde, eta=s.eta, level=s.level, guidance=s.guidance)
 
 
 def make_mesh(
@@ -239,17 +253,16 @@ def least_context(
     return min(math.ceil(needed / room), len(devices))
 
 
-def make_rules(config: ml_collections.ConfigDict, parts: int = 1) -> grpo.Rules:
+def make_rules(config: ml_collections.ConfigDict, parts: int = 1) -> learning.Rules:
     """Settings of the update, on a mesh that splits a batch into `parts`."""
     t = config.train
     microbatches = t.microbatches
     if not microbatches:
         mine = config.groups * config.group_size // t.minibatches // parts
         microbatches = max(mine // max(config.sample.videos_at_once, 1), 1)
-    return grpo.Rules(
-        clip=t.clip, kl_weight=t.kl_weight, epochs=t.epochs, minibatches=t.minibatches,
-        microbatches=microbatches, ema_decay=t.ema_decay, ema_every=t.ema_every,
-        equalise=t.equalise,
+    return learning.Rules(
+        epochs=t.epochs, minibatches=t.minibatches, microbatches=microbatches,
+        ema_decay=t.ema_decay, ema_every=t.ema_every,
     )  # fmt: skip
 
 
@@ -346,12 +359,3 @@ def lpips_folder(config: ml_collections.ConfigDict) -> str | None:
         )
     return r.lpips
 
-
-def window_start(config: ml_collections.ConfigDict, update: int, key: jax.Array) -> jax.Array:
-    """First stochastic step of this update, the same for every sample."""
-    s = config.sample
-    if s.window_place == "random":
-        return schedule.random_window(key, s.window, *s.window_range)
-    return schedule.progressive_window(
-        update, s.window, *s.window_range, interval=s.window_interval
-    )

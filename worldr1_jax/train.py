@@ -17,15 +17,15 @@ from clu import parameter_overview
 from flax import nnx
 
 from worldr1_jax import settings
-from worldr1_jax.algorithms import update as grpo
-from worldr1_jax.algorithms.advantage import group_advantage
+from worldr1_jax.algorithms import base
+from worldr1_jax.algorithms import update as learning
 from worldr1_jax.data.loader import Loader, PromptBatch
 from worldr1_jax.evaluation import held_out as evaluate
 from worldr1_jax.files import write_atomically
 from worldr1_jax.mesh import arrays
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards.scorer import NAMES, Reward
-from worldr1_jax.rollout.sample import Sampler, sample_keys
+from worldr1_jax.rollout.sample import sample_keys
 from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
 from worldr1_jax.workdir.checkpoint import Checkpointer, StopSignal, check_workdir
@@ -42,7 +42,8 @@ class Compiled:
     mesh: jax.sharding.Mesh
     pipeline: Pipeline
     reward: Reward
-    sampler: Sampler
+    algorithm: base.Algorithm
+    advantages: Any  # (scores, off) -> (advantages, valid)
     train_step: Any  # (state, base, batch, sigmas, text_null) -> (state, metrics)
     text_null: jax.Array | None  # embedding of the negative prompt, when there is guidance
     keys: tuple[jax.Array, ...]  # of training and of the held-out report
@@ -130,49 +131,44 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 def build(
     config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> tuple[Compiled, grpo.TrainState]:
+) -> tuple[Compiled, learning.TrainState]:
     """Loads the networks and prepares the programs; the state is that before the first update."""
     lora_key, *keys = jax.random.split(jax.random.key(config.seed), 3)
     pipeline = settings.build_pipeline(config, mesh, lora_key)
-    sampler, state = settings.make_sampler(config), settings.make_state(config, pipeline)
+    algorithm, state = settings.make_algorithm(config), settings.make_state(config, pipeline)
     train_step = settings.make_update(config, pipeline, state)
     text_null = None
     if config.sample.guidance != 1:
         text_null = pipeline.encode_one(config.sample.negative_prompt)
     reward = settings.build_reward(config, mesh)
+    advantages = settings.make_advantages(config, mesh)
     programs = Compiled(
-        config, mesh, pipeline, reward, sampler, train_step, text_null, tuple(keys)
+        config, mesh, pipeline, reward, algorithm, advantages, train_step, text_null, tuple(keys)
     )  # fmt: skip
     return programs, state
 
 
 def one_update(
-    programs: Compiled, state: grpo.TrainState, loader: Loader, update: int, timer: StageTimer
-) -> tuple[grpo.TrainState, Outcome]:
+    programs: Compiled, state: learning.TrainState, loader: Loader, update: int, timer: StageTimer
+) -> tuple[learning.TrainState, Outcome]:
     """Rollout, rewards, advantages and the update of the policy."""
     config, pipeline = programs.config, programs.pipeline
 
     # -- prompts and the keys of this update
     batch = loader.batch(update)
-    sample_key, window_key = jax.random.split(jax.random.fold_in(programs.keys[0], update))
+    sample_key, draw_key = jax.random.split(jax.random.fold_in(programs.keys[0], update))
     keys = sample_keys(sample_key, len(batch.prompts))
-    start = settings.window_start(config, update, window_key)
+    draw = programs.algorithm.draw(draw_key, update, settings.make_plan(config))
 
     # -- rollout: text, camera path, starting noise, latents
     with timer("rollout") as wait_for:
         text, paths = pipeline.encode(batch.prompts), pipeline.paths(batch.prompts)
         trajectory = wait_for(
             pipeline.rollout(
-                state.adapters,
-                text,
-                paths,
-                keys,
-                sampler=programs.sampler,
-                text_null=programs.text_null,
-                start=start,
-                width=config.sample.window,
+                programs.algorithm.drawing(state.adapters, state.algorithm), text, paths, keys,
+                text_null=programs.text_null, **draw._asdict(),
             )
-        )
+        )  # fmt: skip
 
     # -- videos and their rewards; the dynamic phase has no 3D rewards, for those would freeze what
     # moves. At full size videos are 46 times their latents: they are decoded as they are scored.
@@ -195,17 +191,14 @@ def one_update(
 
     # -- advantages and update
     with timer("update") as wait_for:
-        advantages = group_advantage(
-            scores.total, config.group_size, scores.valid,
-            std=config.train.advantage_std, clip=config.train.advantage_clip,
-        )  # fmt: skip
-        keys = arrays.keys_to_global(keys, arrays.batched(programs.mesh))
-        step = grpo.make_batch(trajectory, text, advantages, scores.valid, keys)
+        advantages, valid = programs.advantages(scores, off)
         state, learnt = wait_for(
             programs.train_step(
-                state, arrays.awake(pipeline.base), step, pipeline.sigmas, programs.text_null
+                state, arrays.awake(pipeline.base),
+                learning.Batch(trajectory, text, advantages, valid),
+                pipeline.sigmas, programs.text_null,
             )
-        )
+        )  # fmt: skip
     scalars = summarise(scores, learnt, batch.is_dynamic) | timer.collect()
     return state, Outcome(batch, dict(sorted(shown.items())), scores, scalars)
 

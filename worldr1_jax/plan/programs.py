@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from worldr1_jax import settings
-from worldr1_jax.algorithms import update as grpo
+from worldr1_jax.algorithms import update as learning
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.models import lpips, umt5
@@ -36,6 +36,7 @@ from worldr1_jax.policies.wan import Wan
 from worldr1_jax.rewards import reconstruct
 from worldr1_jax.rewards.scorer import Reward
 from worldr1_jax.rollout import schedule
+from worldr1_jax.types import Trajectory
 from worldr1_jax.workdir import checkpoint
 
 PRESETS = {"small": wan_dit.Config.wan_1_3b, "large": wan_dit.Config.wan_14b}
@@ -134,7 +135,10 @@ class Shapes:
     def __init__(self, config: ml_collections.ConfigDict, pipeline: Pipeline):
         mesh, dit = pipeline.mesh, PRESETS[config.variant]()
         self.batch, self.whole = arrays.batched(mesh), arrays.replicated(mesh)
-        self.count, width = config.groups * config.group_size, config.sample.window
+        self.count = config.groups * config.group_size
+        algorithm = settings.make_algorithm(config)
+        self.draw = algorithm.draw(jax.random.key(0), 0, settings.make_plan(config))
+        width = self.draw.width
         # A prompt on each device at a time, until those of all groups are done.
         at_once = sharding.batch_parts(mesh, "sequences")
         self.encoder_turns = -(-config.groups // at_once)
@@ -150,7 +154,10 @@ class Shapes:
         self.keys = self.of(self.count, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
         self.paths = self.of(self.count, config.frames, 4, 4)
         self.latents = _over(mesh, (self.count, *pipeline.latent_shape), *COLUMNS)
-        self.start: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.whole)
+        starts = jnp.shape(self.draw.start)
+        self.start: Any = jax.ShapeDtypeStruct(
+            starts, jnp.int32, sharding=self.batch if starts else self.whole
+        )
         self.states = _over(mesh, (width + 1, *self.latents.shape), None, *COLUMNS)
         self.logs = _over(mesh, (width, self.count), None, "videos")
         frame = (config.height, config.width, 3)
@@ -170,10 +177,13 @@ def lowerings(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Ite
     """Every program of an update in their order, and that of restoring a checkpoint."""
     pipeline, reward = abstract_pipeline(config, mesh), abstract_reward(config, mesh)
     shapes = Shapes(config, pipeline)
-    optimizer = settings.make_optimizer(config)
+    optimizer, algorithm = settings.make_optimizer(config), settings.make_algorithm(config)
     state = _like(
         pipeline.adapters,
-        jax.eval_shape(partial(grpo.init_state, optimizer=optimizer), pipeline.adapters),
+        jax.eval_shape(
+            partial(learning.init_state, optimizer=optimizer, algorithm=algorithm),
+            pipeline.adapters,
+        ),
         shapes.whole,
     )
     sizes = _sizes(config, pipeline, reward, shapes, state)
@@ -214,8 +224,8 @@ def _rollout(config, pipeline: Pipeline, shapes: Shapes, resting: int) -> Loweri
         "rollout",
         lambda: pipeline._rollout.trace(
             pipeline.adapters, pipeline.base, shapes.text, shapes.null, shapes.paths, shapes.keys,
-            shapes.start, None, None, sampler=settings.make_sampler(config),
-            width=config.sample.window,
+            shapes.start, shapes.draw.solver, None, sampler=shapes.draw.sampler,
+            width=shapes.draw.width,
         ),
         needed=config.sample.steps * shapes.count * branches * (linear + scores)
         / pipeline.mesh.size,
@@ -270,22 +280,25 @@ def _reconstruct_flops(config, videos: Any) -> float:
 
 def _update(config, pipeline: Pipeline, shapes: Shapes, state: Any, resting: int) -> Lowering:
     linear, scores, branches = _forward(config, pipeline)
-    rules = settings.make_rules(config, sharding.batch_parts(pipeline.mesh))
-    step: Any = grpo.Batch(
-        shapes.states, shapes.logs, shapes.start, shapes.text, shapes.of(shapes.count),
-        shapes.of(shapes.count, dtype=jnp.bool_), shapes.keys,
+    algorithm, rules = settings.make_algorithm(config), settings.make_rules(config)
+    drawn: Any = Trajectory(
+        shapes.latents, shapes.states, shapes.logs, shapes.start, shapes.keys
+    )  # fmt: skip
+    advantages: Any = shapes.of(shapes.count)
+    step = learning.Batch(
+        drawn, shapes.text, advantages, shapes.of(shapes.count, dtype=jnp.bool_)
     )  # fmt: skip
     update = settings.make_update(config, pipeline, state)
     sigmas: Any = jax.ShapeDtypeStruct(
         (config.sample.steps + 1,), jnp.float32, sharding=shapes.whole
     )
     # Forward, backward through frozen products (as much again) and through attention (twice), and
-    # the forward of the policy without adapters where there is a KL.
-    once = 2 * linear + 3 * scores + (linear + scores if rules.kl_weight else 0)
+    # the forwards of policies that are only compared with.
+    once = 2 * linear + 3 * scores + algorithm.forwards * (linear + scores)
     return Lowering(
         "update",
         lambda: update.trace(state, pipeline.base, step, sigmas, shapes.null),
-        needed=config.sample.window * rules.epochs * shapes.count * branches * once
+        needed=algorithm.terms * rules.epochs * shapes.count * branches * once
         / pipeline.mesh.size,
         resting=resting,
     )  # fmt: skip

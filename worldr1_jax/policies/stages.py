@@ -170,7 +170,7 @@ class Pipeline:
         *,
         sampler: sampling.Sampler,
         text_null: Float[Array, "N D"] | None = None,
-        start: int | Array = 0,
+        start: int | Array = 0,  # of all videos, or of each
         width: int = 0,
         solver: unipc.UniPC | None = None,
         noise: Float[np.ndarray, "B f h w C"] | None = None,
@@ -197,8 +197,13 @@ class Pipeline:
         with arrays.on(self.mesh):
             return self._rollout(
                 adapters, arrays.awake(self.base), text, text_null, asked, keys,
-                jnp.asarray(start, jnp.int32), solver, given, sampler=sampler, width=width,
+                self._start(start), solver, given, sampler=sampler, width=width,
             )  # fmt: skip
+
+    def _start(self, start) -> Array:
+        """First steps of the windows: of all videos, or one each, over the mesh."""
+        start = np.asarray(start, np.int32)
+        return placed(start, self.mesh, "videos") if start.ndim else jnp.asarray(start)
 
     def decode(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
         """Latents to videos in [0, 1]."""
