@@ -24,7 +24,8 @@ def main() -> None:
     import jax
 
     from worldr1_jax import settings, train
-    from worldr1_jax.plan.programs import matmul_flops_of_stages
+    from worldr1_jax.plan.flops import jaxpr_flops
+    from worldr1_jax.plan.programs import Shapes, every
     from worldr1_jax.timing import StageTimer
 
     config = cli.CONFIG.value
@@ -40,7 +41,11 @@ def main() -> None:
             # Of the main phase always: the loader's dynamic prompts have fewer rewards.
             state, _ = train.one_update(programs, state, loader, update, timer)
             runs.append(timer.collect())
-        flops = matmul_flops_of_stages(found, programs, state)
+        shapes = Shapes(found, programs.pipeline)
+        flops = {
+            program.name: program.times * jaxpr_flops(program.trace().jaxpr.jaxpr)
+            for program in every(found, programs.pipeline, programs.scorer, shapes, state)
+        }
     names = [name for name in runs[0] if all(name in run for run in runs)]
     seconds = {name: float(np.median([run[name] for run in runs[1:]])) for name in names}
     total, rate = sum(seconds.values()), _matmul_rate(mesh.size)

@@ -175,7 +175,7 @@ def _check_dynamic(found: Settings) -> None:
         if any(member not in choice.rewards for member in choice.members(name)):
             known = ", ".join([*choice.rewards, "general"])
             raise ValueError(f"dynamic.off names '{name}': the rewards are {known}")
-    off = {member for name in dynamic.off for member in choice.members(name)}
+    off = set(choice.meant(dynamic.off))
     if dynamic.dynamic_updates and not set(choice.counted()) - off:
         raise ValueError("dynamic.off leaves no reward that counts: name fewer, or weigh another")
 

@@ -176,7 +176,9 @@ def one_update(
     if (update + 1) % run.videos_every == 0 or update == 0:
         saved = range(0, run.videos, run.group_size)[:4]
     shown: dict[int, np.ndarray] = {}
-    off = (*found.rewards.measured(), *(found.dynamic.off if batch.is_dynamic else ()))
+    off = found.rewards.measured()
+    if batch.is_dynamic:
+        off = (*off, *found.rewards.meant(found.dynamic.off))
     scores = episode.judge(
         pipeline, programs.scorer, rolled, off=off, timer=timer, wanted=saved,
         seen=shown.__setitem__,

@@ -88,6 +88,10 @@ class Shape(Protocol):
     def heads(self) -> int:
         """Attention heads of the denoiser."""
 
+    @property
+    def text_width(self) -> int:
+        """D of the embeddings."""
+
     def latents(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
         """(f, h, w, C) of the latents of a video of (frames, height, width) pixels.
 
@@ -108,13 +112,18 @@ class Policy(Protocol):
       shape: see there.
     """
 
-    networks: Mapping[str, nnx.Module]
-    shape: Any
+    @property
+    def networks(self) -> Mapping[str, nnx.Module]:
+        """By name."""
+
+    @property
+    def shape(self) -> Any:
+        """A `Shape`."""
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, ...]:
         """Arrays [B ...] that `embed` takes; on the host."""
 
-    def embed(self, networks: Any, *tokens: Array) -> Float[Array, "B N D"]:
+    def embed(self, networks: Any, tokens: tuple[Array, ...]) -> Float[Array, "B N D"]:
         """Prompts to embeddings, padded places at zero."""
 
     def velocity(

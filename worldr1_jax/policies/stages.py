@@ -107,7 +107,7 @@ class TextStage:
             return self._members(rows, members)
 
     def _embed(self, state, *tokens):
-        found = self._policy.embed({TEXT: nnx.merge(self._graph, state)}, *tokens)
+        found = self._policy.embed({TEXT: nnx.merge(self._graph, state)}, tokens)
         return sharding.constrain(found, "sequences", None, None)
 
     def _rows_of(self, rows, members):
@@ -202,7 +202,7 @@ class Pipeline:
         *,
         sampler: sampling.Sampler,
         text_null: Float[Array, "N D"] | None = None,
-        start: int | Array = 0,
+        start: int | Array = 0,  # of all videos, or of each
         width: int = 0,
         solver: unipc.UniPC | None = None,
         noise: Float[np.ndarray, "B f h w C"] | None = None,
@@ -229,7 +229,7 @@ class Pipeline:
         with arrays.on(self.mesh):
             return self._rollout(
                 adapters, arrays.awake(self.base), text, text_null, asked, keys,
-                jnp.asarray(start, jnp.int32), solver, given, sampler=sampler, width=width,
+                self._start(start), solver, given, sampler=sampler, width=width,
             )  # fmt: skip
 
     def roll(
@@ -247,6 +247,11 @@ class Pipeline:
             text, paths = self.encode(prompts), self.paths(prompts)
             found = wait_for(self.rollout(adapters, text, paths, keys, **draw))
         return Rolled(prompts, text, paths, found)
+
+    def _start(self, start) -> Array:
+        """First steps of the windows: of all videos, or one each, over the mesh."""
+        start = np.asarray(start, np.int32)
+        return placed(start, self.mesh, "videos") if start.ndim else jnp.asarray(start)
 
     def decode(self, latents: Float[Array, "B f h w C"]) -> Float[Array, "B F H W 3"]:
         """Latents to videos in [0, 1]."""

@@ -62,6 +62,10 @@ class Shape:
     def heads(self) -> int:
         return self.dit.num_attention_heads
 
+    @property
+    def text_width(self) -> int:
+        return self.dit.text_dim
+
     def latents(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
         frames, height, width = size
         space, time = self.vae.spatial_compression, self.vae.temporal_compression
@@ -104,7 +108,8 @@ class Wan:
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return tokenize(self.tokenizer, prompts, self.tokens)
 
-    def embed(self, networks: Any, ids: Array, mask: Array) -> Float[Array, "B N D"]:
+    def embed(self, networks: Any, tokens: tuple[Array, ...]) -> Float[Array, "B N D"]:
+        ids, mask = tokens
         return umt5.zero_padding(networks[TEXT](ids, mask), mask)
 
     def velocity(
@@ -226,11 +231,11 @@ def load(
         state = nnx.state(dit, nnx.LoRAParam)
         nnx.update(dit, jax.device_put(state, arrays.replicated(mesh)))
     vae = wan_vae.load(found["vae"], mesh=mesh)  # float32, as published
-    networks = {POLICY: dit, VAE: vae}
+    networks: dict[str, Any] = {POLICY: dit, VAE: vae}
     if not text:
         return Wan(networks, None, tokens)
     encoder = load_text(folder, mesh=mesh, tokens=tokens, dtype=dtype)
-    return Wan(networks | encoder.networks, encoder.tokenizer, tokens)
+    return Wan({**networks, **encoder.networks}, encoder.tokenizer, tokens)
 
 
 def load_text(
@@ -242,6 +247,11 @@ def load_text(
     found = parts(folder)
     encoder = umt5.load(found["text_encoder"], dtype=dtype, mesh=mesh)
     return Wan({TEXT: encoder}, AutoTokenizer.from_pretrained(str(found["tokenizer"])), tokens)
+
+
+def published(size: str) -> Shape:
+    """The shape of a published size, of SIZES."""
+    return Shape(SIZES[size](), wan_vae.Config.wan2_1())
 
 
 def described(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from worldr1_jax.rewards.base import CAMERAS, GAUSSIANS, Reward, find
@@ -42,6 +42,10 @@ class Choice:
         if name == GENERAL:
             return tuple(self.general)
         return (name,)
+
+    def meant(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The rewards that names of the config mean."""
+        return tuple(member for name in names for member in self.members(name))
 
     def counted(self) -> tuple[str, ...]:
         """Rewards that count."""
