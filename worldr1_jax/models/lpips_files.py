@@ -32,14 +32,14 @@ def convert_published(trunk: str | Path, heads: str | Path, folder: str | Path) 
     kept = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("classifier.")}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(kept, Path(folder) / lpips.FILENAME)
-    lpips.load(folder)  # strictly: a file of another network is refused here, not when training starts
+    lpips.load(folder)  # strictly: a wrong file is refused here, not when training starts
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Writes what `rewards.recon.lpips` reads."""
     parser = argparse.ArgumentParser(prog="python -m worldr1_jax.models.lpips_files")
     parser.add_argument("--trunk", required=True, help="torchvision's alexnet-owt-7be5be79.pth")
-    parser.add_argument("--heads", help="lpips' weights/v0.1/alex.pth; by default the installed one")
+    parser.add_argument("--heads", help="lpips' weights/v0.1/alex.pth; by default as installed")
     parser.add_argument("--folder", required=True, help="where model.safetensors is written")
     flags = parser.parse_args(arguments)
     package = importlib.util.find_spec("lpips")
