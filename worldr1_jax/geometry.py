@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
+
+
+def root(values: Float[Array, "*b"], rounding: float = 0.0) -> Float[Array, "*b"]:
+    """Square root of values >= 0, whose gradient is 0 at 0, and wherever a value is not above what
+    `rounding` alone can make of 0.
+
+    Where a length or a spread is measured, 0 is its minimum, so that 0 is a subgradient; the
+    infinite one turns into NaN as soon as it is multiplied by the 0 behind it.
+    """
+    steep = values > rounding
+    exact = lax.stop_gradient(jnp.sqrt(values))
+    return jnp.where(steep, jnp.sqrt(jnp.where(steep, values, 1.0)), exact)
+
+
+def length(vectors: Float[Array, "*b D"]) -> Float[Array, "*b"]:
+    """Euclidean length; its gradient at the zero vector is 0."""
+    return root(jnp.sum(vectors * vectors, axis=-1))
 
 
 def quaternion_to_matrix(quaternion: Float[Array, "*b 4"]) -> Float[Array, "*b 3 3"]:
@@ -99,7 +117,7 @@ def rotation_angle(matrix: Float[Array, "*batch 3 3"]) -> Float[Array, "*batch"]
     """Angle of a rotation in [0, pi], radians.
 
     From sine and cosine together: arccos of the trace alone cannot tell angles below about 0.03
-    degrees apart in float32, and is NaN when rounding takes the trace above 3.
+    degrees apart in float32, and is NaN when rounding takes the trace above 3. The gradient at the identity is 0.
     """
     skew = jnp.stack(
         [
@@ -109,4 +127,4 @@ def rotation_angle(matrix: Float[Array, "*batch 3 3"]) -> Float[Array, "*batch"]
         ],
         axis=-1,
     )
-    return jnp.arctan2(jnp.linalg.norm(skew, axis=-1), jnp.trace(matrix, axis1=-2, axis2=-1) - 1.0)
+    return jnp.arctan2(length(skew), jnp.trace(matrix, axis1=-2, axis2=-1) - 1.0)

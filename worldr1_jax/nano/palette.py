@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from worldr1_jax.geometry import length as length_of
+
 # Colour words and their sRGB-like values, far apart in hue; white is told by brightness.
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.85, 0.10, 0.10),
@@ -55,7 +57,7 @@ def palette(
     matter, but a pixel has to be saturated (or, for white, bright). A prompt that names no colour
     scores 1: nothing it asked for is missing.
     """
-    length = jnp.linalg.norm(videos, axis=-1, keepdims=True)
+    length = length_of(videos)[..., None]  # 0, without a gradient, where black
     direction = videos / jnp.maximum(length, 1e-3)
     wanted = colors / jnp.maximum(jnp.linalg.norm(colors, axis=-1, keepdims=True), 1e-3)
 

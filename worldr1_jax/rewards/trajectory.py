@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from worldr1_jax.geometry import rotation_angle
+from worldr1_jax.geometry import length as length_of
+from worldr1_jax.geometry import root, rotation_angle
 
 SHARPNESS = 1.5  # score = exp(-SHARPNESS * squared relative error): a still camera gets 0.22
 ROTATION_TOLERANCE = 6.0  # degrees; the unit of rotation errors on paths that turn less than this
@@ -106,7 +107,7 @@ def errors(
     paths = _align(asked, recovered, depth_scale)
     depth = jnp.broadcast_to(jnp.asarray(depth_scale, jnp.float32), asked.shape[:1])
     _, moves = _length(paths)
-    farthest = jnp.max(jnp.linalg.norm(paths.asked, axis=-1), axis=-1)
+    farthest = jnp.max(length_of(paths.asked), axis=-1)
     on_path = (paths.aligned - paths.asked) / jnp.where(moves, farthest, 1.0)[:, None, None]
     drift = paths.recovered / depth[:, None, None]
     offsets = jnp.where(moves[:, None, None], on_path, drift)
@@ -114,8 +115,8 @@ def errors(
     squared = jnp.sum(turns**2, axis=(-2, -1)) + jnp.sum(offsets**2, axis=-1)
     return {
         "rot_err": jnp.sum(paths.angles, axis=-1),
-        "trans_err": jnp.sum(jnp.linalg.norm(offsets, axis=-1), axis=-1),
-        "cam_mc": jnp.sum(jnp.sqrt(squared), axis=-1),
+        "trans_err": jnp.sum(length_of(offsets), axis=-1),
+        "cam_mc": jnp.sum(root(squared), axis=-1),
     }
 
 
@@ -137,8 +138,8 @@ def _relative_errors(
     paths = _align(asked, recovered, depth_scale)
     depth = jnp.broadcast_to(jnp.asarray(depth_scale, jnp.float32), asked.shape[:1])
     length, moves = _length(paths)
-    off_path = _rms(jnp.linalg.norm(paths.aligned - paths.asked, axis=-1)) / length
-    drift = _rms(jnp.linalg.norm(paths.recovered, axis=-1)) / (TRANSLATION_TOLERANCE * depth)
+    off_path = _rms(length_of(paths.aligned - paths.asked)) / length
+    drift = _rms(length_of(paths.recovered)) / (TRANSLATION_TOLERANCE * depth)
     unit = jnp.maximum(_rms(paths.turned), jnp.deg2rad(ROTATION_TOLERANCE))
     return jnp.where(moves, off_path, drift), _rms(paths.angles) / unit
 
@@ -182,10 +183,10 @@ def _align(asked: Array, recovered: Array, depth_scale: float | Array) -> _Align
 
 def _length(paths: _Alignment) -> tuple[Float[Array, " B"], Array]:
     """rms displacement asked for (1 where there is none), and whether there is any."""
-    length = _rms(jnp.linalg.norm(paths.asked, axis=-1))
+    length = _rms(length_of(paths.asked))
     moves = length > _NO_TRANSLATION
     return jnp.where(moves, length, 1.0), moves
 
 
 def _rms(values: Float[Array, "B F"]) -> Float[Array, " B"]:
-    return jnp.sqrt(jnp.mean(values**2, axis=-1))
+    return root(jnp.mean(values**2, axis=-1))
