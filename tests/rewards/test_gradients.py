@@ -29,7 +29,8 @@ def agree(function, at, *, step, where=1.0, tolerance=0.03, seed=0):
     direction = where * (gradient / jnp.linalg.norm(gradient) + noise / jnp.linalg.norm(noise))
     direction = direction / jnp.linalg.norm(direction)
     want = float(jnp.sum(gradient * direction))
-    assert float(slope(lambda x: both(x)[0], at, direction, step)) == pytest.approx(want, rel=tolerance)
+    got = float(slope(lambda x: both(x)[0], at, direction, step))
+    assert got == pytest.approx(want, rel=tolerance)
 
 
 def test_root_and_length():

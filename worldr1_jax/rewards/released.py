@@ -23,8 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from worldr1_jax.geometry import length as length_of
-from worldr1_jax.geometry import rotation_angle
-from worldr1_jax.rewards.trajectory import relative_to_first
+from worldr1_jax.geometry import relative_to_first, rotation_angle
 
 STILL_UNITS, STILL_DEGREES = 1e-4, 1e-3  # a path below these asks for no translation, no rotation
 EPS = 1e-6
@@ -86,8 +85,9 @@ def motion_profile(
     or exp(-L / 3) and exp(-T / 5) where nothing of the kind is asked for. The score is their mean,
     or 0.8 and 0.2 where only one is asked for, or their product where none is.
     """
-    turns, positions = (x[0] for x in relative_to_first(asked[None]))
-    found_turns, found = (x[0] for x in relative_to_first(recovered[None]))
+    path, found_path = relative_to_first(asked), relative_to_first(recovered)
+    turns, positions = path[..., :3, :3], path[..., :3, 3]
+    found_turns, found = found_path[..., :3, :3], found_path[..., :3, 3]
     length, found_length = _length(positions), _length(found)
     turning, found_turning = _turning(turns), _turning(found_turns)
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from worldr1_jax.geometry import length as length_of
-from worldr1_jax.geometry import root, rotation_angle
+from worldr1_jax.geometry import relative_to_first, root, rotation_angle
 
 SHARPNESS = 1.5  # score = exp(-SHARPNESS * squared relative error): a still camera gets 0.22
 ROTATION_TOLERANCE = 6.0  # degrees; the unit of rotation errors on paths that turn less than this
@@ -120,17 +120,6 @@ def errors(
     }
 
 
-def relative_to_first(
-    camtoworld: Float[Array, "B F 4 4"],
-) -> tuple[Float[Array, "B F 3 3"], Float[Array, "B F 3"]]:
-    """Rotations and positions of a path in the frame of its first camera."""
-    to_first = camtoworld[:, 0, :3, :3].swapaxes(-1, -2)
-    exact = lax.Precision.HIGHEST
-    rotations = jnp.einsum("bij,bfjk->bfik", to_first, camtoworld[..., :3, :3], precision=exact)
-    offsets = camtoworld[..., :3, 3] - camtoworld[:, :1, :3, 3]
-    return rotations, jnp.einsum("bij,bfj->bfi", to_first, offsets, precision=exact)
-
-
 def _relative_errors(
     asked: Array, recovered: Array, depth_scale: float | Array
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
@@ -171,8 +160,9 @@ def _align(asked: Array, recovered: Array, depth_scale: float | Array) -> _Align
             f"asked has shape {asked.shape} and recovered {recovered.shape}, "
             "want two equal shapes (B, F, 4, 4)"
         )
-    turns, positions = relative_to_first(jnp.asarray(asked, jnp.float32))
-    found_turns, found = relative_to_first(jnp.asarray(recovered, jnp.float32))
+    path, found_path = (relative_to_first(jnp.asarray(x, jnp.float32)) for x in (asked, recovered))
+    turns, positions = path[..., :3, :3], path[..., :3, 3]
+    found_turns, found = found_path[..., :3, :3], found_path[..., :3, 3]
     between = jnp.einsum("bfji,bfjk->bfik", turns, found_turns, precision=lax.Precision.HIGHEST)
     noise = asked.shape[1] * (STILL * jnp.asarray(depth_scale, jnp.float32)) ** 2
     scale = jnp.sum(found * positions, axis=(1, 2)) / (jnp.sum(found**2, axis=(1, 2)) + noise)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from worldr1_jax.geometry import harmonics, rotation_matrix
+from worldr1_jax.geometry import harmonics, quaternion_to_matrix
 from worldr1_jax.types import Gaussians
 
 EPS2D = 0.3  # px^2, added to the projected covariance: a low-pass of about half a pixel
@@ -36,7 +36,7 @@ def covariance(
     quaternions: Float[Array, "*batch 4"], scales: Float[Array, "*batch 3"]
 ) -> Float[Array, "*batch 3 3"]:
     """World covariance R diag(scales^2) R^T of each Gaussian; world units squared."""
-    half = rotation_matrix(quaternions) * scales[..., None, :]
+    half = quaternion_to_matrix(quaternions) * scales[..., None, :]
     return jnp.sum(half[..., :, None, :] * half[..., None, :, :], axis=-1)
 
 
@@ -115,7 +115,7 @@ def project(
     wide = jnp.maximum(fx, fy) / z * jnp.max(jnp.abs(gaussians.scales), axis=-1)
     in_front = in_front & (wide < WIDEST)
     scales = jnp.where(in_front[:, None], gaussians.scales, 0.0)
-    half = rotation_matrix(gaussians.quaternions) * scales[:, None, :]
+    half = quaternion_to_matrix(gaussians.quaternions) * scales[:, None, :]
     half = jnp.einsum("ij,njk->ikn", to_camera, half, precision=lax.Precision.HIGHEST)
     half_x = fx / z * (half[0] - slope_x * half[2])
     half_y = fy / z * (half[1] - slope_y * half[2])
