@@ -6,6 +6,7 @@ the network (`models.da3.gaussians`). Axes and poses: `types`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,7 +142,8 @@ def harmonics(
         raise ValueError(f"sh has {count} coefficients, want 1, 4 or 9 (degree 0, 1 or 2)")
     bands = [sh_band(band, directions) for band in range(round(count**0.5))]
     basis = jnp.concatenate(bands, axis=-1)
-    return sum(basis[..., k, None] * sh[..., k, :] for k in range(count))
+    terms = [basis[..., k, None] * sh[..., k, :] for k in range(count)]
+    return functools.reduce(jnp.add, terms)
 
 
 def rotation_angle(matrix: Float[Array, "*batch 3 3"]) -> Float[Array, "*batch"]:
