@@ -113,7 +113,9 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.rewards.trajectory = ml_collections.ConfigDict()  # (rewards/trajectory.py: Trajectory)
     # typical depth in the 3D network's units; scales the tolerance on still cameras
     c.rewards.trajectory.depth_scale = 1.0
-    c.rewards.trajectory.mode = "paper"  # or "released": by the formula of World-R1's code
+    # "paper"; "segments": run by run; "released": by the formula of World-R1's code
+    c.rewards.trajectory.mode = "paper"
+    c.rewards.trajectory.segment = 3  # frames of a run, of those that are reconstructed
 
     # What learns, with its fields (algorithms/base.py); :nano,nft names another.
     c.algorithm = ml_collections.ConfigDict(base.section(algorithm))
