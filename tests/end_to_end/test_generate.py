@@ -96,9 +96,9 @@ def test_names_and_prompt_files(tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffone\n\n  two \n")
     assert generate.read_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="is not UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8 on line 1"):
         generate.read_prompts(str(tmp_path / "prompts.txt"))
-    with pytest.raises(ValueError, match="nowhere cannot be read"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         generate.read_prompts("nowhere")
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax import geometry
 from worldr1_jax.mesh.placement import Rules
 from worldr1_jax.nn.convolution import convolve
 from worldr1_jax.weights import convert
@@ -84,7 +85,7 @@ class LPIPS(nnx.Module):
         maps = self.features(jnp.concatenate([a, b]))
         total = jnp.zeros(a.shape[0])
         for head, both in zip(self.heads, maps, strict=True):
-            length = jnp.sqrt(jnp.sum(both * both, axis=-1, keepdims=True))
+            length = geometry.length(both)[..., None]
             one, other = jnp.split(both / (length + EPS), 2)
             total += jnp.mean(jnp.sum((one - other) ** 2 * head[...][0, 0, :, 0], -1), (1, 2))
         return total
