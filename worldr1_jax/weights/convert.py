@@ -39,7 +39,7 @@ Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 # kind -> axes of the publisher's tensor in our order. Torch keeps weights [out, in, *kernel]; we
 # keep [*kernel, in, out].
-_AXES: dict[str, tuple[int, ...] | None] = {
+AXES: dict[str, tuple[int, ...] | None] = {
     "copy": None,
     "linear": (1, 0),
     "conv1d": (2, 1, 0),
@@ -51,7 +51,7 @@ _AXES: dict[str, tuple[int, ...] | None] = {
 
 # Dtypes that may be cast to a leaf's. fp8 files are not among them: their values mean nothing
 # without the scales that their makers keep elsewhere.
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Source(NamedTuple):
@@ -120,9 +120,9 @@ def load(
       ValueError: a missing, truncated or unreadable file, an unknown or doubled key, an unfilled
         leaf, a wrong shape or dtype, or a number that is not finite. The model is then as it was.
     """
-    leaves = _leaves(model, skip_leaves)
+    found = leaves(model, skip_leaves)
     targets = {}
-    for name, variable in leaves.items():
+    for name, variable in found.items():
         value = variable.get_raw_value()
         sharding = shardings(name, tuple(value.shape)) if shardings else None
         if sharding is None and mesh is not None:
@@ -133,7 +133,7 @@ def load(
     else:
         sources = _match(Path(path), table, repeats or {}, ignore, targets)
         values = {name: _fill(sources[name], target) for name, target in targets.items()}
-    for name, variable in leaves.items():
+    for name, variable in found.items():
         variable.set_raw_value(values[name])
     return model
 
@@ -151,12 +151,12 @@ def save(
     """Writes config.json and one safetensors file with the publisher's names, shapes and axis
     order."""
     folder = files.make_folder(folder)
-    leaves = _leaves(model, nnx.LoRAParam)
+    found = leaves(model)
     tensors = {}
     for key, (leaf, index, kind) in _expand(table, repeats or {}):
-        value = np.asarray(leaves[leaf].get_raw_value())
+        value = np.asarray(found[leaf].get_raw_value())
         value = value if index is None else value[index]
-        axes = _AXES[kind]
+        axes = AXES[kind]
         value = value if axes is None else np.transpose(value, np.argsort(axes))
         tensors[key] = np.ascontiguousarray(value.astype(dtype) if dtype else value)
     write_tensors(tensors, folder / filename, {"format": "pt"})
@@ -176,8 +176,8 @@ def write_tensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str
 def store(model: nnx.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
     """Writes config.json and an Orbax folder that `load` restores onto any mesh (see stored.py);
     adapters are not written. Every process of a mesh has to call it."""
-    leaves = _leaves(model, nnx.LoRAParam)
-    stored.save(folder, {name: leaf.get_raw_value() for name, leaf in leaves.items()})
+    found = leaves(model)
+    stored.save(folder, {name: leaf.get_raw_value() for name, leaf in found.items()})
     if jax.process_index() == 0:
         _write_config(Path(folder), config)
 
@@ -187,7 +187,10 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
     files.write_atomically(folder / "config.json", f"{text}\n".encode())
 
 
-def _leaves(model: nnx.Module, skip: type[nnx.Variable] | None) -> dict[str, nnx.Variable]:
+def leaves(
+    model: nnx.Module, skip: type[nnx.Variable] | None = nnx.LoRAParam
+) -> dict[str, nnx.Variable]:
+    """The parameters of a network by path, but those of the type `skip`."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     graph = {leaf_path(path): variable for path, variable in flat}
     live = {
@@ -203,7 +206,7 @@ def _expand(
     key once."""
     seen = set()
     for pattern, path, kind in table:
-        if kind not in _AXES:
+        if kind not in AXES:
             raise ValueError(f"unknown kind '{kind}' in the table row of '{pattern}'")
         names = re.findall(r"\{(\w+)\}", pattern)
         stacked = [n for n in names if f"{{{n}}}" not in path]
@@ -256,7 +259,7 @@ def _match(
     for key, (leaf, index, kind) in wanted.items():
         if key not in tensors:
             raise ValueError(f"{path} lacks the key '{key}', which fills the leaf '{leaf}'")
-        sources.setdefault(leaf, []).append(Source(index, tensors[key], _AXES[kind]))
+        sources.setdefault(leaf, []).append(Source(index, tensors[key], AXES[kind]))
     for leaf, target in targets.items():
         if leaf not in sources:
             raise ValueError(f"no key of {path} fills the leaf '{leaf}'")
@@ -267,16 +270,21 @@ def _match(
 
 
 def _check_dtype(path: Path, tensor: Tensor) -> None:
-    if tensor.dtype not in _FLOATS:
-        names = {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U8": "uint8"}
+    if tensor.dtype not in FLOATS:
         raise ValueError(
-            f"{path}: '{tensor.key}' is stored as {names.get(tensor.dtype, tensor.dtype)}, not as "
-            "a float of 16 bits or more: give the release in bf16, fp16 or fp32"
+            f"{path}: '{tensor.key}' is stored as {dtype_name(tensor)}, not as a float of 16 bits "
+            "or more: give the release in bf16, fp16 or fp32"
         )
 
 
+def dtype_name(tensor: Tensor) -> str:
+    """A dtype as messages name it."""
+    names = {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U8": "uint8"}
+    return names.get(tensor.dtype, tensor.dtype)
+
+
 def _check_shape(path: Path, tensor: Tensor, leaf: str, shape: tuple[int, ...], kind: str) -> None:
-    axes = _AXES[kind]
+    axes = AXES[kind]
     if axes is not None and len(axes) == len(shape):
         shape = tuple(shape[axes.index(axis)] for axis in range(len(axes)))
     if tensor.shape != shape:
