@@ -15,7 +15,7 @@ from worldr1_jax import media
 from worldr1_jax.camera import trajectory
 from worldr1_jax.evaluation import scoring
 from worldr1_jax.media import write_mp4
-from worldr1_jax.rewards.scorer import build
+from worldr1_jax.rewards import build
 
 PROMPT = "Camera push in. A red sphere."
 NANO = trajectory.Magnitudes.nano()
@@ -23,7 +23,8 @@ NANO = trajectory.Magnitudes.nano()
 
 @pytest.fixture(scope="module")
 def reward():
-    return build({"recon": 1.0, "trajectory": 1.0, "general": 1.0}, da3="nano")
+    weights = {"recon": 1.0, "trajectory": 1.0, "general": 1.0, "mvcs": 0.0}
+    return build(weights, recon={"likeness": "ssim"})
 
 
 def noise(*shape):
