@@ -33,8 +33,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11"],
-        # Oracles. torch is pinned to a version with a CPU build. depth-anything-3 and gsplat are
-        # installed beside it without their dependencies (see .ci/run).
+        # Oracles. torch is pinned to a version with a CPU build. depth-anything-3, gsplat, lpips
+        # and open_clip_torch are installed beside it without their dependencies (see .ci/run).
         "parity": [
             "torch==2.13.0",
             "diffusers>=0.42",
@@ -46,6 +46,8 @@ setup(
             "e3nn",
             "opencv-python-headless",  # the resize of depth-anything-3
             "rich",
+            "ftfy",  # the tokenizer of open_clip_torch
+            "regex",
             "pytest>=8",
             "hypothesis>=6",
         ],

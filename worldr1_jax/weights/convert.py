@@ -155,7 +155,8 @@ def save(
         value = value if index is None else value[index]
         axes = _AXES[kind]
         value = value if axes is None else np.transpose(value, np.argsort(axes))
-        tensors[key] = np.ascontiguousarray(value.astype(dtype) if dtype else value)
+        # not ascontiguousarray, which gives scalars an axis
+        tensors[key] = np.asarray(value.astype(dtype) if dtype else value, order="C")
     save_file(tensors, folder / filename, metadata={"format": "pt"})
     if config is not None:
         _write_config(folder, config)

@@ -13,11 +13,11 @@ model.py is the network, names.py its files, preprocess.py and tokens.py what go
 
 from worldr1_jax.models.clip.config import Config, Tower
 from worldr1_jax.models.clip.model import CLIP
-from worldr1_jax.models.clip.names import PLACES, load, read_config, save
-from worldr1_jax.models.clip.preprocess import FITS, preprocess
+from worldr1_jax.models.clip.names import PLACES, load, read_config, save, table
+from worldr1_jax.models.clip.preprocess import FITS, MEAN, STD, preprocess
 from worldr1_jax.models.clip.tokens import Tokenizer
 
 __all__ = [
-    "CLIP", "FITS", "PLACES", "Config", "Tokenizer", "Tower", "load", "preprocess", "read_config",
-    "save",
+    "CLIP", "FITS", "MEAN", "PLACES", "STD", "Config", "Tokenizer", "Tower", "load", "preprocess",
+    "read_config", "save", "table",
 ]  # fmt: skip

@@ -139,6 +139,7 @@ class Config:
         text = {
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_position_embeddings,
+            "bos_token_id": None,  # nothing here reads it, and its default is of another vocabulary
             "eos_token_id": _LARGEST if self.eos_token_id is None else self.eos_token_id,
         }
         shared = {"projection_dim": self.projection_dim}
