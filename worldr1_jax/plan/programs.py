@@ -86,9 +86,14 @@ def abstract_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
         )  # fmt: skip
 
     dit, vae, text = (
-        _abstract(make, name, mesh)
-        for make, name in ((make_dit, "wan_dit"), (make_vae, "wan_vae"), (make_text, "umt5"))
+        _abstract(make, places, mesh)
+        for make, places in (
+            (make_dit, wan_dit.PLACES),
+            (make_vae, wan_vae.PLACES),
+            (make_text, umt5.PLACES),
+        )
     )
+    sharding.describe(dit, wan_dit.ADAPTER_PLACES, mesh, sharding.ADAPTERS)
     s = config.sample
     sigmas: Any = np.asarray(schedule.sigmas(s.steps, s.shift))  # no device to put it on
     wan = Wan(dit, vae, text, None, config.policy.text_tokens)
@@ -120,7 +125,7 @@ def abstract_reward(
         state = jax.tree.map(partial(_described, place=whole), nnx.state(distance))
         nnx.update(distance, state)
     return Reward(
-        dict(r.weights), _abstract(make_network, "da3", mesh), mesh,
+        dict(r.weights), _abstract(make_network, da3.PLACES, mesh), mesh,
         frame_stride=r.frame_stride, views=r.views or None,
         depth_scale=r.depth_scale, distance=distance, mode=r.mode,
         gaussian_frames=r.gaussian_frames or None, videos_at_once=config.sample.videos_at_once,
@@ -340,8 +345,8 @@ def _described(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _abstract(make: Callable[[], nnx.Module], table: str, mesh: jax.sharding.Mesh) -> Any:
-    return sharding.describe(nnx.eval_shape(make), table, mesh)
+def _abstract(make: Callable[[], nnx.Module], places: Any, mesh: jax.sharding.Mesh) -> Any:
+    return sharding.describe(nnx.eval_shape(make), places, mesh)
 
 
 def _like(adapters: Any, state: Any, whole: Any) -> Any:

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from worldr1_jax.mesh import arrays
-from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
@@ -128,7 +127,7 @@ def load(
 
     Args:
       folder: of either layout, or what `store` wrote.
-      mesh: where the networks lie, by the tables of mesh/placement.py.
+      mesh: where the networks lie, by their tables PLACES.
       tokens: padded length of prompts.
       dtype: of matmuls and their resting kernels; norms and the VAE stay float32.
       remat: see wan_dit.WanDiT.
@@ -145,12 +144,11 @@ def load(
         dtype=dtype,
         remat=remat,
         mesh=mesh,
-        shardings=sharding.placer("wan_dit", mesh),
     )
     if lora_rank:
         with jax.set_mesh(mesh):
             lora.add(dit, lora_rank, lora_alpha, nnx.Rngs(key if key is not None else 0))
-        sharding.place(dit, "wan_dit", mesh)
+        placement.place(dit, wan_dit.ADAPTER_PLACES, mesh, placement.ADAPTERS)
     if adapters is not None:
         lora.attach(dit, adapters)
         state = nnx.state(dit, nnx.LoRAParam)
@@ -169,7 +167,9 @@ def load_text(
 
     found = parts(folder)
     encoder = umt5.load(
-        found["text_encoder"], dtype=dtype, mesh=mesh, shardings=sharding.placer("umt5", mesh)
+        found["text_encoder"],
+        dtype=dtype,
+        mesh=mesh,
     )
     return encoder, AutoTokenizer.from_pretrained(str(found["tokenizer"]))
 
@@ -213,7 +213,9 @@ def store(
 
     # Each network goes before the next one is read: a host holds one at a time.
     dit = wan_dit.load(
-        found["transformer"], dtype=dtype, mesh=mesh, shardings=sharding.placer("wan_dit", mesh)
+        found["transformer"],
+        dtype=dtype,
+        mesh=mesh,
     )
     if adapters is not None:
         lora.merge(lora.attach(dit, adapters))
@@ -221,7 +223,9 @@ def store(
     del dit
     write(wan_vae.load(found["vae"], mesh=mesh), "vae", wan_vae.save)
     text = umt5.load(
-        found["text_encoder"], dtype=dtype, mesh=mesh, shardings=sharding.placer("umt5", mesh)
+        found["text_encoder"],
+        dtype=dtype,
+        mesh=mesh,
     )
     write(text, "text_encoder", umt5.save)
     if jax.process_index() == 0:

@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.models.da3 import model as da3
 from worldr1_jax.models.da3.backbone import bicubic_matrix
 from worldr1_jax.models.da3.model import DA3
@@ -34,9 +33,7 @@ def load(folder: str | Path, *, mesh: jax.sharding.Mesh, dtype: Any = "float32")
     """The network of a folder on a mesh, with the attention that fits device and length, to be
     called under `jax.set_mesh`. `dtype` is of the backbone's products, as in da3.DA3; the publisher
     runs it in half precision."""
-    places = sharding.placer("da3", mesh)
-    dtype = jnp.dtype(dtype)
-    return da3.load(folder, dtype=dtype, mesh=mesh, shardings=places)
+    return da3.load(folder, dtype=jnp.dtype(dtype), mesh=mesh)
 
 
 def reconstruct(

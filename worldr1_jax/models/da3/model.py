@@ -11,7 +11,6 @@ sizes only the giant has Gaussians. Facts from ByteDance-Seed/Depth-Anything-3 (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float
 
 from worldr1_jax.geometry import rigid_inverse
 from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.placement import COLUMN, ROW, SMALL, Rules, placer
 from worldr1_jax.models.da3.backbone import Backbone, pad_frames
 from worldr1_jax.models.da3.config import Config
 from worldr1_jax.models.da3.gaussians import decode_cameras, gaussians_from, move, relative_to_first
@@ -31,6 +31,17 @@ from worldr1_jax.models.da3.heads import DPT, CameraDecoder
 from worldr1_jax.nn.attention import Implementation, for_mesh
 from worldr1_jax.types import Gaussians, Reconstruction
 from worldr1_jax.weights import convert
+
+# Where the leaves live (mesh/placement.py).
+PLACES: Rules = (
+    (r"backbone\.blocks\.\d+\.attn\.qkv\.kernel", COLUMN),
+    (r"backbone\.blocks\.\d+\.attn\.proj\.kernel", ROW),
+    (r"backbone\.blocks\.\d+\.mlp\.(fc1|w12)\.kernel", COLUMN),
+    (r"backbone\.blocks\.\d+\.mlp\.(fc2|w3)\.kernel", ROW),
+    (r"backbone\.patch_embed\.kernel", ()),
+    (r"(cam_dec|head|gs_head)\..*kernel", ()),
+    (SMALL, ()),
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -307,13 +318,12 @@ def load(
     *,
     dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
-    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
     attention: Implementation | None = None,
 ) -> DA3:
     """The network in a publisher's folder (config.json, model.safetensors), read strictly.
 
-    `shardings` maps a leaf's path and shape to where it lives, as in `convert.load`; without
-    `attention` it is what suits the mesh (attention.for_mesh).
+    Leaves lie on the mesh by PLACES; without `attention` it is what suits the mesh
+    (attention.for_mesh).
 
     Raises:
       ValueError: files, fields, keys or shapes that do not fit, named.
@@ -322,7 +332,7 @@ def load(
     kernel = attention or for_mesh(mesh, config.net.num_heads, dtype)
     model = nnx.eval_shape(lambda: DA3(config, nnx.Rngs(0), dtype=dtype, attention=kernel))
     net = "model.da3" if convert.holds(path, "model.da3.backbone.pretrained.cls_token") else "model"
-    convert.load(model, path, table(config, net), mesh=mesh, shardings=shardings, ignore=IGNORE)
+    convert.load(model, path, table(config, net), shardings=placer(PLACES, mesh), ignore=IGNORE)
     return model
 
 

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from worldr1_jax.mesh import placement
+from worldr1_jax.mesh.placement import Rules, placer
 from worldr1_jax.models.wan.vae_layers import (
     AttentionBlock,
     CausalConv3d,
@@ -34,6 +35,10 @@ from worldr1_jax.models.wan.vae_layers import (
     unpatchify,
 )
 from worldr1_jax.weights import convert
+
+# Where the leaves live (mesh/placement.py): 0.5 GB at full size are whole on each device, and the
+# work is split over samples.
+PLACES: Rules = ((r".*", ()),)
 
 # Per-channel statistics of Wan2.1's latents, as published in its config.json.
 _WAN_MEAN = (
@@ -462,7 +467,7 @@ def load(
     config = read_config(path)
     model = nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0), dtype=dtype, remat=remat))
     layout = "wan" if convert.holds(path, "encoder.conv1.weight") else "diffusers"
-    convert.load(model, path, table(config, layout), dtype=dtype, mesh=mesh)
+    convert.load(model, path, table(config, layout), dtype=dtype, shardings=placer(PLACES, mesh))
     return model
 
 
