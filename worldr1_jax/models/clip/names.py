@@ -11,16 +11,14 @@ and is read by the same strict table whichever it is.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
 
-from worldr1_jax.mesh import placement
+from worldr1_jax.mesh.placement import COLUMN, ROW, SMALL, SPLIT, Rules, placer
 from worldr1_jax.models.clip.config import Config
 from worldr1_jax.models.clip.model import CLIP
 from worldr1_jax.weights import convert
@@ -69,13 +67,12 @@ _OPEN_CLIP = "visual.conv1.weight"  # tells OpenCLIP's layout
 
 # Why these places: see mesh/placement.py. Towers are split as the DiT is, over fsdp and context on
 # the input of a product, over tensor on its heads or hidden units; what is small is whole.
-_SPLIT_OVER = ("fsdp", "context")
-PLACES: placement.Rules = (
-    (r"\w+_encoder\.blocks\.([qkv]|linear_1)\.kernel", (None, _SPLIT_OVER, "tensor")),
-    (r"\w+_encoder\.blocks\.(o|linear_2)\.kernel", (None, "tensor", _SPLIT_OVER)),
-    (r"(text_encoder\.token_embedding\.embedding|\w+_encoder\.projection\.kernel)", (_SPLIT_OVER,)),
-    (r".*\.(patch_kernel|class_token|positions|bias|scale)", ()),
-    (r"logit_scale", ()),
+PLACES: Rules = (
+    (r"\w+_encoder\.blocks\.([qkv]|linear_1)\.kernel", (None, *COLUMN)),
+    (r"\w+_encoder\.blocks\.(o|linear_2)\.kernel", (None, *ROW)),
+    (r"(text_encoder\.token_embedding\.embedding|\w+_encoder\.projection\.kernel)", (SPLIT, None)),
+    (r".*\.(patch_kernel|positions)|logit_scale", ()),
+    (SMALL, ()),
 )
 
 
@@ -136,13 +133,9 @@ def load(
     layout = "open_clip" if convert.holds(source, _OPEN_CLIP) else "transformers"
     convert.load(
         model, source, table(layout), _repeats(config), mesh=mesh, ignore=_IGNORE, split=_FUSED,
-        shardings=None if mesh is None else partial(_place, mesh),
+        shardings=placer(PLACES, mesh),
     )  # fmt: skip
     return model
-
-
-def _place(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    return NamedSharding(mesh, placement.spec_of(path, shape, PLACES, mesh)[1])
 
 
 def read_config(path: str | Path) -> Config:
