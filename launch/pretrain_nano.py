@@ -14,7 +14,7 @@ from typing import Any
 import cli
 from absl import flags
 
-STAGES = ("vae", "camera", "da3", "policy", "check")
+STAGES = ("vae", "camera", "da3", "policy", "clip", "check")
 STAGE = flags.DEFINE_enum("stage", "all", ("all", *STAGES), "what to train, or check")
 VIDEOS = flags.DEFINE_integer("videos", 5000, "training videos")
 SEED = flags.DEFINE_integer("seed", 0, "every random choice follows from it")
@@ -67,6 +67,7 @@ def check(weights: Path | None) -> None:
         "vae_psnr": checks.vae_psnr(folder / "vae", truth),
         "ground_truth": checks.reconstruction(reward, truth),
         "noise": checks.noise_scores(reward, truth),
+        "clip": checks.retrieval(folder / "clip", truth),
     }
     print(json.dumps(figures, indent=2))
 
