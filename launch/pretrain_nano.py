@@ -36,7 +36,9 @@ def main() -> None:
     stages = [stage for stage in wanted if stage != "check"]
     weights = workdir / "weights"
     if stages:
-        truth = cached(workdir / "videos", SEED.value, VIDEOS.value, dynamic_share=0.15)
+        # CLIP learns from stills: five of each scene
+        choices: dict[str, Any] = {"dynamic_share": 0.15, "every": 4 if stages == ["clip"] else 1}
+        truth = cached(workdir / "videos", SEED.value, VIDEOS.value, **choices)
         start = resolve(START.value) if START.value else None
         options: dict[str, Any] = {"seed": SEED.value, "scale": SCALE.value, "start": start}
         for stage in stages:
