@@ -48,7 +48,7 @@ STEPS = {
     "camera": (1100, 1e-3, 10),
     "da3": (650, 8e-4, 6),
     "policy": (2500, 1.5e-3, 48),
-    "clip": (1500, 2e-3, 128),
+    "clip": (1200, 2e-3, 96),
 }
 
 
@@ -404,13 +404,10 @@ def train_clip(
     find its own sentence among those of the batch and one that is wrong in a word, each sentence
     its own frame."""
     tokenizer.save(folder)
-    words = clip.Tokenizer(folder, TOKENS)
-    if start:
-        network = clip.load(start)
-    else:
-        end = int(words(["a"])[0, -1])
-        config = clip.Config.nano(len(tokenizer.vocabulary()), end)
-        network = clip.CLIP(config, nnx.Rngs(seed))
+    vocabulary = tokenizer.vocabulary()
+    config = clip.Config.nano(len(vocabulary), vocabulary.index(tokenizer.END))
+    network = clip.load(start) if start else clip.CLIP(config, nnx.Rngs(seed))
+    words = clip.Tokenizer(folder, config.max_position_embeddings)
     graph, params = nnx.split(network)
     scenes = [commands.scene(caption) for caption in videos.captions]
 

@@ -94,15 +94,15 @@ class Config:
 
     @classmethod
     def nano(cls, vocab_size: int, eos_token_id: int) -> Config:
-        """1M parameters, for the nano world's 64x64 frames and its words."""
+        """0.9M parameters, for the nano world's frames, resized to 48 pixels, and its sentences."""
         return cls(
             Tower(128, 512, 4, 4),
-            Tower(96, 384, 2, 4),
-            96,
-            image_size=64,
+            Tower(64, 256, 2, 4),
+            64,
+            image_size=48,
             patch_size=8,
             vocab_size=vocab_size,
-            max_position_embeddings=32,
+            max_position_embeddings=24,
             eos_token_id=eos_token_id,
         )
 
