@@ -75,4 +75,4 @@ def check(weights: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, workdir="runs/nano")
