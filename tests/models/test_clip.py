@@ -76,8 +76,10 @@ def test_open_clip_checkpoint_is_the_same_network(golden, network, published, tm
     """As HPS_v2.1_compressed.pt: a torch archive with "state_dict" beside plain values."""
     weights = {k: v.astype(np.float16) for k, v in open_clip_weights(published).items()}
     (tmp_path / "tiny.pt").write_bytes(checkpoint(weights))
-    for path in (tmp_path, tmp_path / "tiny.pt"):
-        again = clip.load(path, config=dataclasses.replace(network.config, eos_token_id=None))
+    config = dataclasses.replace(network.config, eos_token_id=None)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})  # a part of a part of a tensor, on each device
+    for path, where in ((tmp_path, None), (tmp_path / "tiny.pt", mesh)):
+        again = clip.load(path, config=config, mesh=where)
         pairs = zip(*(jax.tree.leaves(nnx.state(n)) for n in (again, network)), strict=True)
         for ours, theirs in pairs:
             np.testing.assert_array_equal(ours, theirs.astype(np.float16))

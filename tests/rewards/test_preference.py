@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from worldr1_jax.rewards.base import REWARDS, Evidence, find
 
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import clip
 from worldr1_jax.nano import tokenizer
 from worldr1_jax.rewards import preference
-from worldr1_jax.rewards.base import REWARDS, Evidence, find
 from worldr1_jax.rewards.preference import Hps, PickScore
 
 PROMPTS = [

@@ -42,7 +42,7 @@ class Tokenizer:
         for number, prompt in enumerate(prompts, start=1):
             if not prompt.strip():
                 raise ValueError(f"prompt {number} is empty; CLIP compares frames with a sentence")
-        found = [self._tokenizer(prompt)["input_ids"] for prompt in prompts]
+        found = self._tokenizer(list(prompts))["input_ids"] if prompts else []
         ids = np.empty((len(found), self._length), np.int32)
         for row, tokens in zip(ids, found, strict=True):
             row[:] = tokens[-1]
