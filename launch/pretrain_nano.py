@@ -51,24 +51,21 @@ def main() -> None:
 
 def check(weights: Path | None) -> None:
     """Prints the figures of the given or shipped weights on held-out scenes, as JSON."""
-    from worldr1_jax import rewards
+    from worldr1_jax import settings
     from worldr1_jax.nano import check as checks
     from worldr1_jax.nano.videos import sample
+    from worldr1_jax.rewards import scorer as scoring
     from worldr1_jax.weights import shipped
 
     folder = weights or shipped.WEIGHTS
     truth = sample(12345, 96, held_out=True)
-    config = cli.CONFIG.value.rewards
-    reward = rewards.build(
-        dict(config.weights),
-        da3=folder / "da3",
-        frame_stride=config.frame_stride,
-        depth_scale=config.depth_scale,
-    )
+    with cli.CONFIG.value.unlocked():
+        cli.CONFIG.value.rewards.reconstruct.da3 = str(folder / "da3")
+    scorer = scoring.load(settings.read(cli.CONFIG.value).rewards)
     figures = {
         "vae_psnr": checks.vae_psnr(folder / "vae", truth),
-        "ground_truth": checks.reconstruction(reward, truth),
-        "noise": checks.noise_scores(reward, truth),
+        "ground_truth": checks.reconstruction(scorer, truth),
+        "noise": checks.noise_scores(scorer, truth),
         "clip": checks.retrieval(folder / "clip", truth),
     }
     print(json.dumps(figures, indent=2))

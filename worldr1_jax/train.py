@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,34 @@ import numpy as np
 from clu import parameter_overview
 from flax import nnx
 
-from worldr1_jax import settings
-from worldr1_jax.algorithms import update as grpo
-from worldr1_jax.algorithms.advantage import group_advantage
+import worldr1_jax
+from worldr1_jax import episode, settings
+from worldr1_jax.algorithms import update as learning
 from worldr1_jax.data.loader import Loader, PromptBatch
-from worldr1_jax.evaluation import held_out as evaluate
+from worldr1_jax.evaluation import held_out
 from worldr1_jax.files import write_atomically
 from worldr1_jax.mesh import arrays
 from worldr1_jax.policies.stages import Pipeline
-from worldr1_jax.rewards.scorer import NAMES, Reward
-from worldr1_jax.rollout.sample import Sampler, sample_keys
+from worldr1_jax.rewards import Scorer
+from worldr1_jax.rollout.sample import sample_keys
+from worldr1_jax.settings import Settings
 from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
 from worldr1_jax.workdir.checkpoint import Checkpointer, StopSignal, check_workdir
 from worldr1_jax.workdir.metrics import MetricsWriter, Progress, write_summary
 
-SHOWN = ("reward", "recon", "trajectory", "general", "kl", "ratio_deviation", "grad_norm")
+SHOWN = ("reward", "kl", "grad_norm", "masked", "skipped")  # beside the rewards that count
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class Programs:
     """Networks on the mesh and the programs that an update runs."""
 
-    config: ml_collections.ConfigDict
+    settings: Settings
     mesh: jax.sharding.Mesh
     pipeline: Pipeline
-    reward: Reward
-    sampler: Sampler
+    scorer: Scorer
+    advantages: Any  # (scores, off) -> (advantages, valid)
     train_step: Any  # (state, base, batch, sigmas, text_null) -> (state, metrics)
     text_null: jax.Array | None  # embedding of the negative prompt, when there is guidance
     keys: tuple[jax.Array, ...]  # of training and of the held-out report
@@ -69,43 +70,46 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     began = time.time()
 
     # ---------------------------------------------------------------- what was asked for, checked
-    prompts = settings.load_prompts(config)
-    mesh = settings.make_mesh(config)
-    settings.check(config, mesh)
-    loader = settings.make_loader(config, prompts)
+    found = settings.read(config)
+    run = found.run
+    prompts = settings.load_prompts(found)
+    mesh = settings.make_mesh(found)
+    settings.check(found, mesh, prompts)
+    loader = settings.make_loader(found, prompts)
     check_workdir(workdir, json.loads(config.to_json()), settings.MAY_CHANGE)
 
     # ---------------------------------------------------------------- networks, state, checkpoint
-    programs, state = build(config, mesh)
-    checkpoints = Checkpointer(workdir, keep=config.checkpoint_keep)
+    programs, state = build(found, mesh)
+    checkpoints = Checkpointer(workdir, keep=run.checkpoint_keep)
     restored = checkpoints.restore_latest(jax.tree.map(_abstract, state))
     first = 0
     if restored:
         state, first = restored.state, restored.step
         loader.set_state(restored.data)
-        _say(f"resumed after update {first} of {config.num_updates}")
+        _say(f"resumed after update {first} of {run.num_updates}")
 
     trained = parameter_overview.count_parameters(state.adapters)
     frozen = parameter_overview.count_parameters(nnx.to_pure_dict(programs.pipeline.base))
     _say(f"{trained:,} parameters are trained, {frozen:,} are not; mesh {dict(mesh.shape)}")
 
     # ---------------------------------------------------------------- the loop
-    meta = {"version": metadata.version("worldr1_jax"), "seed": config.seed}
-    progress = Progress(config.num_updates, first)
+    meta = {"version": worldr1_jax.__version__, "seed": run.seed}
+    progress = Progress(run.num_updates, first)
     timer = StageTimer(on_stage=progress.stage)
+    shown = (*SHOWN, *found.rewards.reported())
     with StopSignal() as stop, jax.set_mesh(mesh), MetricsWriter(workdir, first) as writer:
-        for update in range(first, config.num_updates):
+        for update in range(first, run.num_updates):
             state, outcome = one_update(programs, state, loader, update, timer)
             # Metrics go before the checkpoint, so that a killed run loses none.
             writer.write(update, outcome.scalars)
-            progress.update(update, {k: v for k, v in outcome.scalars.items() if k in SHOWN})
+            progress.update(update, {k: v for k, v in outcome.scalars.items() if k in shown})
             done = update + 1
             if outcome.videos:
-                save_videos(writer, workdir, update, outcome, config.fps)
+                save_videos(writer, workdir, update, outcome, run.fps)
             stopping = stop.agreed()
-            if done % config.checkpoint_every == 0 or done == config.num_updates or stopping:
+            if done % run.checkpoint_every == 0 or done == run.num_updates or stopping:
                 checkpoints.save(done, state, loader.get_state(), meta)
-            if stopping and done < config.num_updates:
+            if stopping and done < run.num_updates:
                 checkpoints.close()
                 _say(f"stopped after update {done}; the same command goes on from there")
                 return {}
@@ -113,99 +117,83 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         checkpoints.close()
 
     # ---------------------------------------------------------------- before and after
-    heldout = {}
-    if config.evaluate.prompts:
+    report: Mapping[str, Any] = {"heldout": {}}
+    if found.evaluate.prompts:
         _say("held-out report, before and after")
-        heldout = evaluate.compare(
-            programs.pipeline, programs.reward, state.ema, prompts.test, config, workdir,
-            key=programs.keys[1], text_null=programs.text_null,
+        exam = held_out.Exam(
+            prompts.test[: found.evaluate.prompts], programs.keys[1], found.evaluate.samples,
+            found.evaluate.batch, found.sample.videos_at_once,
         )  # fmt: skip
-    summary = {
-        **meta, "updates": config.num_updates, "seconds": time.time() - began, "heldout": heldout
-    }  # fmt: skip
+        report = held_out.compare(
+            programs.pipeline, programs.scorer, state.ema, exam, found.evaluate, seed=run.seed,
+            workdir=workdir,
+        )  # fmt: skip
+    summary = {**meta, "updates": run.num_updates, "seconds": time.time() - began, **report}
     if jax.process_index() == 0:
         write_summary(Path(workdir) / "summary.json", summary)
     return summary
 
 
-def build(
-    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> tuple[Compiled, grpo.TrainState]:
+def build(found: Settings, mesh: jax.sharding.Mesh) -> tuple[Programs, learning.TrainState]:
     """Loads the networks and prepares the programs; the state is that before the first update."""
-    lora_key, *keys = jax.random.split(jax.random.key(config.seed), 3)
-    pipeline = settings.build_pipeline(config, mesh, lora_key)
-    sampler, state = settings.make_sampler(config), settings.make_state(config, pipeline)
-    train_step = settings.make_update(config, pipeline, state)
-    text_null = None
-    if config.sample.guidance != 1:
-        text_null = pipeline.encode_one(config.sample.negative_prompt)
-    reward = settings.build_reward(config, mesh)
-    programs = Compiled(
-        config, mesh, pipeline, reward, sampler, train_step, text_null, tuple(keys)
+    lora_key, *keys = jax.random.split(jax.random.key(found.run.seed), 3)
+    pipeline = settings.build_pipeline(found, mesh, lora_key)
+    state = settings.make_state(found, pipeline)
+    programs = Programs(
+        settings=found, mesh=mesh, pipeline=pipeline,
+        scorer=settings.build_scorer(found, mesh),
+        advantages=settings.make_advantages(found, mesh),
+        train_step=settings.make_update(found, pipeline, state),
+        text_null=pipeline.negative() if found.sample.guidance != 1 else None,
+        keys=tuple(keys),
     )  # fmt: skip
     return programs, state
 
 
 def one_update(
-    programs: Compiled, state: grpo.TrainState, loader: Loader, update: int, timer: StageTimer
-) -> tuple[grpo.TrainState, Outcome]:
+    programs: Programs, state: learning.TrainState, loader: Loader, update: int, timer: StageTimer
+) -> tuple[learning.TrainState, Outcome]:
     """Rollout, rewards, advantages and the update of the policy."""
-    config, pipeline = programs.config, programs.pipeline
+    found, pipeline = programs.settings, programs.pipeline
+    run, algorithm = found.run, found.algorithm
 
     # -- prompts and the keys of this update
     batch = loader.batch(update)
-    sample_key, window_key = jax.random.split(jax.random.fold_in(programs.keys[0], update))
+    sample_key, draw_key = jax.random.split(jax.random.fold_in(programs.keys[0], update))
     keys = sample_keys(sample_key, len(batch.prompts))
-    start = settings.window_start(config, update, window_key)
+    draw = algorithm.draw(draw_key, update, found.plan)
 
     # -- rollout: text, camera path, starting noise, latents
-    with timer("rollout") as wait_for:
-        text, paths = pipeline.encode(batch.prompts), pipeline.paths(batch.prompts)
-        trajectory = wait_for(
-            pipeline.rollout(
-                state.adapters,
-                text,
-                paths,
-                keys,
-                sampler=programs.sampler,
-                text_null=programs.text_null,
-                start=start,
-                width=config.sample.window,
-            )
-        )
+    drawing = algorithm.drawing(state.adapters, state.algorithm)
+    rolled = pipeline.roll(
+        drawing, batch.prompts, keys, text_null=programs.text_null, timer=timer,
+        **draw._asdict(),
+    )  # fmt: skip
 
     # -- videos and their rewards; the dynamic phase has no 3D rewards, for those would freeze what
-    # moves. At full size videos are 46 times their latents: they are decoded as they are scored.
+    # moves. What does not count is not measured here.
     saved: range | tuple[int, ...] = ()
-    if (update + 1) % config.videos_every == 0 or update == 0:
-        saved = range(0, len(batch.prompts), config.group_size)[:4]
+    if (update + 1) % run.videos_every == 0 or update == 0:
+        saved = range(0, run.videos, run.group_size)[:4]
     shown: dict[int, np.ndarray] = {}
-
-    def decode(latents: jax.Array, places: np.ndarray) -> jax.Array:
-        videos = pipeline.decode(latents)
-        for row, place in enumerate(places.tolist()):
-            if place in saved:
-                shown[place] = arrays.to_host(videos[row])
-        return videos
-
-    off = tuple(config.dynamic.off) if batch.is_dynamic else ()
-    scores = programs.reward(
-        trajectory.latents, batch.prompts, paths, decode=decode, off=off, timer=timer
-    )
+    off = found.rewards.measured()
+    if batch.is_dynamic:
+        off = (*off, *found.rewards.meant(found.dynamic.off))
+    scores = episode.judge(
+        pipeline, programs.scorer, rolled, off=off, timer=timer, wanted=saved,
+        seen=shown.__setitem__,
+    )  # fmt: skip
 
     # -- advantages and update
     with timer("update") as wait_for:
-        advantages = group_advantage(
-            scores.total, config.group_size, scores.valid,
-            std=config.train.advantage_std, clip=config.train.advantage_clip,
-        )  # fmt: skip
-        keys = arrays.keys_to_global(keys, arrays.batched(programs.mesh))
-        step = grpo.make_batch(trajectory, text, advantages, scores.valid, keys)
+        advantages, valid = programs.advantages(scores, off)
         state, learnt = wait_for(
             programs.train_step(
-                state, arrays.awake(pipeline.base), step, pipeline.sigmas, programs.text_null
+                state, arrays.awake(pipeline.base),
+                learning.Batch(rolled.trajectory, rolled.text, advantages, valid),
+                pipeline.sigmas, programs.text_null,
             )
-        )
+        )  # fmt: skip
     scalars = summarise(scores, learnt, batch.is_dynamic) | timer.collect()
     return state, Outcome(batch, dict(sorted(shown.items())), scores, scalars)
 
@@ -223,29 +211,22 @@ def summarise(scores: Scores, learnt: dict[str, jax.Array], is_dynamic: bool) ->
         **means,
         "reward_std": float(values["reward"][valid].std()) if valid.any() else float("nan"),
         "masked": int((~valid).sum()),
-        **{
-            f"failed_{name}": int((~np.isfinite(value)).sum())
-            for name, value in parts.items()
-            if name in NAMES
-        },
+        **{f"failed_{name}": int((~np.isfinite(value)).sum()) for name, value in parts.items()},
         "dynamic": int(is_dynamic),
         **{name: float(value) for name, value in learnt.items()},
     }
 
 
 def save_videos(
-    writer: MetricsWriter,
-    workdir: str,
-    update: int,
-    outcome: Outcome,
-    fps: int,
+    writer: MetricsWriter, workdir: str, update: int, outcome: Outcome, fps: float
 ) -> None:
     """One video of each of the first groups as mp4, and a text file with their prompts and
     rewards."""
     scores, prompts = outcome.scores, outcome.batch.prompts
     lines, found = [], {name: arrays.to_host(part) for name, part in scores.parts.items()}
     for group, (index, video) in enumerate(outcome.videos.items()):
-        writer.video(update, f"group{group}", video, fps)
+        if np.isfinite(video).all():  # else there is nothing to see
+            writer.video(update, f"group{group}", video, fps)
         parts = "  ".join(f"{name} {float(value[index]):.3f}" for name, value in found.items())
         lines.append(f"group{group}_{update:06d}.mp4  {parts}  {prompts[index]}")
     if jax.process_index() == 0:

@@ -13,7 +13,7 @@ Videos are `[B F H W 3]` float32 in [0, 1]; latents are channels last. Poses are
 from __future__ import annotations
 
 import flax.struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
 @flax.struct.dataclass
@@ -48,7 +48,9 @@ class Trajectory:
     latents: Float[Array, "B f h w C"]  # x at sigma = 0
     window_latents: Float[Array, "W+1 B f h w C"]  # before each window step, and after the last one
     log_prob_old: Float[Array, "W B"]  # mean over latent dimensions, natural log, float32
-    window_start: Int[Array, ""]  # index into the schedule of the first window step
+    # index into the schedule of the first window step, of all samples or of each
+    window_start: Int[Array, ""] | Int[Array, " B"]
+    keys: PRNGKeyArray  # [B], that the steps' noise was drawn with
 
 
 @flax.struct.dataclass

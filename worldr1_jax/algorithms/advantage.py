@@ -1,7 +1,102 @@
-"""Group-relative advantages."""
+"""Group-relative advantages, of a sum of rewards or of each reward by itself.
 
+With K videos of a prompt, a reward R, and the mean over the prompt's group,
+
+    sum:   A = (R - mean R) / (std + eps),  R = sum_n w_n R_n
+    each:  A = (Z - mean Z) / (std Z + eps) over the batch,  Z = sum_n w_n (R_n - mean R_n) / std_n
+
+The sum is GRPO's: the reward with the largest spread decides what is learnt. GDPO (arXiv
+2601.05242) weighs each reward in units of its own spread, so that weights say what they seem to.
+Trap: where a reward is all but noise, so is what it is divided by. std_n over the batch, or the
+floor under it, keeps such a group's noise small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from worldr1_jax.mesh import arrays
+from worldr1_jax.types import Scores
+
+EPS = 1e-4  # added to every std
+REWARDS = ("sum", "each")
+STDS = ("group", "batch", "global")
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """How rewards become advantages.
+
+    Attributes:
+      rewards: "sum" or "each", see the head of this file.
+      std: "group": standard deviation (population) within each group; "batch": of all deviations
+        from their group's mean; "global": of all rewards around their common mean, as in Flow-GRPO.
+      floor: least std of each reward that is standardised, in its own units; 0 or more.
+      clip: largest absolute advantage, > 0.
+
+    Raises:
+      ValueError: when a field is out of its range.
+    """
+
+    rewards: str = "sum"
+    std: str = "group"
+    floor: float = 0.0
+    clip: float = 5.0
+
+    def __post_init__(self):
+        if self.rewards not in REWARDS:
+            raise ValueError(f"rewards is {self.rewards!r}: it is {' or '.join(REWARDS)}")
+        if self.std not in STDS:
+            raise ValueError(f"std is {self.std!r}: it is one of {', '.join(STDS)}")
+        if not 0 <= self.floor < math.inf:
+            raise ValueError(f"floor is {self.floor}; it must be finite and 0 or more")
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"clip is {self.clip}; it must be finite and above 0")
+
+
+def make(
+    mesh: jax.sharding.Mesh, group_size: int, weights: Mapping[str, float], settings: Advantage
+) -> Callable[..., tuple[Float[Array, " B"], Bool[Array, " B"]]]:
+    """The function (scores, off=()) -> (advantages, valid) of a run: one compiled program.
+
+    Groups may lie over devices and hosts: every mean and std is over all of them. `valid` are the
+    samples that could be compared, see `group_advantage`.
+
+    Args:
+      mesh: on which the scores lie.
+      group_size: K, at least 2; divides B.
+      weights: of the rewards, for advantages of each; those that are named in `off` do not count.
+      settings: how rewards become advantages.
+    """
+
+    def compare(parts, valid):
+        rewards = parts["total"]
+        if settings.rewards == "each":
+            rewards = each_standardised(
+                {name: parts[name] for name in parts if name != "total"},
+                weights, group_size, valid, std=settings.std, floor=settings.floor,
+            )  # fmt: skip
+        std = "batch" if settings.rewards == "each" else settings.std
+        found = group_advantage(rewards, group_size, valid, std=std, clip=settings.clip)
+        return found, comparable(valid, group_size).reshape(-1)
+
+    program = jax.jit(compare, out_shardings=arrays.batched(mesh))
+
+    def advantages(scores: Scores, off: Sequence[str] = ()):
+        parts = {"total": scores.total}
+        if settings.rewards == "each":
+            counted = [name for name, weight in weights.items() if weight and name not in off]
+            parts |= {name: scores.parts[name] for name in counted}
+        with arrays.on(mesh):
+            return program(parts, scores.valid)
+
+    return advantages
 
 
 def group_advantage(
@@ -11,7 +106,7 @@ def group_advantage(
     *,
     std: str = "group",
     clip: float = 5.0,
-    eps: float = 1e-4,
+    eps: float = EPS,
 ) -> Float[Array, " B"]:
     """`(reward - group mean) / (std + eps)`, clipped to `+-clip`.
 
@@ -21,33 +116,73 @@ def group_advantage(
       group_size: K, at least 2; divides B.
       valid: samples whose reward was measured; all when None. The others enter no mean and no std
         and get 0, as do all members of a group with fewer than 2 valid ones.
-      std: "group": standard deviation (population) within each group; "global": of all rewards that
-        count, around their common mean, as in Flow-GRPO.
+      std: one of STDS, see `Advantage`.
       clip: largest absolute advantage, > 0.
       eps: added to the std.
 
     Raises:
-      ValueError: when group_size does not divide B or is below 2, or `std` is neither.
+      ValueError: when group_size does not divide B or is below 2, or `std` is unknown.
     """
-    count = rewards.shape[0]
+    valid = jnp.ones(rewards.shape[0], bool) if valid is None else valid
+    mask = comparable(valid, group_size)
+    deviation, spread = _spread(rewards, mask, std)
+    return jnp.where(mask, jnp.clip(deviation / (spread + eps), -clip, clip), 0.0).reshape(-1)
+
+
+def each_standardised(
+    parts: Mapping[str, Float[Array, " B"]],
+    weights: Mapping[str, float],
+    group_size: int,
+    valid: Bool[Array, " B"],
+    *,
+    std: str = "group",
+    floor: float = 0.0,
+    eps: float = EPS,
+) -> Float[Array, " B"]:
+    """Weighted sum of the rewards, each as its deviation from the group's mean in units of its std.
+
+    Args:
+      parts: the rewards that count, any scales.
+      weights: of each; of others too, which are not read.
+      group_size: as in `group_advantage`.
+      valid: as in `group_advantage`.
+      std: one of STDS.
+      floor: least std of a reward.
+      eps: added to the std.
+    """
+    mask, total = comparable(valid, group_size), 0.0
+    for name, rewards in parts.items():
+        deviation, spread = _spread(rewards, mask, std)
+        total += weights[name] * deviation / (jnp.maximum(spread, floor) + eps)
+    return jnp.asarray(total).reshape(-1)
+
+
+def comparable(valid: Bool[Array, " B"], group_size: int) -> Bool[Array, "G K"]:
+    """Valid samples of groups with 2 or more of them.
+
+    Raises:
+      ValueError: when group_size does not divide B or is below 2.
+    """
+    count = valid.shape[0]
     if group_size < 2 or count % group_size:
         raise ValueError(
-            f"group_size is {group_size}; it must be at least 2 and divide the {count} samples."
+            f"group_size is {group_size}; it must be at least 2 and divide the {count} samples"
         )
-    if std not in ("group", "global"):
-        raise ValueError(f'advantage std {std!r} is unknown; it must be "group" or "global".')
-    valid = jnp.ones(count, bool) if valid is None else valid
     mask = valid.reshape(-1, group_size)
-    mask = mask & (mask.sum(1, keepdims=True) >= 2)
-    grouped = jnp.where(mask, rewards.reshape(-1, group_size).astype(jnp.float32), 0.0)
+    return mask & (mask.sum(1, keepdims=True) >= 2)
 
-    mean = _masked_mean(grouped, mask, axis=1)
+
+def _spread(rewards, mask, std):
+    """Deviations from the group's mean `[G K]`, 0 where they do not count, and their std."""
+    grouped = jnp.where(mask, rewards.reshape(mask.shape).astype(jnp.float32), 0.0)
+    deviation = grouped - _masked_mean(grouped, mask, axis=1)
     if std == "group":
-        spread = _masked_std(grouped, mask, axis=1)
-    else:
-        spread = _masked_std(grouped, mask, axis=None)
-    advantage = jnp.clip((grouped - mean) / (spread + eps), -clip, clip)
-    return jnp.where(mask, advantage, 0.0).reshape(-1)
+        return deviation, _masked_std(grouped, mask, axis=1)
+    if std == "global":
+        return deviation, _masked_std(grouped, mask, axis=None)
+    if std == "batch":
+        return deviation, jnp.sqrt(_masked_mean(deviation**2, mask, axis=None))
+    raise ValueError(f"advantage std {std!r} is unknown: it is one of {', '.join(STDS)}")
 
 
 def _masked_mean(x, mask, axis):

@@ -1,18 +1,53 @@
-"""Clipped surrogate and the equalisation of gradients between denoising steps."""
+"""Flow-GRPO (arXiv 2505.05470): PPO's clipped loss on the stochastic steps of a window.
 
+A step of the window was drawn as `x' ~ N(mean, std^2)`, its mean linear in the velocity (sde.py).
+With log-probabilities that are means over the latent's dimensions, and the advantage A,
+
+    r = exp(log p_now(x') - log p_drawn(x'))
+    loss = -min(A r, A clip(r, 1 - clip, 1 + clip)) + kl_weight KL
+    KL = mean((mean_now - mean_base)^2) / (2 std^2)
+
+Steps outside the window are deterministic and are not trained (Flow-GRPO-Fast, MixGRPO).
+"""
+
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
+import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from worldr1_jax.rollout.sample import Sampler, stochastic_step
+from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Policies, Samples, Terms
+from worldr1_jax.rollout import schedule, sde
+from worldr1_jax.rollout.sample import Sampler, step_noise, stochastic_step
+from worldr1_jax.types import Trajectory
 
-EQUALISE = ("none", "flash", "grpo_guard")
+PLACES = ("random", "progressive", "group")
+
+
+@flax.struct.dataclass
+class Window:
+    """What is kept of a rollout: the W + 1 states of each sample's window."""
+
+    states: Float[Array, "B W+1 f h w C"]  # before each step, and after the last one
+    log_prob: Float[Array, "B W"]  # of each step, under the policy that drew it
+    start: Int[Array, ""] | Int[Array, " B"]  # index of the first step in the schedule
+    keys: PRNGKeyArray  # give the steps' noise again
+
+
+@dataclass(frozen=True)
+class WindowStep:
+    """A step of the window as it was drawn, and as the policy would draw it now."""
+
+    index: Int[Array, ""] | Int[Array, " B"]  # in the schedule
+    log_ratio: Float[Array, " B"]  # log p_now - log p_drawn
+    mean: Float[Array, "B f h w C"]  # now
+    mean_drawn: Float[Array, "B f h w C"]
+    std: Float[Array, "..."]  # of both; one number, or one a sample that broadcasts with the means
 
 
 class Surrogate(NamedTuple):
-    """Per sample: loss, probability ratio, and whether the clip stopped its gradient."""
+    """Per sample: loss, probability ratio, and whether its gradient is stopped."""
 
     loss: Float[Array, " B"]
     ratio: Float[Array, " B"]
@@ -22,40 +57,144 @@ class Surrogate(NamedTuple):
 def clipped_surrogate(
     log_ratio: Float[Array, " B"], advantages: Float[Array, " B"], clip: float
 ) -> Surrogate:
-    """`-min(A r, A clip(r, 1 - clip, 1 + clip))` of each sample, with `r = exp(log_ratio)`.
-
-    Args:
-      log_ratio: log-probability now minus at the rollout, both means over latent dimensions.
-      advantages: from `advantage.group_advantage`.
-      clip: half-width of the trust interval, in (0, 1); 1e-3 to 1e-5 is usual, for the log-ratio is
-        a mean over the latent, not a sum.
-    """
+    """`-min(A r, A clip(r, 1 - clip, 1 + clip))` of each sample, with `r = exp(log_ratio)`."""
     ratio = jnp.exp(log_ratio)
     free = advantages * ratio
     bounded = advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
     return Surrogate(-jnp.minimum(free, bounded), ratio, bounded < free)
 
 
-def step_gains(sampler: Sampler, sigmas: Float[Array, " T+1"]) -> Float[Array, " T-1"]:
-    """`|d mean / d v| / std` of every step but the last: how strongly a step's log-prob sees v.
+@dataclass(frozen=True)
+class Windowed(Algorithm):
+    """What algorithms on a window of stochastic steps share: all but their `surrogate`.
 
-    Steps are linear in v, so the gain is read off at x = 0, v = 1; for the flow-SDE this is
-    `sqrt(D) / s + s sqrt(D) (1 - sigma) / (2 sigma)`.
+    Attributes:
+      kl_weight: beta of the KL to the policy without adapters; at 0 its forward is not run.
+      sde: noise of the window: "flow" (flow-SDE) or "cps" (coefficients-preserving).
+      eta: its amount: 0.7 with level "sd3", 1 with "linear", 0.3 with "constant"; cps: in (0, 1].
+      level: sigma -> noise level of the flow-SDE (`sde.noise_level`).
+      window: W, stochastic steps of a rollout, at least 1.
+      window_range: [first, last) of the steps that the window may cover.
+      window_place: "random", "progressive" (from noise to data, as MixGRPO), or "group": random
+        for each prompt, whose members share it.
+      window_interval: updates at one place, when progressive.
     """
-    zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
 
-    def gain(index):
-        step = stochastic_step(sampler, zero, one, sigmas, index)
-        return jnp.abs(step.mean[0, 0]) / step.std
+    kl_weight: float = 0.004
+    sde: str = "flow"
+    eta: float = 0.7
+    level: str = "sd3"
+    window: int = 3
+    window_range: tuple[int, int] = (0, 25)
+    window_place: str = "random"
+    window_interval: int = 25
 
-    return jax.vmap(gain)(jnp.arange(sigmas.shape[0] - 2))
+    def __post_init__(self):
+        if not 0 <= self.kl_weight < float("inf"):
+            raise ValueError(f"kl_weight is {self.kl_weight}; it must be finite and 0 or more")
+        if self.sde == "none":
+            raise ValueError("sde is 'none'; a window needs flow or cps")
+        if self.window_place not in PLACES:
+            raise ValueError(f"window_place is '{self.window_place}': it is {' or '.join(PLACES)}")
+        self.sampler()
+
+    def surrogate(
+        self, step: WindowStep, advantages: Float[Array, " B"], sigmas: Float[Array, " T+1"]
+    ) -> Surrogate:
+        """What the policy gains by step; the part of the loss in which algorithms differ."""
+        raise NotImplementedError
+
+    @property
+    def terms(self) -> int:
+        """One for each step of the window."""
+        return self.window
+
+    @property
+    def forwards(self) -> int:
+        """The base policy's, where there is a KL."""
+        return int(self.kl_weight > 0)
+
+    def sampler(self, guidance: float = 1.0) -> Sampler:
+        """Of the window's steps."""
+        return Sampler(kind=self.sde, eta=self.eta, level=self.level, guidance=guidance)
+
+    def draw(self, key: PRNGKeyArray, update: int, plan: Plan) -> Draw:
+        """A window at the place that the fields say; see `Algorithm.draw`."""
+        place = (self.window, *self.window_range)
+        schedule.check_window(plan.steps, *place)
+        if self.window_place == "progressive":
+            start = schedule.progressive_window(update, *place, interval=self.window_interval)
+        elif self.window_place == "random":
+            start = schedule.random_window(key, *place)
+        else:
+            start = schedule.random_window(key, *place, shape=(plan.groups,))
+            start = jnp.repeat(start, plan.group_size)
+        return Draw(self.sampler(plan.guidance), self.window, start)
+
+    def keep(self, trajectory: Trajectory) -> Window:
+        """The window; the final latents are let go."""
+        return Window(
+            states=jnp.moveaxis(trajectory.window_latents, 0, 1),
+            log_prob=trajectory.log_prob_old.T,
+            start=trajectory.window_start,
+            keys=trajectory.keys,
+        )
+
+    def loss(
+        self, policies: Policies, samples: Samples, sigmas: Float[Array, " T+1"], term: Array
+    ) -> Terms:
+        """`surrogate + kl_weight KL` of step `term` of the window."""
+        kept: Window = samples.kept
+        index = kept.start + term
+        before, after = kept.states[:, term], kept.states[:, term + 1]
+
+        def step(policy) -> sde.Step:
+            v = policy(before, sigmas[index], samples.text)
+            return stochastic_step(self.sampler(), before, v, sigmas, index)
+
+        now = step(policies.now)
+        # What is left of the drawn state without its noise is the mean that it was drawn around.
+        noise = step_noise(kept.keys, index, before.shape[1:])
+        found = self.surrogate(
+            WindowStep(
+                index=index,
+                log_ratio=sde.log_prob(after, now.mean, now.std) - kept.log_prob[:, term],
+                mean=now.mean,
+                mean_drawn=after - now.std * noise,
+                std=now.std,
+            ),
+            samples.advantages,
+            sigmas,
+        )
+        kl = jnp.zeros_like(found.loss)
+        if self.kl_weight > 0:
+            kl = sde.kl(now.mean, step(policies.base).mean, now.std)
+        return Terms(
+            losses={"policy_loss": found.loss, "kl": kl},
+            weights={"kl": self.kl_weight},
+            metrics={"ratio_mean": found.ratio, "clip_fraction": found.clipped},
+            peaks={"ratio_deviation": jnp.abs(found.ratio - 1)},
+        )
 
 
-def flash_weights(sampler: Sampler, sigmas: Float[Array, " T+1"]) -> Float[Array, " T-1"]:
-    """Weight of each step's loss: the inverse of its gain, normalised to mean 1 over the schedule.
+@dataclass(frozen=True)
+class Grpo(Windowed):
+    """Flow-GRPO; formulas at the head of this file.
 
-    Flash-GRPO (arXiv 2605.15980). Without it, a large shift lets late steps' gradients vanish.
-    Over the schedule, not the window: a window of one step would otherwise always have weight 1.
+    Attributes:
+      clip: half-width of the ratio's interval, in (0, 1) (World-R1: 1e-3); small, for log-ratios
+        are means over the latent, not sums.
     """
-    inverse = 1 / step_gains(sampler, sigmas)
-    return inverse / inverse.mean()
+
+    clip: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip is {self.clip}; it must lie in (0, 1)")
+
+    def surrogate(
+        self, step: WindowStep, advantages: Float[Array, " B"], sigmas: Float[Array, " T+1"]
+    ) -> Surrogate:
+        """PPO's."""
+        return clipped_surrogate(step.log_ratio, advantages, self.clip)

@@ -29,7 +29,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from worldr1_jax.mesh.make import AXES
+from worldr1_jax.mesh.make import AXES, current
 
 Axis = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, tuple[Axis, ...]]]
@@ -70,7 +70,7 @@ _ANY = _Any()
 
 def batch_parts(mesh: Mesh, of: str = "videos") -> int:
     """Into how many parts the mesh splits a batch of videos, or of sequences."""
-    return math.prod(mesh.shape[name] for name in ACTIVATIONS[of] or ())
+    return math.prod(mesh.shape.get(name, 1) for name in ACTIVATIONS[of] or ())
 
 
 def turns(mesh: Mesh, count: int, at_once: int) -> int:
@@ -107,8 +107,9 @@ def spec_of(
 def _fitting(axis: Axis, length: int, mesh: Any) -> Axis:
     """The longest prefix of the mesh axes whose size divides the length, or None."""
     if axis is None or isinstance(axis, str):
-        return axis if length % mesh.shape.get(axis, 1) == 0 else None
-    names = tuple(name for name in axis if mesh.shape[name] > 1)
+        there = axis in mesh.shape and length % mesh.shape[axis] == 0
+        return axis if there else None
+    names = tuple(name for name in axis if mesh.shape.get(name, 1) > 1)
     while names and length % math.prod(mesh.shape[name] for name in names):
         names = names[:-1]
     return names[0] if len(names) == 1 else names or None
@@ -133,9 +134,9 @@ def spec_for(shape: tuple[int, ...], axes: Sequence[str | None], mesh: Any) -> P
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, placed by what its axes are (see `spec_for`); unchanged without a mesh of ours, or where
     a device already works on its own part."""
-    mesh = jax.sharding.get_abstract_mesh()
-    spec = spec_for(x.shape, axes, _ANY if mesh.empty else mesh)
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    mesh = current()
+    spec = spec_for(x.shape, axes, mesh or _ANY)
+    if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 

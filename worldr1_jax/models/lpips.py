@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax.mesh.placement import Rules
 from worldr1_jax.nn.convolution import convolve
 from worldr1_jax.weights import convert
 
@@ -44,6 +45,10 @@ CONVOLUTIONS = (
 POOLED = (1, 2)  # convolutions behind a max pooling
 SMALLEST = 31  # px: below it nothing is left after the poolings
 EPS = 1e-10  # added to the length of a feature, as published
+
+
+# Where the leaves live (mesh/placement.py): 10 MB are whole on each device.
+PLACES: Rules = ((r".*", ()),)
 
 
 class LPIPS(nnx.Module):

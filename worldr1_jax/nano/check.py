@@ -18,8 +18,8 @@ from worldr1_jax.geometry import rotation_angle
 from worldr1_jax.models import clip
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import captions, videos
+from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards.reconstruct import frame_indices
-from worldr1_jax.rewards.scorer import Reward
 
 TURNS = ("pan_left", "pan_right", "orbit_left", "orbit_right")
 MOVES = ("push_in", "pull_out", "move_left", "move_right")
@@ -67,7 +67,7 @@ def retrieval(
     return {"retrieval": float(np.mean(found)), "altered": float(np.mean(told))}
 
 
-def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dict[str, Any]:
+def reconstruction(scorer: Scorer, truth: videos.Videos, batch: int = 16) -> dict[str, Any]:
     """Cameras and re-rendering of ground-truth videos, and the rewards that they get.
 
     Returns:
@@ -81,15 +81,16 @@ def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dic
     for i in range(0, len(truth) - batch + 1, batch):
         video = jnp.asarray(truth.video[i : i + batch], jnp.float32) / 255.0
         asked = truth.camtoworld[i : i + batch]
-        found = reward.reconstruct(video)
-        for name, value in reward.geometry(video, found, asked).items():
+        evidence = scorer.look(video, asked)
+        captions = truth.captions[i : i + batch]
+        for name, value in scorer.measure(evidence, captions).items():
             scores.setdefault(name, []).append(np.asarray(value))
-        poses = np.asarray(found.camtoworld)[:, -1]
-        wanted = asked[:, :: reward.frame_stride][:, -1]
+        poses = np.asarray(evidence.found().camtoworld)[:, -1]
+        wanted = asked[:, :: scorer.frame_stride][:, -1]
         angle = np.degrees(
             np.asarray(rotation_angle(np.swapaxes(wanted[:, :3, :3], 1, 2) @ poses[:, :3, :3]))
         )
-        for k, caption in enumerate(truth.captions[i : i + batch]):
+        for k, caption in enumerate(captions):
             clause = caption.lower().split(".")[0].replace(" ", "_")
             if any(clause == f"camera_{name}" for name in TURNS):
                 rotation.append(angle[k])
@@ -103,9 +104,10 @@ def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dic
     }
 
 
-def noise_scores(reward: Reward, truth: videos.Videos, batch: int = 16) -> dict[str, float]:
+def noise_scores(scorer: Scorer, truth: videos.Videos, batch: int = 16) -> dict[str, float]:
     """The rewards that videos of white noise get against the same asked paths."""
     shape = (batch, *truth.video.shape[1:])
     noise = jnp.asarray(np.random.default_rng(0).uniform(size=shape), jnp.float32)
-    scores = reward.geometry(noise, reward.reconstruct(noise), truth.camtoworld[:batch])
+    evidence = scorer.look(noise, truth.camtoworld[:batch])
+    scores = scorer.measure(evidence, truth.captions[:batch])
     return {name: float(np.nanmean(np.asarray(value))) for name, value in scores.items()}

@@ -7,12 +7,16 @@ by an empty room.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from worldr1_jax.rewards.base import Evidence, Parts, Reward
 
 # Colour words and their sRGB-like values, far apart in hue; white is told by brightness.
 PALETTE: dict[str, tuple[float, float, float]] = {
@@ -71,3 +75,14 @@ def palette(
     count = used.sum(1)
     score = jnp.sum(per_color * used, 1) / jnp.maximum(count, 1)
     return jnp.where(count > 0, score, 1.0).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Palette(Reward):
+    """`palette` as a reward."""
+
+    def ask(self, prompts: Sequence[str]) -> Any:
+        return targets(prompts)
+
+    def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:
+        return {"palette": palette(evidence.videos, *asked)}

@@ -236,6 +236,10 @@ def scan_layers(
     return jax.checkpoint(run)(x) if remat == "whole" else run(x)
 
 
+# Arrays of the residual stream's size that a layer keeps for the backward pass, by remat policy.
+HELD = {"none": 25, "dots": 11, "attention": 2, "full": 1, "whole": 1}
+
+
 def check_remat(remat: str) -> None:
     """Raises ValueError when `remat` is not one of REMAT_POLICIES."""
     if remat not in REMAT_POLICIES:

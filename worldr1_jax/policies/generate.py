@@ -65,8 +65,6 @@ def generate(
     seed: int = 0,
     samples: int = 1,
     batch: int = 1,
-    guidance: float = 1.0,
-    negative_prompt: str = "",
     adapters: Any = None,
     solver: unipc.UniPC | None = None,
 ) -> Iterator[Generated]:
@@ -76,14 +74,12 @@ def generate(
     that the same prompt and seed give the same bytes whatever else is asked for.
 
     Args:
-      pipeline: the model, its video size, schedule, solver and camera.
+      pipeline: the model, its video size, schedule, guidance and camera.
       prompts: any texts; camera commands at their head steer the starting noise.
       seed: >= 0.
       samples: videos per prompt, >= 1.
       batch: videos at a time, a multiple of the devices that share a batch; the last batch is
         filled up with repeats, which are dropped.
-      guidance: classifier-free guidance scale; 1 is off.
-      negative_prompt: what guidance leads away from.
       adapters: LoRA leaves as `pipeline.adapters`; None is the pipeline's own.
       solver: UniPC (`unipc.make`); None is Euler on the pipeline's sigmas.
 
@@ -98,7 +94,8 @@ def generate(
             f"samples is {samples} and batch {batch}: both have to be at least 1, and batch a "
             f"multiple of the {parts} devices that share it"
         )
-    text_null = pipeline.encode_one(negative_prompt) if guidance != 1 else None
+    guidance = pipeline.sampling.guidance
+    text_null = pipeline.negative() if guidance != 1 else None
     sampler = Sampler(kind="none", guidance=guidance)
     adapters = pipeline.adapters if adapters is None else adapters
     wanted = [(prompt, number) for prompt in prompts for number in range(samples)]
@@ -106,11 +103,11 @@ def generate(
         chosen = wanted[first : first + batch]
         filled = chosen + [chosen[-1]] * (batch - len(chosen))
         texts = [prompt for prompt, _ in filled]
-        trajectory = pipeline.rollout(
-            adapters, pipeline.encode(texts), pipeline.paths(texts), _keys(seed, filled),
-            sampler=sampler, text_null=text_null, solver=solver,
+        rolled = pipeline.roll(
+            adapters, texts, _keys(seed, filled), sampler=sampler, text_null=text_null,
+            solver=solver,
         )  # fmt: skip
-        videos = pipeline.decode(trajectory.latents)
+        videos = pipeline.decode(rolled.trajectory.latents)
         for row, (prompt, number) in enumerate(chosen):
             yield Generated(prompt, number, arrays.to_host(videos[row]))
         del videos  # the next rollout needs the room

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from worldr1_jax.rewards.base import Evidence, Parts
+
 WINDOW, SIGMA = 7, 1.5  # px; SSIM's Gaussian window, 7 instead of 11 because nano frames are small
 C1, C2 = 0.01**2, 0.03**2  # SSIM's stabilisers for a range of 1
+BLANK = 1 / 255  # texture below which a frame shows nothing: one level of 8 bits
 MSE_MIN = 1e-10  # PSNR is at most 100 dB
 
 
@@ -64,3 +67,9 @@ def _blur(image: Float[Array, "*batch H W C"]) -> Float[Array, "*batch h w C"]:
             jnp.add, [float(tap) * part for tap, part in zip(taps, shifted, strict=True)]
         )
     return image
+
+
+def where_shown(scores: Parts, evidence: Evidence) -> Parts:
+    """The scores, NaN for videos with a frame that shows nothing."""
+    shown = jnp.min(jnp.asarray(evidence.texture), axis=1) >= BLANK
+    return {name: jnp.where(shown, score, jnp.nan) for name, score in scores.items()}

@@ -24,9 +24,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from worldr1_jax.camera import commands
+from worldr1_jax.fields import in_range, one_of
 from worldr1_jax.mesh import placement
 from worldr1_jax.models import clip
-from worldr1_jax.rewards.base import Evidence, Networks, Parts, Reward, in_range
+from worldr1_jax.rewards.base import Evidence, Networks, Parts, Reward
 from worldr1_jax.rewards.reconstruct import frame_indices
 from worldr1_jax.weights.shipped import resolve
 
@@ -75,8 +76,7 @@ class Hps(Reward):
 
     def __post_init__(self) -> None:
         in_range(self, frames=(1, 10**6))
-        if self.fit not in clip.FITS:
-            raise ValueError(f"fit is '{self.fit}': it is one of {', '.join(clip.FITS)}")
+        one_of(self, fit=clip.FITS)
 
     def check(self) -> None:
         if not self.weights or not self._source.exists():

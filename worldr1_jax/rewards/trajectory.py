@@ -8,13 +8,17 @@ camera leaves everything free (the released code scores a perfect push-in 0.52 a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from worldr1_jax.fields import in_range, one_of
 from worldr1_jax.geometry import rotation_angle
+from worldr1_jax.rewards.base import CAMERAS, Evidence, Parts, Reward
+from worldr1_jax.rewards.likeness import where_shown
 
 SHARPNESS = 1.5  # score = exp(-SHARPNESS * squared relative error): a still camera gets 0.22
 ROTATION_TOLERANCE = 6.0  # degrees; the unit of rotation errors on paths that turn less than this
@@ -189,3 +193,39 @@ def _length(paths: _Alignment) -> tuple[Float[Array, " B"], Array]:
 
 def _rms(values: Float[Array, "B F"]) -> Float[Array, " B"]:
     return jnp.sqrt(jnp.mean(values**2, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory(Reward):
+    """S_traj as a reward, its two factors and its errors beside it; NaN where a frame shows nothing
+    (`likeness.BLANK`), for the path that is recovered there would be made up.
+
+    Attributes:
+      depth_scale: typical depth in the 3D network's units; scales the tolerance on still cameras.
+      mode: "paper", or "released" for the formula of World-R1's code.
+    """
+
+    needs = CAMERAS
+
+    depth_scale: float = 1.0
+    mode: str = "paper"
+
+    def __post_init__(self) -> None:
+        in_range(self, depth_scale=(1e-6, 1e6))
+        one_of(self, mode=("paper", "released"))
+
+    def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:
+        path, found = evidence.path, evidence.found().camtoworld
+        if self.mode == "released":
+            from worldr1_jax.rewards import released  # which builds on this module
+
+            score = released.s_traj(path, found)
+        else:
+            score = s_traj(path, found, depth_scale=self.depth_scale)
+        factors = parts(path, found, depth_scale=self.depth_scale)
+        measured = {
+            "trajectory": score,
+            **{f"trajectory_{name}": value for name, value in factors.items()},
+            **errors(path, found, depth_scale=self.depth_scale),
+        }
+        return where_shown(measured, evidence)

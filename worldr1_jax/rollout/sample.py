@@ -4,7 +4,7 @@ The schedule that `sample` is given names the solver: sigmas mean Euler, with st
 the window; the tables of `unipc.make` mean UniPC, which has no stochastic steps.
 
 `Sampler` holds the settings that rollout and update must share; both pass the same object, so that
-the update recomputes exactly the transitions that were drawn (`transition`).
+the update recomputes exactly the transitions that were drawn (`stochastic_step`).
 """
 
 from collections.abc import Callable
@@ -73,9 +73,9 @@ def in_parts(function: Callable[..., Array], parts: int) -> Callable[..., Array]
 
 def guided(
     velocity: Velocity,
-    sampler: Sampler,
+    guidance: float,
     latents: Float[Array, "B f h w C"],
-    sigma: Float[Array, ""],
+    sigma: Float[Array, ""] | Float[Array, " B"],
     text: Float[Array, "B N D"],
     text_null: Float[Array, "N D"] | None,
     *,
@@ -89,13 +89,13 @@ def guided(
     """
     told = sigma * 1000.0 if timestep is None else timestep
     timestep = jnp.full(latents.shape[:1], told, jnp.float32)
-    if sampler.guidance == 1.0:
+    if guidance == 1.0:
         return velocity(latents, timestep, text).astype(jnp.float32)
     if text_null is None or text_null.ndim != 2:
         shape = None if text_null is None else text_null.shape
         raise ValueError(
-            f"guidance {sampler.guidance} needs text_null [N D], the embedding of the negative "
-            f"prompt; got {shape}."
+            f"guidance {guidance} needs text_null [N D], the embedding of the negative prompt; got "
+            f"{shape}"
         )
     null = jnp.broadcast_to(text_null, (latents.shape[0], *text_null.shape))
     # As a loop, so that the network is compiled once.
@@ -103,7 +103,7 @@ def guided(
         lambda words: velocity(latents, timestep, words).astype(jnp.float32),
         jnp.stack([text, null]),
     )
-    return v_null + sampler.guidance * (v - v_null)
+    return v_null + guidance * (v - v_null)
 
 
 def stochastic_step(
@@ -111,57 +111,32 @@ def stochastic_step(
     latents: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
     sigmas: Float[Array, " T+1"],
-    index: Int[Array, ""],
+    index: Int[Array, ""] | Int[Array, " B"],
 ) -> sde.Step:
-    """Mean and std of step `index` of the schedule, given the velocity at its start."""
-    sigma, sigma_next = sigmas[index], sigmas[index + 1]
+    """Mean and std of step `index` of the schedule, one for all or one a sample, given the velocity
+    at its start."""
+    sigma, sigma_next = (_beside(sigmas[i], latents) for i in (index, index + 1))
     if sampler.kind == "flow":
         return sde.flow_sde(latents, v, sigma, sigma_next, sampler.eta, sigmas[1], sampler.level)
     if sampler.kind == "cps":
         return sde.cps(latents, v, sigma, sigma_next, sampler.eta)
-    raise ValueError('sampler kind "none" has no stochastic step; use "flow" or "cps".')
+    raise ValueError('sampler kind "none" has no stochastic step; use "flow" or "cps"')
 
 
 def step_noise(
-    keys: PRNGKeyArray, index: Int[Array, ""], shape: tuple[int, ...]
+    keys: PRNGKeyArray, index: Int[Array, ""] | Int[Array, " B"], shape: tuple[int, ...]
 ) -> Float[Array, "B ..."]:
     """Noise of step `index` for samples with these keys `[B]`, each of `shape` (without B)."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+    def draw(key, index):
+        return jax.random.normal(jax.random.fold_in(key, index), shape)
+
+    return jax.vmap(draw, in_axes=(0, 0 if jnp.ndim(index) else None))(keys, index)
 
 
 def sample_keys(key: PRNGKeyArray, count: int, *, first: int = 0) -> PRNGKeyArray:
     """Keys `[count]` of samples `first .. first + count - 1`: equal however a batch is split."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(count))
-
-
-def transition(
-    velocity: Velocity,
-    sampler: Sampler,
-    before: Float[Array, "B f h w C"],
-    text: Float[Array, "B N D"],
-    text_null: Float[Array, "N D"] | None,
-    sigmas: Float[Array, " T+1"],
-    index: Int[Array, ""],
-) -> sde.Step:
-    """Mean and std of step `index` from `before` under this velocity: the policy of one step."""
-    v = guided(velocity, sampler, before, sigmas[index], text, text_null)
-    return stochastic_step(sampler, before, v, sigmas, index)
-
-
-def step_outputs(
-    velocity: Velocity,
-    sampler: Sampler,
-    trajectory: Trajectory,
-    i: int | Int[Array, ""],
-    text: Float[Array, "B N D"],
-    text_null: Float[Array, "N D"] | None,
-    sigmas: Float[Array, " T+1"],
-) -> tuple[sde.Step, Float[Array, " B"]]:
-    """Step and log-probability of window step `i` (0 .. W-1), recomputed under this velocity."""
-    before, after = trajectory.window_latents[i], trajectory.window_latents[i + 1]
-    index = trajectory.window_start + i
-    step = transition(velocity, sampler, before, text, text_null, sigmas, index)
-    return step, sde.log_prob(after, step.mean, step.std)
 
 
 def sample(
@@ -173,12 +148,12 @@ def sample(
     text_null: Float[Array, "N D"] | None = None,
     *,
     sampler: Sampler,
-    window: tuple[int | Int[Array, ""], int] = (0, 0),
+    window: tuple[int | Int[Array, ""] | Int[Array, " B"], int] = (0, 0),
     on_step: OnStep | None = None,
 ) -> Trajectory:
     """Denoises a batch: ODE steps, and stochastic ones inside the window.
 
-    The batch shares its window. Memory is that of W + 1 states, whatever T is.
+    Memory is that of W + 1 states, whatever T is.
 
     Args:
       velocity: the policy.
@@ -190,8 +165,8 @@ def sample(
       text: embedding of each prompt.
       text_null: embedding of the negative prompt; needed when guidance is not 1.
       sampler: settings; the update must be given the same.
-      window: first step, which may be traced, and W, which is static. `schedule.check_window` says
-        what fits. W is 0 exactly when the sampler's kind is "none".
+      window: first step, of all or of each sample, which may be traced, and W, which is static.
+        `schedule.check_window` says what fits. W is 0 exactly when the sampler's kind is "none".
       on_step: applied to the state after each step outside the window (the released World-R1 adds
         its camera warp so). Inside, it would change the state whose probability was taken.
 
@@ -203,7 +178,7 @@ def sample(
     _check(keys, noise, sigmas, sampler, start, width, on_step)
     start = jnp.asarray(start, jnp.int32)
     if isinstance(sigmas, unipc.UniPC):
-        return _sample_unipc(velocity, noise, sigmas, text, text_null, sampler, start)
+        return _sample_unipc(velocity, keys, noise, sigmas, text, text_null, sampler, start)
 
     def ode_step(x, v, index):
         x_next = sde.ode(x, v, sigmas[index], sigmas[index + 1])
@@ -213,17 +188,21 @@ def sample(
     def sde_step(x, v, index):
         step = stochastic_step(sampler, x, v, sigmas, index)
         x_next = step.mean + step.std * step_noise(keys, index, x.shape[1:])
-        return x_next, sde.log_prob(x_next, step.mean, step.std)
+        log_prob = sde.log_prob(x_next, step.mean, step.std)
+        if start.ndim:  # other samples may have no window here
+            inside = _beside((index >= start) & (index < start + width), x)
+            x_next = jnp.where(inside, x_next, ode_step(x, v, index)[0])
+        return x_next, log_prob
 
     def body(carry, index):
         x, states, log_probs = carry
-        v = guided(velocity, sampler, x, sigmas[index], text, text_null)
-        place = index - start  # of this step in the window
+        v = guided(velocity, sampler.guidance, x, sigmas[index], text, text_null)
+        place = index - start  # of this step in the window, or in that of each sample
         if width == 0:
             x_next, log_prob = ode_step(x, v, index)
         else:
             inside = (place >= 0) & (place < width)
-            x_next, log_prob = jax.lax.cond(inside, sde_step, ode_step, x, v, index)
+            x_next, log_prob = jax.lax.cond(jnp.any(inside), sde_step, ode_step, x, v, index)
             log_probs = _put(log_probs, log_prob, place)
         return (x_next, _put(states, x_next, place + 1), log_probs), None
 
@@ -232,12 +211,17 @@ def sample(
     log_probs = jnp.zeros((width, x.shape[0]), jnp.float32)
     carry, _ = jax.lax.scan(body, (x, states, log_probs), jnp.arange(sigmas.shape[0] - 1))
     return Trajectory(
-        latents=carry[0], window_latents=carry[1], log_prob_old=carry[2], window_start=start
+        latents=carry[0],
+        window_latents=carry[1],
+        log_prob_old=carry[2],
+        window_start=start,
+        keys=keys,
     )
 
 
 def _sample_unipc(
     velocity: Velocity,
+    keys: PRNGKeyArray,
     noise: Float[Array, "B f h w C"],
     solver: unipc.UniPC,
     text: Float[Array, "B N D"],
@@ -250,7 +234,7 @@ def _sample_unipc(
     def body(carry, index):
         x, memory = carry
         v = guided(
-            velocity, sampler, x, solver.sigmas[index], text, text_null,
+            velocity, sampler.guidance, x, solver.sigmas[index], text, text_null,
             timestep=solver.timesteps[index],
         )  # fmt: skip
         return unipc.step(solver, index, x, v, memory), None
@@ -262,13 +246,24 @@ def _sample_unipc(
         window_latents=x[None],  # the noise, as with Euler and no window
         log_prob_old=jnp.zeros((0, x.shape[0]), jnp.float32),
         window_start=start,
+        keys=keys,
     )
 
 
-def _put(buffer: Array, value: Array, place: Int[Array, ""]) -> Array:
-    """Writes `value` at `buffer[place]`; a place outside the buffer leaves it as it is."""
-    slot = jnp.clip(place, 0, buffer.shape[0] - 1)
-    return buffer.at[slot].set(jnp.where(slot == place, value, buffer[slot]))
+def _put(
+    buffer: Float[Array, "n B ..."],
+    value: Float[Array, "B ..."],
+    place: Int[Array, ""] | Int[Array, " B"],
+) -> Float[Array, "n B ..."]:
+    """Writes `value` at `buffer[place]`, where each sample may have its own place; one outside the
+    buffer leaves it as it is."""
+    here = jnp.arange(len(buffer))[:, None] == place
+    return jnp.where(here.reshape(*here.shape, *[1] * (value.ndim - 1)), value, buffer)
+
+
+def _beside(values: Array, x: Float[Array, "B ..."]) -> Array:
+    """One value a sample, so that they broadcast with x; a single one as it is."""
+    return values.reshape(-1, *[1] * (x.ndim - 1)) if jnp.ndim(values) else values
 
 
 def _check(keys, noise, sigmas, sampler: Sampler, start, width: int, on_step) -> None:

@@ -94,9 +94,12 @@ def check_window(steps: int, width: int, first: int, last: int) -> None:
         )
 
 
-def random_window(key: PRNGKeyArray, width: int, first: int, last: int) -> Int[Array, ""]:
-    """Start of a window placed uniformly in steps `first .. last - 1` (key is consumed)."""
-    return jax.random.randint(key, (), first, last - width + 1, jnp.int32)
+def random_window(
+    key: PRNGKeyArray, width: int, first: int, last: int, shape: tuple[int, ...] = ()
+) -> Int[Array, "..."]:
+    """Starts of so many windows, each placed uniformly in steps `first .. last - 1` (key is
+    consumed)."""
+    return jax.random.randint(key, shape, first, last - width + 1, jnp.int32)
 
 
 def progressive_window(

@@ -15,15 +15,19 @@ LEVELS = ("sd3", "linear", "constant")
 
 
 class Step(NamedTuple):
-    """Gaussian of one stochastic step: `x_next = mean + std * eps`; std is one number a step."""
+    """Gaussian of one stochastic step: `x_next = mean + std * eps`.
+
+    std is one number, or one a sample `[B 1 ...]`, as the levels are that it was made of: every
+    sigma below may be either.
+    """
 
     mean: Float[Array, "B ..."]
-    std: Float[Array, ""]
+    std: Float[Array, "..."]
 
 
 def noise_level(
-    name: str, sigma: Float[Array, ""], eta: float, sigma_clamp: Float[Array, ""]
-) -> Float[Array, ""]:
+    name: str, sigma: Float[Array, "..."], eta: float, sigma_clamp: Float[Array, ""]
+) -> Float[Array, "..."]:
     """Diffusion coefficient `s(sigma)` of the flow-SDE.
 
     Args:
@@ -50,8 +54,8 @@ def noise_level(
 def flow_sde(
     x: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
-    sigma: Float[Array, ""],
-    sigma_next: Float[Array, ""],
+    sigma: Float[Array, "..."],
+    sigma_next: Float[Array, "..."],
     eta: float,
     sigma_clamp: Float[Array, ""],
     level: str = "sd3",
@@ -78,8 +82,8 @@ def flow_sde(
 def cps(
     x: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
-    sigma: Float[Array, ""],
-    sigma_next: Float[Array, ""],
+    sigma: Float[Array, "..."],
+    sigma_next: Float[Array, "..."],
     eta: float,
 ) -> Step:
     """Coefficients-preserving step: part of the predicted noise is replaced by fresh noise.
@@ -98,8 +102,8 @@ def cps(
 def ode(
     x: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
-    sigma: Float[Array, ""],
-    sigma_next: Float[Array, ""],
+    sigma: Float[Array, "..."],
+    sigma_next: Float[Array, "..."],
 ) -> Float[Array, "B ..."]:
     """Deterministic Euler step `x + v dt`, float32."""
     x, v, sigma, sigma_next = _float32(x, v, sigma, sigma_next)
@@ -107,7 +111,7 @@ def ode(
 
 
 def log_prob(
-    x_next: Float[Array, "B ..."], mean: Float[Array, "B ..."], std: Float[Array, ""]
+    x_next: Float[Array, "B ..."], mean: Float[Array, "B ..."], std: Float[Array, "..."]
 ) -> Float[Array, " B"]:
     """Log-density of `x_next`, as the mean over latent dimensions (not the sum).
 
@@ -117,16 +121,21 @@ def log_prob(
     step to step.
     """
     x_next, mean, std = _float32(x_next, mean, std)
-    square = _mean_over_latent((x_next - mean) ** 2)
+    square, std = _mean_over_latent((x_next - mean) ** 2), of_samples(std)
     return -square / (2 * std**2) - jnp.log(std) - 0.5 * math.log(2 * math.pi)
 
 
 def kl(
-    mean: Float[Array, "B ..."], mean_ref: Float[Array, "B ..."], std: Float[Array, ""]
+    mean: Float[Array, "B ..."], mean_ref: Float[Array, "B ..."], std: Float[Array, "..."]
 ) -> Float[Array, " B"]:
     """KL of two steps with one std: `(mean - mean_ref)^2 / (2 std^2)`, mean over latent dims."""
     mean, mean_ref, std = _float32(mean, mean_ref, std)
-    return _mean_over_latent((mean - mean_ref) ** 2) / (2 * std**2)
+    return _mean_over_latent((mean - mean_ref) ** 2) / (2 * of_samples(std) ** 2)
+
+
+def of_samples(std: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A step's std as `[B]`, or as the one number that it is."""
+    return std.reshape(-1) if std.ndim else std
 
 
 def _mean_over_latent(x: Float[Array, "B ..."]) -> Float[Array, " B"]:

@@ -1,0 +1,108 @@
+"""What algorithms on the forward process share: they learn from final latents alone.
+
+Noise is put on a latent x0 that was drawn, x_t = (1 - t) x0 + t eps, and the velocities of policies
+are compared there. So the rollout may be of any solver, needs no log-probability, and its number of
+steps is none of the loss's business.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Velocity
+from worldr1_jax.rollout import unipc
+from worldr1_jax.rollout.sample import Sampler
+from worldr1_jax.types import Trajectory
+
+SOLVERS = ("euler", "unipc")
+
+
+class Noised(NamedTuple):
+    """Latents on the way to noise."""
+
+    latents: Float[Array, "B f h w C"]  # x_t
+    sigma: Float[Array, " B"]  # t
+    noise: Float[Array, "B f h w C"]  # eps
+
+
+@dataclass(frozen=True)
+class Forward(Algorithm):
+    """The fields that they share.
+
+    Attributes:
+      draws: noise levels at which a sample is looked at, one evaluation each, at least 1.
+      kl_weight: of `mean |v - v_base|^2`; at 0 the base's forward is not run.
+      absorb: with guidance in the rollout: True trains the branch of the prompt alone, which takes
+        over what guidance did, at half the cost; False trains the guided velocity as it is sampled.
+      solver: of the rollout: "euler" or "unipc", which needs fewer steps.
+      advantage_max: advantage that counts in full, > 0; larger ones are cut.
+    """
+
+    draws: int = 3
+    kl_weight: float = 1e-4
+    absorb: bool = True
+    solver: str = "euler"
+    advantage_max: float = 5.0
+
+    def __post_init__(self):
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}; it must be at least 1")
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"kl_weight is {self.kl_weight}; it must be finite and 0 or more")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is '{self.solver}': it is {' or '.join(SOLVERS)}")
+        if not 0 < self.advantage_max < math.inf:
+            raise ValueError(f"advantage_max is {self.advantage_max}; it must be above 0")
+
+    @property
+    def terms(self) -> int:
+        """One for each noise level."""
+        return self.draws
+
+    def draw(self, key: PRNGKeyArray, update: int, plan: Plan) -> Draw:
+        """Deterministic, by the solver that the field names; see `Algorithm.draw`."""
+        solver = unipc.make(plan.steps, plan.shift) if self.solver == "unipc" else None
+        return Draw(Sampler(kind="none", guidance=plan.guidance), solver=solver)
+
+    def keep(self, trajectory: Trajectory) -> Float[Array, "B f h w C"]:
+        """The final latents."""
+        return trajectory.latents
+
+    def noised(
+        self, keys: PRNGKeyArray, x0: Float[Array, "B f h w C"],
+        sigmas: Float[Array, " T+1"], term: Array,
+    ) -> Noised:  # fmt: skip
+        """Each sample at a noise level of its own; the keys are consumed.
+
+        Level number `term` falls into that part of `draws` equal parts of the schedule, uniformly
+        over its steps, from the first level to the last at which the rollout asks the policy.
+        """
+
+        def draw(key):
+            level_key, noise_key = jax.random.split(key)
+            share = (term + jax.random.uniform(level_key)) / self.draws
+            return share, jax.random.normal(noise_key, x0.shape[1:])
+
+        share, noise = jax.vmap(draw)(keys)
+        last = sigmas.shape[0] - 2
+        sigma = jnp.interp(share * last, jnp.arange(last + 2.0), sigmas)
+        t = sigma.reshape(-1, *[1] * (x0.ndim - 1))
+        return Noised((1 - t) * x0 + t * noise, sigma, noise)
+
+    def at(self, policy: Velocity, noised: Noised, text: Float[Array, "B N D"]) -> Array:
+        """The velocity that is compared; see `absorb`."""
+        guidance = {"guidance": 1.0} if self.absorb else {}
+        return policy(noised.latents, noised.sigma, text, **guidance)
+
+    def strength(self, advantages: Float[Array, " B"]) -> Float[Array, " B"]:
+        """Advantages in units of the largest, in [-1, 1]."""
+        return jnp.clip(advantages / self.advantage_max, -1, 1)
+
+
+def mean_square(x: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """Mean over all but the samples."""
+    return jnp.mean(x**2, axis=tuple(range(1, x.ndim)))
