@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from worldr1_jax.rewards.base import REWARDS, Evidence, find
 
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import clip
 from worldr1_jax.nano import tokenizer
 from worldr1_jax.rewards import preference
+from worldr1_jax.rewards.base import REWARDS, Evidence, find
 from worldr1_jax.rewards.preference import Hps, PickScore
 
 PROMPTS = [
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
         tower, tower, 8, image_size=12, patch_size=4, vocab_size=len(tokenizer.vocabulary()),
         max_position_embeddings=16, eos_token_id=tokenizer.vocabulary().index(tokenizer.END),
     )  # fmt: skip
-    clip.save(clip.CLIP(config, nnx.Rngs(0)), path)
+    clip.save(nnx.jit(lambda: clip.CLIP(config, nnx.Rngs(0)))(), path)
     tokenizer.save(path)
     return path
 
@@ -82,10 +82,16 @@ def test_the_reward_is_the_mean_cosine(folder, kind):
     reward, frames = kind(str(folder), frames=3), videos()
     got = scored(reward, one_device(), evidence(frames))[reward.name]
     network, words = clip.load(folder), clip.Tokenizer(folder, 16)
-    text = network.text(jnp.asarray(words([PROMPTS[0].split(". ")[1], PROMPTS[1]])))
+    ids = jnp.asarray(words([PROMPTS[0].split(". ")[1], PROMPTS[1]]))
+
+    @jax.jit
+    def cosines(frames):
+        return (
+            network.image(clip.preprocess(frames, network.config, reward.fit)) @ network.text(ids).T
+        )
+
     for row in range(2):
-        pixels = clip.preprocess(frames[row, ::4], network.config, reward.fit)
-        want = (network.image(pixels) @ text[row]).mean()
+        want = cosines(frames[row, ::4])[:, row].mean()
         if kind is PickScore:
             want = want / 0.07 / 26  # the temperature with which CLIP begins
         np.testing.assert_allclose(got[row], want, rtol=1e-4)  # float32 in another order
