@@ -145,6 +145,6 @@ def test_refusals(folder, tmp_path, name):
         kind(str(folder), fit="stretch")
     with pytest.raises(ValueError, match="frames is 0"):
         kind(str(folder), frames=0)
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(ValueError, match=rf"rewards\.{name}: .* holds no tokenizer"):
         kind(str(folder), tokenizer=str(tmp_path)).check()
     dataclasses.replace(kind(str(folder))).check()

@@ -84,7 +84,10 @@ class Hps(Reward):
                 f"rewards.{self.name}.weights is '{self.weights}', which is no file or folder: "
                 "give published weights, or 'nano'"
             )
-        self._words  # noqa: B018 (reads the tokenizer)
+        try:
+            self._words  # noqa: B018 (reads the config and the tokenizer)
+        except ValueError as error:
+            raise ValueError(f"rewards.{self.name}: {error}") from error
 
     def networks(self, mesh: jax.sharding.Mesh, dtype: Any) -> Networks:
         self.check()
