@@ -38,13 +38,20 @@ def save_weights(folder: Path, with_da3: bool = True) -> Path:
         True), latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, in_channels=12, out_channels=12,
         patch_size=2,
     )  # fmt: skip
-    wan_dit.save(fresh(lambda: wan_dit.WanDiT(dit, nnx.Rngs(0))), folder / "transformer")
+    wan_dit.save(fresh(lambda: _answering(wan_dit.WanDiT(dit, nnx.Rngs(0)))), folder / "transformer")
     umt5.save(fresh(lambda: umt5.UMT5Encoder(text, nnx.Rngs(1))), folder / "text_encoder")
     wan_vae.save(fresh(lambda: wan_vae.WanVAE(vae, nnx.Rngs(2))), folder / "vae")
     if with_da3:
         da3.save(fresh(lambda: da3.DA3(da3.Config.nano(), nnx.Rngs(3))), folder / "da3")
     tokenizer.save(folder / "tokenizer")
     return folder
+
+
+def _answering(dit: wan_dit.WanDiT) -> wan_dit.WanDiT:
+    """With values in the last projection, which is 0 at first: no gradient would pass it."""
+    kernel = dit.proj_out.kernel
+    kernel[...] = 0.2 * jax.random.normal(jax.random.key(4), kernel.shape, kernel.dtype)
+    return dit
 
 
 def fresh(make: Callable[[], nnx.Module]) -> nnx.Module:
@@ -63,9 +70,9 @@ def config(folder: Path, **changes):
     settings = {
         "policy.weights": str(folder), "rewards.da3": str(folder / "da3"), "frames": 5, "height":
         32, "width": 32, "groups": 2, "group_size": 4, "num_updates": 4, "checkpoint_every": 1,
-        "sample.steps": 4, "sample.window_range": (0, 3), "rewards.views": 2, "evaluate.prompts": 2,
-        "evaluate.batch": 2, "evaluate.samples": 4, "dynamic.main_updates": 2,
-        "dynamic.dynamic_updates": 1, "mesh.data": 1,
+        "sample.steps": 4, "algorithm.window_range": (0, 3), "rewards.views": 2,
+        "evaluate.prompts": 2, "evaluate.batch": 2, "evaluate.samples": 4,
+        "dynamic.main_updates": 2, "dynamic.dynamic_updates": 1, "mesh.data": 1,
     }  # fmt: skip
     for name, value in (settings | changes).items():
         part, field = c, name

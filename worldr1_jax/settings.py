@@ -5,8 +5,9 @@ Nothing here compiles before `check` has passed; below this module, functions ta
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -154,6 +155,15 @@ def make_loader(config: ml_collections.ConfigDict, prompts: prompt_files.PromptS
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def of_section(name: str) -> Iterator[None]:
+    """Puts the section's name before what its dataclass has against a field."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
 def make_algorithm(config: ml_collections.ConfigDict) -> base.Algorithm:
     """The algorithm that the config names; see algorithms/base.py."""
     return base.build(config.algorithm)
@@ -167,7 +177,8 @@ def make_plan(config: ml_collections.ConfigDict) -> base.Plan:
 
 def make_advantage(config: ml_collections.ConfigDict) -> advantage.Advantage:
     """How rewards become advantages."""
-    return advantage.Advantage(**config.advantage)
+    with of_section("advantage"):
+        return advantage.Advantage(**config.advantage)
 
 
 def make_advantages(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Any:
@@ -179,10 +190,11 @@ def make_advantages(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) 
 def make_optimizer(config: ml_collections.ConfigDict) -> optimizer.Optimizer:
     """AdamW of the adapters."""
     t = config.train
-    return optimizer.make_optimizer(
-        t.learning_rate, weight_decay=t.weight_decay, clip_norm=t.clip_norm, eps=t.adam_eps,
-        warmup_steps=t.warmup,
-    )  # fmt: skip
+    with of_section("train"):
+        return optimizer.make_optimizer(
+            t.learning_rate, weight_decay=t.weight_decay, clip_norm=t.clip_norm, eps=t.adam_eps,
+            warmup_steps=t.warmup,
+        )  # fmt: skip
 
 
 def make_state(config: ml_collections.ConfigDict, pipeline: Pipeline) -> learning.TrainState:

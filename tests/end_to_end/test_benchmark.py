@@ -11,7 +11,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
     "frames": 5, "height": 32, "width": 32, "groups": 2, "group_size": 2, "sample.steps": 3,
-    "sample.window": 1, "sample.window_range": "(0,2)", "rewards.views": 2,
+    "algorithm.window": 1, "algorithm.window_range": "(0,2)", "rewards.views": 2,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from tests import tiny
 from worldr1_jax import settings
-from worldr1_jax.algorithms import update as grpo
+from worldr1_jax.algorithms import update as learning
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import dit as wan_dit
@@ -108,7 +108,9 @@ def run(folder, config, mesh, tmp_path_factory):
     """The folder of a run with random adapters, and their average, which is another."""
     workdir = tmp_path_factory.mktemp("run")
     pipeline = settings.build_pipeline(config, mesh, jax.random.key(0))
-    state = grpo.init_state(pipeline.adapters, settings.make_optimizer(config))
+    state = learning.init_state(
+        pipeline.adapters, settings.make_optimizer(config), settings.make_algorithm(config)
+    )
     rng = np.random.default_rng(0)
 
     def random(leaf):

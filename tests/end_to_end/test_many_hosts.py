@@ -24,7 +24,7 @@ from worldr1_jax.workdir.checkpoint import Checkpointer
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
     "frames": 5, "height": 32, "width": 32, "groups": 2, "group_size": 4, "checkpoint_every": 1,
-    "sample.steps": 3, "sample.window": 1, "sample.window_range": "(0,2)", "rewards.views": 2,
+    "sample.steps": 3, "algorithm.window": 1, "algorithm.window_range": "(0,2)", "rewards.views": 2,
     "evaluate.prompts": 0, "videos_every": 100, "mesh.data": 4, "mesh.fsdp": 2,
 }  # fmt: skip
 

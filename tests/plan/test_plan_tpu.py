@@ -34,7 +34,7 @@ def planned():
     config = world.get_config("large")
     with config.unlocked():
         config.frames, config.height, config.width = 5, 64, 64
-        config.groups, config.sample.steps, config.sample.window_range = 1, 6, (0, 4)
+        config.groups, config.sample.steps, config.algorithm.window_range = 1, 6, (0, 4)
         config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, 4, 2
     mesh = plan.mesh_for(config, plan.topology_devices("v5e:2x4"))
     programs = plan.plan(config, mesh, only=("rollout", "update"))
