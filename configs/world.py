@@ -6,7 +6,8 @@
     --config.sample.steps=20
 
 Values marked [paper] are World-R1's (arXiv 2604.24764); the others say where they come from. All
-variants have the same fields, and the same code reads them.
+variants have the same fields, and the same code reads them: each section is passed whole to the
+dataclass that is named beside it, which says more, and what values it takes.
 """
 
 import ml_collections
@@ -44,10 +45,9 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.groups = 48  # prompts per update [paper]
     c.group_size = 8  # K, videos per prompt [paper]
     c.frames, c.height, c.width = 81, 480, 832  # of the videos; frames = 1 + 4 k [paper]
-    c.fps = 16  # of the mp4 files; Wan's own rate
-    c.mesh = ml_collections.ConfigDict(
-        {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
-    )  # -1: what is left; data 0: all four as they suit the devices and the model
+    c.fps = 16.0  # of the mp4 files; Wan's own rate
+    # -1: what is left; data 0: all four as they suit the devices and the model
+    c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     # networks that wait in the hosts' pinned memory while no stage uses them: text (the encoder),
     # vae, policy (its frozen weights), rewards
     c.idle_on_host = ()
@@ -56,63 +56,75 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     # and test.txt, or one .txt or .jsonl
     c.prompts = "world"
 
-    c.policy = ml_collections.ConfigDict()
+    c.policy = ml_collections.ConfigDict()  # (policies/base.py: Options)
     # folder in diffusers' layout, of Wan-Video's own release, or of launch/convert_weights.py
     c.policy.weights = ""
     # folder of launch/encode_prompts.py, with which the text encoder is not loaded; "": encode
     c.policy.text_cache = ""
     # decode by chunks of frames: memory that does not grow with their number
     c.policy.chunked_vae = True
-    c.policy.lora_rank, c.policy.lora_alpha = 32, 64.0  # [paper]
-    c.policy.dtype = (
-        "bfloat16"  # of matmuls and resting weights; adapters, norms and softmax stay float32
-    )
-    # what the backward pass recomputes: none, dots, attention, full, whole (layers.scan_layers),
-    # the least memory last
+    c.policy.lora_rank, c.policy.lora_alpha = 32, 64.0  # of the adapters [paper]
+    # of matmuls and resting weights; adapters, norms and softmax stay float32
+    c.policy.dtype = "bfloat16"
+    # what the backward pass recomputes: none, dots, attention, full, whole, the least memory last
     c.policy.remat = "full"
     c.policy.text_tokens = 512  # padded length of prompts; Wan's own
 
-    c.sample = ml_collections.ConfigDict()
+    c.sample = ml_collections.ConfigDict()  # (policies/stages.py: Sampling)
     c.sample.steps = 50  # T [paper]
     c.sample.shift = 3.0  # of the schedule; Wan at 480p (5 at 720p)
     c.sample.guidance = 5.0  # classifier-free guidance [paper]; 1 is off
-    c.sample.negative_prompt = ""
+    c.sample.negative_prompt = ""  # what guidance leads away from
     # that a device samples, decodes or scores at a time; 0: all that it has
     c.sample.videos_at_once = 0
-    c.sample.camera = (
-        "initial"  # how camera motion enters: initial (warped starting noise) [paper], step, none
-    )
-    c.sample.camera_strength = (
-        0.35  # 0: plain noise, 1: warped noise alone; released: 0.35 Small, 0.40 Large
-    )
-    c.sample.camera_degradation = 0.35  # fresh noise blended into the warped noise; released
-    c.sample.flow_scale = 16  # resolution of the warp over that of the latents; released
-    c.sample.magnitudes = "released"  # how far a command goes: released (1000 units deep) or nano
 
-    c.rewards = ml_collections.ConfigDict()
+    c.camera = ml_collections.ConfigDict()  # (camera/injection.py: Camera)
+    # how camera motion enters: initial (warped starting noise) [paper], step, none
+    c.camera.mode = "initial"
+    # 0: plain noise, 1: warped noise alone; released: 0.35 Small, 0.40 Large
+    c.camera.strength = 0.35
+    c.camera.degradation = 0.35  # fresh noise blended into the warped noise; released
+    c.camera.flow_scale = 16  # resolution of the warp over that of the latents; released
+    c.camera.magnitudes = "released"  # how far a command goes: released (1000 units deep) or nano
+
+    c.rewards = ml_collections.ConfigDict()  # (rewards/base.py: a section for each reward)
+    # 0 measures a reward and does not learn from it
     c.rewards.weights = ml_collections.ConfigDict(
-        {"recon": 1.0, "trajectory": 1.0, "general": 1.0}
-    )  # 0 drops a reward
-    c.rewards.da3 = ""  # folder of Depth Anything 3 with Gaussian head
-    c.rewards.likeness = "lpips"  # what S_recon compares with: lpips [paper], or ssim
-    c.rewards.lpips = ""  # folder of LPIPS (AlexNet v0.1); see models/lpips.py
-    c.rewards.change_floor = 0.0  # S_recon counts only what standing still cannot explain; try 0.1
-    # unlikeness of frames below which S_recon shrinks; try less than what the base's videos have
-    c.rewards.change_min = 0.0
-    c.rewards.texture_min = 0.02  # local contrast below which S_recon shrinks; ours
-    c.rewards.mode = "paper"  # or "released": S_traj by the formula of World-R1's code
-    c.rewards.frame_stride = 1  # the 3D network sees every so many frames
-    c.rewards.views = (
-        0  # frames that S_recon renders again, evenly spaced; 0: all that were reconstructed
+        {"recon": 1.0, "trajectory": 1.0, "general": 1.0, "mvcs": 0.0}
     )
+    # R_gen: rewards that are "general", averaged with these weights. palette: colours that the
+    # prompt names; hps: HPSv2.1 [paper]
+    c.rewards.general = ml_collections.ConfigDict({"palette": 1.0, "hps": 0.0, "pickscore": 0.0})
+    c.rewards.reconstruct = ml_collections.ConfigDict()  # (rewards/reconstruct.py: Reconstruct)
+    c.rewards.reconstruct.da3 = ""  # folder of Depth Anything 3 with Gaussian head
+    c.rewards.reconstruct.frame_stride = 1  # the 3D network sees every so many frames
     # render the Gaussians of so many frames, evenly spaced, where all are too many; 0: all
-    c.rewards.gaussian_frames = 0
-    c.rewards.depth_scale = (
-        1.0  # typical depth in the 3D network's units; scales the tolerance on still cameras
-    )
-    c.rewards.general = (
-        "palette"  # R_gen; palette: colours that the prompt names (stands in for HPS)
-    )
+    c.rewards.reconstruct.gaussian_frames = 0
+    c.rewards.recon = ml_collections.ConfigDict()  # (rewards/recon.py: Recon)
+    c.rewards.recon.likeness = "lpips"  # what S_recon compares with: lpips [paper], or ssim
+    c.rewards.recon.lpips = ""  # folder of LPIPS (AlexNet v0.1); see models/lpips.py
+    # frames that S_recon renders again, evenly spaced; 0: all that were reconstructed
+    c.rewards.recon.views = 0
+    # S_recon counts only what standing still cannot explain; try 0.1
+    c.rewards.recon.change_floor = 0.0
+    # unlikeness of frames below which S_recon shrinks; try less than what the base's videos have
+    c.rewards.recon.change_min = 0.0
+    c.rewards.recon.texture_min = 0.02  # local contrast below which S_recon shrinks; ours
+    c.rewards.trajectory = ml_collections.ConfigDict()  # (rewards/trajectory.py: Trajectory)
+    # typical depth in the 3D network's units; scales the tolerance on still cameras
+    c.rewards.trajectory.depth_scale = 1.0
+    # "paper"; "segments": run by run; "released": by the formula of World-R1's code
+    c.rewards.trajectory.mode = "paper"
+    c.rewards.trajectory.segment = 3  # frames of a run, of those that are reconstructed
+
+    for name, fit in (("hps", "pad"), ("pickscore", "crop")):  # (rewards/preference.py)
+        c.rewards[name] = judge = ml_collections.ConfigDict()
+        # HPS_v2.1_compressed.pt, or the folder PickScore_v1; "nano": the one that ships
+        judge.weights = ""
+        judge.tokenizer = ""  # folder of CLIP's tokenizer; "": that of the weights
+        judge.frames = 8  # of a video that are looked at, evenly spaced
+        # to CLIP's square: pad (black bars) or crop, each as published, or squeeze
+        judge.fit = fit
 
     # What learns, with its fields (algorithms/base.py); :nano,nft names another.
     c.algorithm = ml_collections.ConfigDict(base.section(algorithm))
@@ -128,13 +140,13 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
         g.window_place = "random"  # or progressive, from noise to data, as MixGRPO; or group
         g.window_interval = 25  # updates at one place, progressive only
 
-    c.advantage = ml_collections.ConfigDict()  # (algorithms/advantage.py)
+    c.advantage = ml_collections.ConfigDict()  # (algorithms/advantage.py: Advantage)
     c.advantage.rewards = "sum"  # or each: every reward by its own std, then the weighted sum
     c.advantage.std = "group"  # or batch, or global
     c.advantage.floor = 0.0  # least std of a reward, when each
     c.advantage.clip = 5.0  # [paper]
 
-    c.train = ml_collections.ConfigDict()
+    c.train = ml_collections.ConfigDict()  # (algorithms/update.py: Rules)
     c.train.learning_rate = 1e-4  # AdamW [paper]
     c.train.warmup = 0  # optimizer steps
     c.train.weight_decay = 1e-4  # Flow-GRPO
@@ -144,64 +156,72 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.train.clip_norm = 3.0
     c.train.epochs = 1  # passes over one rollout
     c.train.minibatches = 2  # optimizer steps per pass; more than one, or the clip never acts
-    c.train.microbatches = (
-        1  # parts of a minibatch, evaluated one after the other; 0: sample.videos_at_once a device
-    )
+    # parts of a minibatch, evaluated one after the other; 0: sample.videos_at_once a device
+    c.train.microbatches = 1
     c.train.ema_decay, c.train.ema_every = 0.9, 8  # average of the adapters [paper]
 
-    c.dynamic = ml_collections.ConfigDict()
-    c.dynamic.main_updates, c.dynamic.dynamic_updates = (
-        100,
-        50,
-    )  # periodic decoupled training [paper]
-    c.dynamic.off = (
-        "recon",
-        "trajectory",
-    )  # rewards that the dynamic phase turns off [paper: R_3D]
+    c.dynamic = ml_collections.ConfigDict()  # (data/phases.py: Phases)
+    # periodic decoupled training [paper]
+    c.dynamic.main_updates, c.dynamic.dynamic_updates = 100, 50
+    # rewards that the dynamic phase turns off [paper: R_3D]
+    c.dynamic.off = ("recon", "trajectory")
 
-    c.evaluate = ml_collections.ConfigDict()
+    c.watch = ml_collections.ConfigDict()  # (workdir/watch.py: Watch)
+    # end the run when a prompt's videos differ by less than this share of what they did; 0: never
+    c.watch.diversity = 0.75
+    c.watch.kl = 0.0  # or when the mean KL to the base is larger; 0: never
+    c.watch.patience = 10  # updates over which both are averaged
+    c.watch.idle = 8  # updates in a row from which nothing could be learnt
+
+    c.evaluate = ml_collections.ConfigDict()  # (evaluation/held_out.py: Evaluate)
     c.evaluate.prompts = 64  # held-out prompts of the before/after report; 0: no report
     c.evaluate.samples = 2  # videos per prompt, for the diversity
     c.evaluate.batch = 16  # prompts at a time, or so many more that the mesh divides their videos
+    # guidance of the base that the report compares with: the best of these on `sweep` prompts
+    c.evaluate.guidances = ()
+    c.evaluate.sweep = 16
     return c
 
 
 def _nano(c: ml_collections.ConfigDict) -> None:
     """Two CPU cores, ten minutes. What differs from the paper differs because of size, and is
-    measured in the README."""
+    measured in docs/results."""
     c.num_updates, c.checkpoint_every, c.videos_every = 48, 8, 12
     c.groups = 4
-    c.frames, c.height, c.width, c.fps = 17, 64, 64, 8
+    c.frames, c.height, c.width, c.fps = 17, 64, 64, 8.0
     c.prompts = "nano"
     c.policy.weights = "nano"
     c.policy.chunked_vae = False  # 17 frames of 64 pixels: the whole fits, and is faster
     c.policy.lora_rank, c.policy.lora_alpha = 16, 32.0
     c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "dots", 32
     c.sample.steps, c.sample.guidance = 10, 1.0
-    if "window_range" in c.algorithm:
-        c.algorithm.window_range = (0, 6)
-    c.sample.flow_scale, c.sample.magnitudes = 4, "nano"
-    c.rewards.da3, c.rewards.frame_stride = "nano", 4  # one frame for each latent frame
-    c.rewards.depth_scale = 4.0
-    c.rewards.likeness = "ssim"  # LPIPS means little at 64 pixels
+    c.camera.flow_scale, c.camera.magnitudes = 4, "nano"
+    # one frame for each latent frame
+    c.rewards.reconstruct.da3, c.rewards.reconstruct.frame_stride = "nano", 4
+    c.rewards.trajectory.depth_scale = 4.0
+    c.rewards.recon.likeness = "ssim"  # LPIPS means little at 64 pixels
     # Within a group S_recon spreads by 0.03, S_traj by 0.22 and R_gen by 0.09: with equal weights
     # S_recon would be 2% of the variance that the policy learns from.
     c.rewards.weights.recon = 6.0
-    c.train.learning_rate, c.train.minibatches = 6e-4, 1
+    if "window_range" in c.algorithm:
+        c.algorithm.window_range = (0, 6)
     if c.algorithm.name == "grpo":
         c.algorithm.clip = 1e-2
+    c.train.learning_rate, c.train.minibatches = 6e-4, 1
     # The rewards' spreads differ between groups: where a movement is beyond the base policy, S_traj
     # is all but noise, which a group's own std would blow up to the size of a signal.
     c.train.ema_every, c.advantage.std = 1, "global"
     c.dynamic.main_updates, c.dynamic.dynamic_updates = 20, 2
     c.evaluate.prompts, c.evaluate.samples = 128, 4
+    c.evaluate.guidances = (1.0, 2.0, 3.0, 5.0)
 
 
 def _wan(c: ml_collections.ConfigDict, variant: str) -> None:
     c.mesh.data = 0
+    c.checkpoint_every = 1  # an update takes longer than a machine's notice before it is taken
     c.sample.videos_at_once, c.train.microbatches = 1, 0
     # Each is used once or twice an update: the encoder alone is 11 GB, of a v5e's 16, and on one
     # chip the decoder leaves no room for the policy.
     c.idle_on_host = ("text", "vae", "policy", "rewards")
     if variant == "large":
-        c.sample.camera_strength = 0.40
+        c.camera.strength = 0.40

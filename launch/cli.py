@@ -1,47 +1,61 @@
-"""How every launcher starts: flags of a config file, and wrong input as one sentence instead of a
-traceback."""
+"""How every launcher starts: flags of a config file, help that names every field, and wrong input
+as one sentence instead of a traceback."""
 
 import ctypes
+import difflib
 import importlib.util
 import math
 import mmap
 import os
+import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
+import config_help
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault(
-    "TRANSFORMERS_VERBOSITY", "error"
-)  # it only misses torch, which nobody needs here
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # so that configs/ is found from any folder
+# transformers only misses torch, which nobody needs here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+HOME = Path(__file__).resolve().parents[1]  # the checkout; or, in a wheel, the package itself
+if (HOME / "worldr1_jax").is_dir():
+    sys.path.insert(0, str(HOME))  # a checkout works without being installed
 
-from worldr1_jax.mesh import compiler
+from worldr1_jax.mesh import compiler  # noqa: E402
 
 compiler.set_flags()
 
+LONGEST = 600  # characters of an error message; a longer one is cut in its middle
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/world.py[:nano|:small|:large]")
-WORKDIR = flags.DEFINE_string("workdir", "runs/world", "folder of checkpoints, metrics and videos")
+WORKDIR = flags.DEFINE_string("workdir", "runs/world", "folder that is written to")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code wrong input was found")
 
 
-def run(main: Callable[[], object]) -> None:
-    """Parses the flags and calls `main`; ValueError ends the program with one sentence and status
-    1."""
+def run(main: Callable[[], object], workdir: str = "runs/world") -> None:
+    """Parses the flags and calls `main`; wrong input ends the program with one sentence and status
+    1.
+
+    Args:
+      main: may raise ValueError for a field or file that is wrong, and OSError for a path that
+        cannot be read or written. Anything else is an error of ours and keeps its traceback.
+      workdir: default of --workdir, a folder of this launcher's own.
+    """
+    flags.set_default(WORKDIR, workdir)
 
     def guarded(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax reports every rename at INFO
         try:
+            _check_backend()
             main()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if TRACEBACK.value:
                 raise
-            _stop(str(error))
+            _stop(_sentence(error))
 
     app.run(guarded, flags_parser=_parse)
 
@@ -61,6 +75,7 @@ def use_cpu_well(*divides: int) -> None:
     """
     keep_memory()
     spread_convolutions()
+    wait_for_slow_threads()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         import jax
 
@@ -92,18 +107,33 @@ def spread_convolutions() -> None:
     """Has XLA's own convolutions used on a CPU in place of YNNPACK's.
 
     Those give a core 64 output channels at a time: of two cores one idles half of the time at 64
-    channels and a quarter at 96 or 192.
+    channels and a quarter at 96 or 192. Call it before jax is used.
+    """
+    _set_xla("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
 
-    An unknown flag would end the process, and this one is experimental: it is set where the library
-    has it, and where no accelerator's library, with an XLA of its own, would read it. Call it
-    before jax is used.
+
+def wait_for_slow_threads() -> None:
+    """Gives the devices of a busy CPU 20 minutes to meet in a collective, not XLA's 40 seconds.
+
+    They are threads. On a laptop that sleeps or swaps, one is late, not dead, and XLA would end the
+    process with "Expected 2 threads to join the rendezvous". Call it before jax is used.
+    """
+    _set_xla("xla_cpu_collective_call_warn_stuck_timeout_seconds", "120")
+    _set_xla("xla_cpu_collective_call_terminate_timeout_seconds", "1200")
+
+
+def _set_xla(flag: str, value: str) -> None:
+    """Adds to XLA_FLAGS what its user has not set.
+
+    An unknown flag would end the process. So it is set where the library has it, and where no
+    accelerator's library, with an XLA of its own, would read it.
     """
     others = ("libtpu", "jax_plugins")
     if os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, others)):
         return
-    flag, flags = "xla_cpu_experimental_ynn_fusion_type", os.environ.get("XLA_FLAGS", "")
-    if flag not in flags and _xla_has(flag):
-        os.environ["XLA_FLAGS"] = f"{flags} --{flag}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    if flag not in given and _xla_has(flag):
+        os.environ["XLA_FLAGS"] = f"{given} --{flag}={value}".strip()
 
 
 def _xla_has(flag: str) -> bool:
@@ -119,22 +149,117 @@ def _xla_has(flag: str) -> bool:
     return False
 
 
+def _check_backend() -> None:
+    """Raises ValueError for a JAX_PLATFORMS that jax itself would end with a traceback."""
+    for name in filter(None, os.environ.get("JAX_PLATFORMS", "").split(",")):
+        package = "libtpu" if name == "tpu" else "jax_plugins"
+        given = name == "cpu" or (name == "tpu" and "TPU_LIBRARY_PATH" in os.environ)
+        if not given and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"JAX_PLATFORMS names '{name}', for which nothing is installed: set it to cpu, or "
+                "install jax[tpu] or jax[cuda12]"
+            )
+
+
+# -- flags
+
+
 def _parse(argv: list[str]) -> list[str]:
-    if any(word.lstrip("-").startswith("help") for word in argv[1:]):
-        return app.parse_flags_with_usage(argv)
-    for word in argv[1:]:
-        path = word.partition("=")[2].partition(":")[0]
-        if word.lstrip("-").startswith("config=") and not Path(path).is_file():
-            _stop(f"--config names {path or 'nothing'}, which is no file: try configs/world.py")
+    config, argv = _take_config(argv)
+    if any(word in ("-h", "--help", "--helpshort", "--helpfull") for word in argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head or less, as other programs do
+        print(_help(config or str(HOME / "configs" / "world.py")))
+        sys.exit(0)
+    if not config:
+        _stop("--config is missing: give --config=configs/world.py")
     try:
-        left = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        left = flags.FLAGS([argv[0], f"--config={config}", *argv[1:]])
+    except flags.UnrecognizedFlagError as error:
+        _stop(_hint(error.flagname, config))
+    except (AttributeError, KeyError):
+        _stop(_unknown_field(argv, config))
+    except SyntaxError as error:
+        _stop(f"{error.filename} line {error.lineno} is no Python: {error.msg}")
+    except (flags.Error, TypeError, ValueError, OSError) as error:
         _stop(_last_line(error))
     if len(left) > 1:
         _stop(f"'{left[1]}' is no flag: flags look like --config=configs/world.py")
-    if CONFIG.value is None:
-        _stop("--config is missing: give --config=configs/world.py")
     return left
+
+
+def _take_config(argv: list[str]) -> tuple[str, list[str]]:
+    """The config file with its variant, and the other words.
+
+    A file that is not found from here is looked for beside the launchers, so that
+    configs/world.py works from any folder and without a checkout.
+    """
+    config, rest = "", []
+    words = iter(argv)
+    for word in words:
+        name, given, value = word.partition("=")
+        if name not in ("-config", "--config"):
+            rest.append(word)
+            continue
+        config = value if given else next(words, "")
+        path, colon, variant = config.partition(":")
+        if not Path(path).is_file():
+            if not path or not (HOME / path).is_file():
+                _stop(f"--config names {path or 'nothing'}, which is no file: try configs/world.py")
+            config = f"{HOME / path}{colon}{variant}"
+    return config, rest
+
+
+def _load(config: str) -> Any:
+    """What the config file makes of its variant."""
+    path, _, variant = config.partition(":")
+    try:
+        return runpy.run_path(path)["get_config"](*filter(None, [variant]))
+    except SyntaxError as error:
+        _stop(f"{error.filename} line {error.lineno} is no Python: {error.msg}")
+    except (KeyError, ValueError) as error:
+        _stop(f"{path}: {error}" if isinstance(error, ValueError) else f"{path} has no get_config")
+
+
+def _help(config: str) -> str:
+    """The launcher's docstring, its flags, and every field of the config."""
+    own = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "flags:"]
+    for flag in [*(flags.FLAGS[name] for name in ("config", "workdir", "traceback")), *own]:
+        default = "" if flag.default in (None, []) else flag.default
+        text = flag.help.partition("\n")[0].removesuffix(";")  # absl adds how to repeat it
+        lines.append(config_help.line(f"--{flag.name}={default}", text))
+    lines += [
+        "",
+        f"fields of {config}:",
+        config_help.describe(config.partition(":")[0], _load(config)),
+    ]
+    return "\n".join(lines)
+
+
+def _hint(flag: str, config: str) -> str:
+    """What a flag that does not exist may have meant."""
+    found = _load(config)
+    near = difflib.get_close_matches(flag, list(flags.FLAGS), n=1, cutoff=0.8)
+    field = config_help.nearest(flag, found, exact=bool(near))
+    meant = f"--config.{field}" if field else f"--{near[0]}" if near else ""
+    return f"--{flag} is no flag: " + (f"do you mean {meant}?" if meant else "see --help")
+
+
+def _unknown_field(argv: list[str], config: str) -> str:
+    """The first --config.name that the config does not have."""
+    found = _load(config)
+    known = {name for name, _ in config_help.fields(found)}
+    for word in argv:
+        name = word.partition("=")[0].lstrip("-")
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
+            near = config_help.nearest(name, found)
+            return f"the config has no field {name.removeprefix('config.')}" + (
+                f": do you mean --config.{near}?" if near else ": see --help"
+            )
+    return "a flag names a field that the config does not have: see --help"
+
+
+# -- errors
 
 
 def _last_line(error: Exception) -> str:
@@ -142,12 +267,19 @@ def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
         type(error).__name__
     ]
-    text = lines[-1].removeprefix("ValueError: ")
-    if isinstance(error, AttributeError | KeyError):
-        return f"the config has no field {lines[0].strip(chr(34))}"
-    return text
+    return lines[-1].removeprefix("ValueError: ")
 
 
-def _stop(text: str) -> None:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+def _sentence(error: ValueError | OSError) -> str:
+    """What is said of an error: OSErrors name their file first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _stop(text: str) -> NoReturn:
+    text = " ".join(text.split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(1)

@@ -23,19 +23,18 @@ def main() -> None:
     import jax.numpy as jnp
 
     from worldr1_jax import settings
-    from worldr1_jax.mesh.make import make_mesh
-    from worldr1_jax.policies import wan
+    from worldr1_jax.policies.base import family
     from worldr1_jax.weights.shipped import resolve
 
-    config = cli.CONFIG.value
-    folder = resolve(config.policy.weights)
-    wan.store(
-        folder, cli.WORKDIR.value, mesh=make_mesh(config.mesh),
-        dtype=jnp.dtype(config.policy.dtype), form=FORM.value,
-        adapters=settings.load_adapters(config, ADAPTERS.value, KIND.value),
+    found = settings.read(cli.CONFIG.value)
+    folder = resolve(found.policy.weights)
+    family(folder).store(
+        folder, cli.WORKDIR.value, mesh=settings.make_mesh(found),
+        dtype=jnp.dtype(found.policy.dtype), form=FORM.value,
+        adapters=settings.load_adapters(found, ADAPTERS.value, KIND.value),
     )  # fmt: skip
     print(f"--config.policy.weights={cli.WORKDIR.value} starts from these weights")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, workdir="runs/weights")

@@ -19,9 +19,8 @@ def main() -> None:
 
     from worldr1_jax import settings
     from worldr1_jax.data import text_cache
-    from worldr1_jax.mesh import placement as sharding
-    from worldr1_jax.mesh.make import make_mesh
-    from worldr1_jax.policies import wan
+    from worldr1_jax.mesh import placement
+    from worldr1_jax.policies.base import family
     from worldr1_jax.policies.stages import TextStage
     from worldr1_jax.weights.shipped import resolve
     from worldr1_jax.workdir.metrics import Progress
@@ -29,21 +28,22 @@ def main() -> None:
     config = cli.CONFIG.value
     if config.mesh.data == -1:
         cli.use_cpu_well(BATCH.value)
-    mesh = make_mesh(config.mesh)
-    parts = sharding.batch_parts(mesh)
+    found = settings.read(config)
+    mesh = settings.make_mesh(found)
+    parts = placement.batch_parts(mesh)
     if BATCH.value < 1 or BATCH.value % parts:
         raise ValueError(f"--batch is {BATCH.value}: the mesh needs a multiple of {parts}")
     if jax.process_count() > 1:
         raise ValueError("encode prompts on one host: a cache is one file")
-    texts = settings.texts(config, settings.load_prompts(config))
-    made_by = settings.text_fingerprint(config)
-    dtype = jnp.dtype(config.policy.dtype)
-    encoder, tokenizer = wan.load_text(resolve(config.policy.weights), mesh=mesh, dtype=dtype)
-    each = max(BATCH.value // sharding.batch_parts(mesh, "sequences"), 1)
-    encode = TextStage(encoder, tokenizer, config.policy.text_tokens, mesh, at_once=each)
+    texts = settings.texts(found, settings.load_prompts(found))
+    made_by, tokens = settings.text_fingerprint(found), found.policy.text_tokens
+    dtype, folder = jnp.dtype(found.policy.dtype), resolve(found.policy.weights)
+    encoder = family(folder).load_text(folder, mesh=mesh, tokens=tokens, dtype=dtype)
+    each = max(BATCH.value // placement.batch_parts(mesh, "sequences"), 1)
+    encode = TextStage(encoder, mesh, at_once=each)
 
     def rows(prompts):
-        _, mask = wan.tokenize(tokenizer, prompts, config.policy.text_tokens)
+        _, mask = encoder.tokenize(prompts)
         # The DiT rounds embeddings to this dtype before it uses them: nothing is lost.
         return np.asarray(encode(prompts).astype(dtype)), mask.sum(1)
 
@@ -55,7 +55,7 @@ def main() -> None:
             progress.update(done - 1)
 
     count = text_cache.write(
-        cli.WORKDIR.value, texts, rows, made_by=made_by, tokens=config.policy.text_tokens,
+        cli.WORKDIR.value, texts, rows, made_by=made_by, tokens=tokens,
         batch=BATCH.value, progress=show,
     )  # fmt: skip
     progress.close()
@@ -63,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, workdir="runs/encoded")

@@ -20,7 +20,7 @@ def main() -> None:
     from worldr1_jax import settings
     from worldr1_jax.models.wan import lora_files
 
-    found = settings.load_adapters(cli.CONFIG.value, ADAPTERS.value, KIND.value)
+    found = settings.load_adapters(settings.read(cli.CONFIG.value), ADAPTERS.value, KIND.value)
     if found is None:
         raise ValueError("--adapters is empty: give the workdir of a run, or a file of LoRA")
     lora_files.save(found, cli.WORKDIR.value, FORM.value)
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, workdir="runs/lora")

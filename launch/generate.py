@@ -6,7 +6,7 @@ python launch/generate.py --config=configs/world.py:small --config.policy.weight
     --prompts=- --adapters=someones_lora.safetensors --sampler=unipc --workdir=videos < prompts.txt
 
 Whatever the config says can be set: --config.seed, --config.sample.steps, .shift, .guidance,
-.negative_prompt, .camera (initial, step or none), .camera_strength, --config.frames, .height,
+.negative_prompt, --config.camera.mode (initial, step or none), .strength, --config.frames, .height,
 .width, --config.mesh.fsdp. The same prompt, seed and batch give the same bytes.
 """
 
@@ -33,8 +33,7 @@ def main() -> None:
 
     from worldr1_jax import settings
     from worldr1_jax.media import write_mp4
-    from worldr1_jax.mesh import placement as sharding
-    from worldr1_jax.mesh.make import make_mesh
+    from worldr1_jax.mesh import placement
     from worldr1_jax.policies import generate
     from worldr1_jax.rollout import unipc
     from worldr1_jax.workdir.metrics import Progress
@@ -46,20 +45,20 @@ def main() -> None:
     wanted = len(prompts) * SAMPLES.value
     if config.mesh.data == -1:
         cli.use_cpu_well(BATCH.value or max(wanted, 1))
-    mesh = make_mesh(config.mesh)
-    settings.check_policy(config)
+    found = settings.read(config)
+    mesh = settings.make_mesh(found)
+    settings.check_policy(found)
     solver = None
     if SAMPLER.value == "unipc":
-        if config.sample.camera == "step":
-            raise ValueError("--sampler=unipc undoes --config.sample.camera=step: use initial")
-        solver = unipc.make(config.sample.steps, config.sample.shift, ORDER.value)
-    adapters = settings.load_adapters(config, ADAPTERS.value, KIND.value)
-    pipeline = settings.build_pipeline(config, mesh, None, adapters)
+        if found.camera.mode == "step":
+            raise ValueError("--sampler=unipc undoes --config.camera.mode=step: use initial")
+        solver = unipc.make(found.sample.steps, found.sample.shift, ORDER.value)
+    adapters = settings.load_adapters(found, ADAPTERS.value, KIND.value)
+    pipeline = settings.build_pipeline(found, mesh, None, adapters)
     progress = Progress(wanted, unit="video")
     videos = generate.generate(
-        pipeline, prompts, seed=config.seed, samples=SAMPLES.value,
-        batch=BATCH.value or sharding.batch_parts(mesh), guidance=config.sample.guidance,
-        negative_prompt=config.sample.negative_prompt, solver=solver,
+        pipeline, prompts, seed=found.run.seed, samples=SAMPLES.value,
+        batch=BATCH.value or placement.batch_parts(mesh), solver=solver,
     )  # fmt: skip
     for done, made in enumerate(videos):
         path = Path(cli.WORKDIR.value) / f"{made.name}.mp4"
@@ -72,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, workdir="runs/videos")

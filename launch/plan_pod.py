@@ -3,7 +3,7 @@
 python launch/plan_pod.py --config=configs/world.py:large --topology=v5p:4x4x4 [--json]
 
 Needs `pip install 'jax[tpu]'`, but no TPU and no weights. Bytes are the compiler's; seconds are
-estimates, by the method that worldr1_jax/plan.py states.
+estimates, by the method that worldr1_jax/plan/report.py states.
 """
 
 import itertools
@@ -34,6 +34,7 @@ WINDOWS = flags.DEFINE_list("windows", [], "numbers of window steps, for --sweep
 
 def main() -> None:
     """Prints a table of the programs, or JSON, or with --sweep a ranking of choices."""
+    from worldr1_jax import settings
     from worldr1_jax.plan import report as plan
 
     config = cli.CONFIG.value
@@ -41,18 +42,19 @@ def main() -> None:
     if SWEEP.value:
         _sweep(config, devices)
         return
-    mesh = plan.mesh_for(config, devices)
+    found = settings.read(config)
+    mesh = plan.mesh_for(found, devices)
     programs = plan.plan(
-        config, mesh, only=tuple(ONLY.value), efficiency=EFFICIENCY.value or None, hlo=HLO.value
+        found, mesh, only=tuple(ONLY.value), efficiency=EFFICIENCY.value or None, hlo=HLO.value
     )
-    found = plan.report(TOPOLOGY.value, mesh, programs)
+    figures = plan.report(TOPOLOGY.value, mesh, programs)
     if PRICE.value:
-        found["cost_per_update"] = found["chip_hours_per_update"] * PRICE.value
+        figures["cost_per_update"] = figures["chip_hours_per_update"] * PRICE.value
     if JSON.value:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(figures, indent=2))
         return
     if ROW.value:
-        print(plan.table_row(config.variant, TOPOLOGY.value, mesh, programs))
+        print(plan.table_row(found.run.variant, TOPOLOGY.value, mesh, programs))
         return
     print(f"{TOPOLOGY.value}: {mesh.size} devices, mesh {dict(mesh.shape)}; all is estimated")
     for p in programs:
@@ -66,24 +68,29 @@ def main() -> None:
             f"sent: {sent or 'nothing'}  compiled in {p.compile_seconds:.0f} s"
         )
     print(
-        f"update: {found['seconds_per_update']:.0f} s, {found['chip_hours_per_update']:.1f} "
-        "chip-hours" + (f", {found['cost_per_update']:.2f} at the price" if PRICE.value else "")
+        f"update: {figures['seconds_per_update']:.0f} s, {figures['chip_hours_per_update']:.1f} "
+        "chip-hours" + (f", {figures['cost_per_update']:.2f} at the price" if PRICE.value else "")
     )
 
 
 def _sweep(config, devices) -> None:
+    from worldr1_jax import settings
     from worldr1_jax.mesh.make import make_mesh
     from worldr1_jax.plan import report as plan
 
     rows = []
-    windows = [int(w) for w in WINDOWS.value] or [config.algorithm.window]
+    windows = [int(w) for w in WINDOWS.value] or [config.algorithm.get("window", 0)]
     for context, remat, window in itertools.product(CONTEXTS.value, REMATS.value, windows):
         with config.unlocked():
-            config.policy.remat, config.algorithm.window = remat, window
+            config.policy.remat = remat
+            if "window" in config.algorithm:
+                config.algorithm.window = window
         choice = {"context": int(context), "remat": remat, "window": window}
         try:
             mesh = make_mesh({"fsdp": -1, "context": int(context)}, devices)
-            programs = plan.plan(config, mesh, only=tuple(ONLY.value or ("rollout", "update")))
+            programs = plan.plan(
+                settings.read(config), mesh, only=tuple(ONLY.value or ("rollout", "update"))
+            )
         except ValueError as error:
             rows.append({**choice, "fits": False, "why": str(error)})
             continue

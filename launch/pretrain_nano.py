@@ -14,7 +14,7 @@ from typing import Any
 import cli
 from absl import flags
 
-STAGES = ("vae", "camera", "da3", "policy", "check")
+STAGES = ("vae", "camera", "da3", "policy", "clip", "check")
 STAGE = flags.DEFINE_enum("stage", "all", ("all", *STAGES), "what to train, or check")
 VIDEOS = flags.DEFINE_integer("videos", 5000, "training videos")
 SEED = flags.DEFINE_integer("seed", 0, "every random choice follows from it")
@@ -36,7 +36,9 @@ def main() -> None:
     stages = [stage for stage in wanted if stage != "check"]
     weights = workdir / "weights"
     if stages:
-        truth = cached(workdir / "videos", SEED.value, VIDEOS.value, dynamic_share=0.15)
+        # CLIP learns from stills: five of each scene
+        choices: dict[str, Any] = {"dynamic_share": 0.15, "every": 4 if stages == ["clip"] else 1}
+        truth = cached(workdir / "videos", SEED.value, VIDEOS.value, **choices)
         start = resolve(START.value) if START.value else None
         options: dict[str, Any] = {"seed": SEED.value, "scale": SCALE.value, "start": start}
         for stage in stages:
@@ -49,27 +51,25 @@ def main() -> None:
 
 def check(weights: Path | None) -> None:
     """Prints the figures of the given or shipped weights on held-out scenes, as JSON."""
-    from worldr1_jax import rewards
+    from worldr1_jax import settings
     from worldr1_jax.nano import check as checks
     from worldr1_jax.nano.videos import sample
+    from worldr1_jax.rewards import scorer as scoring
     from worldr1_jax.weights import shipped
 
     folder = weights or shipped.WEIGHTS
     truth = sample(12345, 96, held_out=True)
-    config = cli.CONFIG.value.rewards
-    reward = rewards.build(
-        dict(config.weights),
-        da3=folder / "da3",
-        frame_stride=config.frame_stride,
-        depth_scale=config.depth_scale,
-    )
+    with cli.CONFIG.value.unlocked():
+        cli.CONFIG.value.rewards.reconstruct.da3 = str(folder / "da3")
+    scorer = scoring.load(settings.read(cli.CONFIG.value).rewards)
     figures = {
         "vae_psnr": checks.vae_psnr(folder / "vae", truth),
-        "ground_truth": checks.reconstruction(reward, truth),
-        "noise": checks.noise_scores(reward, truth),
+        "ground_truth": checks.reconstruction(scorer, truth),
+        "noise": checks.noise_scores(scorer, truth),
+        "clip": checks.retrieval(folder / "clip", truth),
     }
     print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, workdir="runs/nano")

@@ -19,10 +19,7 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "the prompt of each --video, in
 LIST = flags.DEFINE_string("list", "", ".jsonl file of videos and prompts")
 PICTURES = flags.DEFINE_bool("pictures", False, "write a picture for each video")
 
-SHOWN = (
-    "total", "recon", "trajectory", "general", "psnr", "ssim", "mvcs", "rot_err", "trans_err",
-    "cam_mc",
-)  # fmt: skip
+SHOWN = ("total", "recon", "trajectory", "general", "psnr", "ssim", "rot_err", "trans_err")
 
 
 def main() -> None:
@@ -30,7 +27,6 @@ def main() -> None:
     from worldr1_jax import settings
     from worldr1_jax.evaluation import scoring
     from worldr1_jax.files import write_atomically
-    from worldr1_jax.mesh.make import make_mesh
     from worldr1_jax.workdir.metrics import write_summary
 
     config = cli.CONFIG.value
@@ -43,22 +39,22 @@ def main() -> None:
     pairs += scoring.read_list(LIST.value) if LIST.value else []
     if not pairs:
         raise ValueError("there is no video: give --video and --prompt, or --list=file.jsonl")
-    settings.check_rewards(config)
-    reward = settings.build_reward(config, make_mesh(config.mesh))
-    magnitudes = settings.make_camera(config).magnitudes
+    found = settings.read(config)
+    found.rewards.check()
+    scorer = settings.build_scorer(found, settings.scoring_mesh(found))
     folder, rows = Path(cli.WORKDIR.value), []
     for row in scoring.score(
-        reward, pairs, magnitudes=magnitudes, most_frames=config.frames,
-        depth_scale=config.rewards.depth_scale, with_pictures=PICTURES.value,
+        scorer, pairs, magnitudes=found.camera.units, most_frames=found.run.frames,
+        with_pictures=PICTURES.value,
     ):  # fmt: skip
         rows.append(row)
         if row.picture:
             name = f"{len(rows):03d}-{Path(row.path).stem}.png"
             write_atomically(folder / name, row.picture)
-    print(scoring.table(rows, SHOWN), flush=True)
+    print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)
     records = [dataclasses.asdict(row) | {"picture": bool(row.picture)} for row in rows]
     write_summary(folder / "scores.json", {"videos": records})
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, workdir="runs/scores")

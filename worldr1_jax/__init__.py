@@ -16,3 +16,18 @@ What they stand on: models (Wan2.1, Depth Anything 3, ...), splat (Gaussians to 
 (layers), weights (their files), mesh (where arrays live), workdir (checkpoints, metrics), and
 types, geometry, files, media, timing.
 """
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.2.0.dev0"  # the one place; summary.json, pyproject.toml and the wheel read it
+
+__all__ = ["__version__", "camera", "data", "evaluation", "models", "policies", "rewards", "splat"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The public rooms, imported when they are first used: `import worldr1_jax` alone costs
+    nothing."""
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,15 +1,16 @@
-"""From the config to the objects that training and benchmarks run, every field checked first.
+"""From the config to the objects that training and launchers run, every field checked first.
 
-Nothing here compiles before `check` has passed; below this module, functions take plain arguments.
+A section of the config is passed whole to its dataclass, which says what each field means and may
+be (SECTIONS; the rewards' are in rewards.choice, the algorithm's in algorithms.base). Nothing here
+compiles before `read` has passed; below this module, functions take plain arguments.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,357 +18,392 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from worldr1_jax import rewards
-from worldr1_jax.algorithms import advantage, base, optimizer
+import worldr1_jax
+from worldr1_jax.algorithms import advantage, base
 from worldr1_jax.algorithms import update as learning
 from worldr1_jax.camera import commands
-from worldr1_jax.camera.injection import MAGNITUDES, Camera
+from worldr1_jax.camera.injection import Camera
 from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data import text_cache
 from worldr1_jax.data.loader import Loader
+from worldr1_jax.data.phases import Phases
 from worldr1_jax.data.world_prompts import generate as world_prompts
-from worldr1_jax.mesh import arrays, chips, compiler
+from worldr1_jax.evaluation.held_out import Evaluate
+from worldr1_jax.fields import in_range
+from worldr1_jax.mesh import arrays, chips, placement
 from worldr1_jax.mesh import make as meshes
-from worldr1_jax.mesh import placement as sharding
-from worldr1_jax.models.wan import config as wan_dit_config
-from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.mesh.compiler import Jit
 from worldr1_jax.nano import captions
+from worldr1_jax.nn.layers import HELD
 from worldr1_jax.nn.lora import Adapters
-from worldr1_jax.policies import adapters as trained
-from worldr1_jax.policies import wan
-from worldr1_jax.policies.stages import IDLE, Pipeline, latent_shape
-from worldr1_jax.rollout import schedule
+from worldr1_jax.policies.base import POLICY, TEXT, VAE, Options, Work, family
+from worldr1_jax.policies.stages import Pipeline, Sampling
+from worldr1_jax.rewards import Scorer
+from worldr1_jax.rewards import scorer as scoring
+from worldr1_jax.rewards.choice import Choice, choose
 from worldr1_jax.weights.shipped import resolve
+from worldr1_jax.workdir.watch import Watch
 
-# For `least_context`: arrays of the residual stream's size that a layer keeps, by policy.remat, and
-# bytes per number of the stream that a block's backward pass takes: an estimate, from a block that
-# was compiled for a TPU at size; it agrees with the one update that the compiler has refused.
-HELD = {"none": 25, "dots": 11, "attention": 2, "full": 1, "whole": 1}
+IDLE = (TEXT, VAE, POLICY, "rewards")  # networks that may wait on the hosts
+
+# Bytes per number of the residual stream that a block's backward pass takes, for `least_context`:
+# an estimate, from a block that was compiled for a TPU at size; it agrees with the one update that
+# the compiler has refused.
 BLOCK = 160
 
-# What a resume may change without becoming another run.
+# What a resume may change without becoming another run: what changes no bit of what is learnt, and
+# how long.
 MAY_CHANGE = (
-    "num_updates",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "videos_every",
-    "evaluate",
-    "mesh",
-    "idle_on_host",
-    "policy.text_cache",
-)
+    "num_updates", "checkpoint_every", "checkpoint_keep", "videos_every", "evaluate", "fps", "mesh",
+    "idle_on_host", "policy.text_cache", "policy.chunked_vae", "sample.videos_at_once",
+)  # fmt: skip
+
+SECTIONS: Mapping[str, type] = {
+    "policy": Options,
+    "sample": Sampling,
+    "camera": Camera,
+    "advantage": advantage.Advantage,
+    "train": learning.Rules,
+    "dynamic": Phases,
+    "watch": Watch,
+    "evaluate": Evaluate,
+}
 
 
-def load_prompts(config: ml_collections.ConfigDict) -> prompt_files.PromptSets:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The fields of the config that are in no section; see configs/world.py."""
+
+    variant: str
+    seed: int
+    num_updates: int
+    checkpoint_every: int
+    checkpoint_keep: int
+    videos_every: int
+    groups: int
+    group_size: int
+    frames: int
+    height: int
+    width: int
+    fps: float
+    idle_on_host: tuple[str, ...]
+    prompts: str
+
+    def __post_init__(self) -> None:
+        in_range(
+            self, seed=(0, 2**32 - 1), num_updates=(1, 10**9), checkpoint_every=(1, 10**9),
+            checkpoint_keep=(1, 10**6), videos_every=(1, 10**9), groups=(1, 10**6),
+            group_size=(2, 10**4), frames=(1, 10**5), height=(1, 10**5), width=(1, 10**5),
+            fps=(1e-3, 1e4),
+        )  # fmt: skip
+        strange = [name for name in self.idle_on_host if name not in IDLE]
+        if strange:
+            raise ValueError(f"idle_on_host names '{strange[0]}': it knows {', '.join(IDLE)}")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Of a video: frames, height, width."""
+        return self.frames, self.height, self.width
+
+    @property
+    def videos(self) -> int:
+        """Of one update."""
+        return self.groups * self.group_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A config, read and checked field by field."""
+
+    run: Run
+    mesh: Mapping[str, int]
+    policy: Options
+    sample: Sampling
+    camera: Camera
+    rewards: Choice
+    algorithm: base.Algorithm
+    advantage: advantage.Advantage
+    train: learning.Rules
+    dynamic: Phases
+    watch: Watch
+    evaluate: Evaluate
+
+    @property
+    def plan(self) -> base.Plan:
+        """What every rollout has in common."""
+        s = self.sample
+        return base.Plan(self.run.groups, self.run.group_size, s.steps, s.shift, s.guidance)
+
+
+def read(config: ml_collections.ConfigDict) -> Settings:
+    """The settings of a config.
+
+    Raises:
+      ValueError: a field that is unknown or out of its range, by its name, in one sentence.
+    """
+    fields = dict(config.items())
+    sections = {name: _section(fields.pop(name), name, kind) for name, kind in SECTIONS.items()}
+    mesh, rewards = dict(fields.pop("mesh")), _plain(fields.pop("rewards"))
+    algorithm = base.build(_plain(fields.pop("algorithm")))
+    run = _section(fields, "", Run)
+    found = Settings(run=run, mesh=mesh, rewards=choose(**rewards), algorithm=algorithm, **sections)
+    _check_dynamic(found)
+    found.algorithm.draw(jax.random.key(0), 0, found.plan)  # which says whether its window fits
+    return found
+
+
+def _section(section: Any, name: str, kind: type) -> Any:
+    """A dataclass from its section; what is wrong is said with the section's name."""
+    prefix = f"{name}." if name else ""
+    values = _plain(section)
+    known = [field.name for field in dataclasses.fields(kind)]
+    for field in values:
+        if field not in known:
+            raise ValueError(f"the config has no field {prefix}{field}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """Nested ConfigDicts as dicts, lists as tuples."""
+    if isinstance(section, ml_collections.ConfigDict):
+        section = section.to_dict()
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+
+
+def _check_dynamic(found: Settings) -> None:
+    """No phase may be left without a reward that counts: it would stop a run in its middle."""
+    choice, dynamic = found.rewards, found.dynamic
+    for name in dynamic.off:
+        if any(member not in choice.rewards for member in choice.members(name)):
+            known = ", ".join([*choice.rewards, "general"])
+            raise ValueError(f"dynamic.off names '{name}': the rewards are {known}")
+    off = set(choice.meant(dynamic.off))
+    if dynamic.dynamic_updates and not set(choice.counted()) - off:
+        raise ValueError("dynamic.off leaves no reward that counts: name fewer, or weigh another")
+
+
+def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.PromptSets) -> None:
+    """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
+    check_policy(found)
+    found.rewards.check()
+    cache = open_text_cache(found)
+    if cache is not None:
+        cache.check(texts(found, prompts))
+    parts = placement.batch_parts(mesh)
+    if found.run.videos % parts:
+        raise ValueError(
+            f"groups x group_size is {found.run.videos} videos, which the mesh's data x fsdp = "
+            f"{parts} cannot divide"
+        )
+
+
+def identity(
+    found: Settings, config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets
+) -> dict[str, str]:
+    """What hosts have to have in common, as texts: config, prompts, code, and the sizes of their
+    files of weights."""
+    folders = [found.policy.weights, found.rewards.reconstruct.da3]
+    files = [
+        (path.relative_to(root).as_posix(), path.stat().st_size)
+        for root in map(Path, filter(None, folders))
+        if root.is_dir()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    ]
+    return {
+        "config": config.to_json(sort_keys=True),
+        "prompts": repr(prompts),
+        "version of worldr1_jax and jax": f"{worldr1_jax.__version__} {jax.__version__}",
+        "files of weights": repr(files),
+    }
+
+
+def check_policy(found: Settings) -> None:
+    """The part of `check` that sampling videos depends on."""
+    folder = resolve(found.policy.weights)
+    family(folder).read(folder).latents(found.run.size)
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+def load_prompts(found: Settings) -> prompt_files.PromptSets:
     """The prompt sets that the config names: ours, those of the nano world, or files."""
-    if config.prompts == "nano":
+    name = found.run.prompts
+    if name == "nano":
         return captions.prompt_sets()
-    if config.prompts in ("world", "world_short"):
-        return world_prompts.prompt_sets("long" if config.prompts == "world" else "short")
-    if not config.prompts:
+    if name in ("world", "world_short"):
+        return world_prompts.prompt_sets("long" if name == "world" else "short")
+    if not name:
         raise ValueError(
             "prompts is empty: give world, world_short, a folder with train.txt, dynamic.txt and "
             "test.txt, or one file"
         )
-    prompts = prompt_files.read(config.prompts, commands.complaint)
-    if config.evaluate.prompts and not prompts.test:
+    prompts = prompt_files.read(name, commands.complaint)
+    if found.evaluate.prompts and not prompts.test:
         raise ValueError(
             "evaluate.prompts is not 0, but there are no test prompts: add test.txt or set it to 0"
         )
     return prompts
 
 
-def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
-    check_policy(config)
-    cache = open_text_cache(config)
-    if cache is not None:
-        cache.check(texts(config, load_prompts(config)))
-    parts, videos = sharding.batch_parts(mesh), config.groups * config.group_size
-    if videos % parts:
-        raise ValueError(
-            f"groups x group_size is {videos} videos, which the mesh's data x fsdp = {parts} "
-            "cannot divide"
-        )
-    strange = [name for name in config.idle_on_host if name not in IDLE]
-    if strange:
-        raise ValueError(f"idle_on_host names '{strange[0]}': it knows {', '.join(IDLE)}")
-    for make in (make_rules, make_optimizer, make_advantage):
-        make(config)  # each refuses what it cannot honour
-    make_algorithm(config).draw(jax.random.key(0), 0, make_plan(config))
-    check_rewards(config)
-    unknown = [name for name in config.dynamic.off if name not in rewards.NAMES]
-    if unknown:
-        raise ValueError(f"dynamic.off names '{unknown[0]}': it knows {', '.join(rewards.NAMES)}")
-    positive = ["num_updates", "checkpoint_every", "videos_every"]
-    for name in [*positive, "evaluate.batch", "evaluate.samples"]:
-        value = attrgetter(name)(config)
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it has to be at least 1")
-
-
-def check_rewards(config: ml_collections.ConfigDict) -> None:
-    """The part of `check` that scoring videos depends on."""
-    rewards.check(config.rewards.weights, config.rewards.da3, config.rewards.mode)
-    lpips_folder(config)
-    kept = config.rewards.gaussian_frames
-    if kept < 0:
-        raise ValueError(f"rewards.gaussian_frames is {kept}: it has to be 0, for all, or more")
-    if config.rewards.general != "palette":
-        raise ValueError(
-            f"rewards.general is '{config.rewards.general}': palette is the only one there is"
-        )
-
-
-def check_policy(config: ml_collections.ConfigDict) -> None:
-    """The part of `check` that sampling videos depends on."""
-    dit, vae = wan.read_configs(resolve(config.policy.weights))
-    latent_shape(vae, dit, (config.frames, config.height, config.width))
-    make_camera(config)
-
-
-def texts(config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets) -> list[str]:
+def texts(found: Settings, prompts: prompt_files.PromptSets) -> list[str]:
     """Every text that a run encodes."""
-    return [*prompts.train, *prompts.dynamic, *prompts.test, config.sample.negative_prompt]
+    return [*prompts.train, *prompts.dynamic, *prompts.test, found.sample.negative_prompt]
 
 
-def text_fingerprint(config: ml_collections.ConfigDict) -> str:
+def text_fingerprint(found: Settings) -> str:
     """What the embeddings of a cache depend on: encoder, tokenizer, padded length and dtype."""
-    found = wan.parts(resolve(config.policy.weights))
-    return text_cache.fingerprint(
-        [found["text_encoder"], found["tokenizer"]], config.policy.text_tokens, config.policy.dtype
-    )
+    folder, policy = resolve(found.policy.weights), found.policy
+    files = family(folder).text_files(folder)
+    return text_cache.fingerprint(files, policy.text_tokens, policy.dtype)
 
 
-def open_text_cache(config: ml_collections.ConfigDict) -> text_cache.TextCache | None:
+def open_text_cache(found: Settings) -> text_cache.TextCache | None:
     """The cache that policy.text_cache names; ValueError for a stale one, None for an empty
     name."""
-    if not config.policy.text_cache:
+    if not found.policy.text_cache:
         return None
-    return text_cache.TextCache(config.policy.text_cache, made_by=text_fingerprint(config))
+    return text_cache.TextCache(found.policy.text_cache, made_by=text_fingerprint(found))
 
 
-def make_loader(config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets) -> Loader:
+def make_loader(found: Settings, prompts: prompt_files.PromptSets) -> Loader:
     """The prompts of every update: groups of K, main and dynamic phases."""
+    run, phases = found.run, found.dynamic
     return Loader(
-        prompts, seed=config.seed, groups=config.groups, group_size=config.group_size,
-        main_updates=config.dynamic.main_updates, dynamic_updates=config.dynamic.dynamic_updates,
+        prompts, seed=run.seed, groups=run.groups, group_size=run.group_size,
+        main_updates=phases.main_updates, dynamic_updates=phases.dynamic_updates,
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def of_section(name: str) -> Iterator[None]:
-    """Puts the section's name before what its dataclass has against a field."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from error
-
-
-def make_algorithm(config: ml_collections.ConfigDict) -> base.Algorithm:
-    """The algorithm that the config names; see algorithms/base.py."""
-    return base.build(config.algorithm)
-
-
-def make_plan(config: ml_collections.ConfigDict) -> base.Plan:
-    """What every rollout has in common."""
-    s = config.sample
-    return base.Plan(config.groups, config.group_size, s.steps, s.shift, s.guidance)
-
-
-def make_advantage(config: ml_collections.ConfigDict) -> advantage.Advantage:
-    """How rewards become advantages."""
-    with of_section("advantage"):
-        return advantage.Advantage(**config.advantage)
-
-
-def make_advantages(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Any:
-    """The compiled (scores, off) -> (advantages, valid)."""
-    weights = dict(config.rewards.weights)
-    return advantage.make(mesh, config.group_size, weights, make_advantage(config))
-
-
-def make_optimizer(config: ml_collections.ConfigDict) -> optimizer.Optimizer:
-    """AdamW of the adapters."""
-    t = config.train
-    with of_section("train"):
-        return optimizer.make_optimizer(
-            t.learning_rate, weight_decay=t.weight_decay, clip_norm=t.clip_norm, eps=t.adam_eps,
-            warmup_steps=t.warmup,
-        )  # fmt: skip
-
-
-def make_state(config: ml_collections.ConfigDict, pipeline: Pipeline) -> learning.TrainState:
-    """That before the first update, on the pipeline's mesh."""
-    start = partial(
-        learning.init_state, optimizer=make_optimizer(config), algorithm=make_algorithm(config)
-    )
-    with jax.set_mesh(pipeline.mesh):
-        return jax.jit(start)(pipeline.adapters)
-
-
-def make_update(
-    config: ml_collections.ConfigDict, pipeline: Pipeline, state: Any, *, donate: bool = True
-) -> compiler.Jit:
-    """The compiled update, (state, base, batch, sigmas, text_null) -> (state, metrics), that keeps
-    the state where it lies and, if it may `donate` it, in its own memory."""
-    step = partial(
-        learning.train_step, algorithm=make_algorithm(config), velocity=pipeline.velocity,
-        optimizer=make_optimizer(config), guidance=config.sample.guidance,
-        rules=make_rules(config, sharding.batch_parts(pipeline.mesh)),
-    )  # fmt: skip
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return compiler.Jit(
-        step, pipeline.mesh, out_shardings=(places, None), donate_argnums=0 if donate else ()
-    )  # fmt: skip
+# ---------------------------------------------------------------------------------------- mesh
 
 
 def make_mesh(
-    config: ml_collections.ConfigDict,
-    dit: wan_dit.Config | None = None,
-    devices: Sequence[Any] | None = None,
+    found: Settings, devices: Sequence[Any] | None = None, work: Work | None = None
 ) -> jax.sharding.Mesh:
-    """The mesh that the config asks for; with mesh.data = 0, one that suits the devices.
+    """The mesh that the config asks for; with mesh.data = 0, one that suits devices and model.
 
     Args:
-      dit: shape of the policy; by default it is read from policy.weights.
       devices: by default all that there are.
+      work: of the policy's forward; by default it is read from policy.weights.
     """
-    if config.mesh.data:
-        return meshes.make_mesh(config.mesh, devices)
-    found = list(jax.devices() if devices is None else devices)
-    if dit is None:
-        dit, _ = wan.read_configs(resolve(config.policy.weights))
-    context = least_context(config, dit, found) if found[0].platform == "tpu" else 1
-    videos = config.groups * config.group_size
-    sizes = meshes.default_sizes(found, videos, dit.num_attention_heads, context)
-    return meshes.make_mesh(sizes, found)
+    if found.mesh["data"]:
+        return meshes.make_mesh(found.mesh, devices)
+    there = list(jax.devices() if devices is None else devices)
+    if work is None:
+        folder = resolve(found.policy.weights)
+        work = family(folder).read(folder).work(found.run.size, found.policy.text_tokens)
+    context = least_context(found, work, there) if there[0].platform == "tpu" else 1
+    return meshes.make_mesh(
+        meshes.default_sizes(there, found.run.videos, work.heads, context), there
+    )
 
 
-def least_context(
-    config: ml_collections.ConfigDict, dit: wan_dit.Config, devices: Sequence[Any]
-) -> int:
+def scoring_mesh(found: Settings) -> jax.sharding.Mesh:
+    """The mesh that the config asks for, to score videos one by one; with mesh.data = 0, one whose
+    devices share each video. It asks for no policy."""
+    sizes = found.mesh if found.mesh["data"] else {"data": 1, "context": -1}
+    return meshes.make_mesh(sizes)
+
+
+def least_context(found: Settings, work: Work, devices: Sequence[Any]) -> int:
     """Devices that have to share a video so that the backward pass fits into a TPU's memory.
 
-    A rule of thumb, checked by launch/plan_pod.py on the topologies of the README: for each number
+    A rule of thumb, checked by launch/plan_pod.py on the topologies of docs/pods: for each number
     of the residual stream, the bfloat16 inputs of all layers (of both branches of guidance, and
     once more while one is put away; of one branch with policy.remat=whole), and BLOCK bytes of one
     block's backward pass.
     """
-    branches = 2 if config.sample.guidance != 1 else 1
-    held = 1 if config.policy.remat == "whole" or branches == 1 else branches + 1
-    size = (1 + (config.frames - 1) // 4, config.height // 8, config.width // 8)
-    numbers = wan_dit_config.tokens(dit, size) * dit.dim
-    needed = numbers * (2 * held * dit.num_layers * HELD[config.policy.remat] + BLOCK)
+    remat = found.policy.remat
+    branches = 2 if found.sample.guidance != 1 else 1
+    held = 1 if remat == "whole" or branches == 1 else branches + 1
+    needed = work.tokens * work.width * (2 * held * work.layers * HELD[remat] + BLOCK)
     chip = chips.CHIPS[chips.generation(devices[0].device_kind)]
-    weights = 2 * dit.num_layers * dit.dim * (8 * dit.dim + 2 * dit.ffn_dim) / len(devices)
+    weights = 2 * work.weights / len(devices)
     room = max(0.85 * chip.hbm - weights, 0.05 * chip.hbm)
     return min(math.ceil(needed / room), len(devices))
 
 
-def make_rules(config: ml_collections.ConfigDict, parts: int = 1) -> learning.Rules:
-    """Settings of the update, on a mesh that splits a batch into `parts`."""
-    t = config.train
-    microbatches = t.microbatches
-    if not microbatches:
-        mine = config.groups * config.group_size // t.minibatches // parts
-        microbatches = max(mine // max(config.sample.videos_at_once, 1), 1)
-    return learning.Rules(
-        epochs=t.epochs, minibatches=t.minibatches, microbatches=microbatches,
-        ema_decay=t.ema_decay, ema_every=t.ema_every,
-    )  # fmt: skip
-
-
-def make_camera(config: ml_collections.ConfigDict) -> Camera:
-    """How the asked path enters the noise."""
-    s = config.sample
-    if s.magnitudes not in MAGNITUDES:
-        raise ValueError(f"sample.magnitudes is '{s.magnitudes}': it is {' or '.join(MAGNITUDES)}")
-    return Camera(
-        s.camera, s.camera_strength, s.camera_degradation, s.flow_scale, MAGNITUDES[s.magnitudes]
-    )
+# ------------------------------------------------------------------- networks and programs
 
 
 def build_pipeline(
-    config: ml_collections.ConfigDict,
+    found: Settings,
     mesh: jax.sharding.Mesh,
     key: jax.Array | None,
     adapters: Adapters | None = None,
 ) -> Pipeline:
     """Loads the policy and prepares its stages; its adapters are fresh ones drawn from `key`, or
     the given ones, or, with neither, none."""
-    cache = open_text_cache(config)
-    model = wan.load(
-        resolve(config.policy.weights), mesh=mesh, tokens=config.policy.text_tokens,
-        dtype=jnp.dtype(config.policy.dtype), remat=config.policy.remat,
-        lora_rank=0 if key is None else config.policy.lora_rank,
-        lora_alpha=config.policy.lora_alpha, key=key, adapters=adapters, text=cache is None,
+    cache, p = open_text_cache(found), found.policy
+    folder = resolve(p.weights)
+    model = family(folder).load(
+        folder, mesh=mesh, tokens=p.text_tokens, dtype=jnp.dtype(p.dtype), remat=p.remat,
+        lora_rank=0 if key is None else p.lora_rank, lora_alpha=p.lora_alpha, key=key,
+        adapters=adapters, text=cache is None,
     )  # fmt: skip
-    parts = {"text": model.text_encoder, "vae": model.vae, "policy": model.dit}
-    for name in config.idle_on_host:
-        network = parts.get(name)
-        if network is not None:
-            arrays.rest(network)
-    s = config.sample
+    for name in found.run.idle_on_host:
+        if name in model.networks:
+            arrays.rest(model.networks[name])
     return Pipeline(
-        model, mesh, size=(config.frames, config.height, config.width),
-        sigmas=schedule.sigmas(s.steps, s.shift), camera=make_camera(config),
-        text_cache=cache, chunked_vae=config.policy.chunked_vae,
-        videos_at_once=s.videos_at_once,
+        model, mesh, size=found.run.size, sampling=found.sample, camera=found.camera,
+        text_cache=cache, chunked_vae=p.chunked_vae,
     )  # fmt: skip
 
 
-def load_adapters(
-    config: ml_collections.ConfigDict, path: str, kind: str = "ema"
-) -> Adapters | None:
+def load_adapters(found: Settings, path: str, kind: str = "ema") -> Adapters | None:
     """Adapters of a run or of a LoRA file for the policy that the config names; None for an empty
     path. See policies/adapters.py."""
-    if not path:
-        return None
-    dit, _ = wan.read_configs(resolve(config.policy.weights))
-    return trained.load(path, dit, kind)
+    folder = resolve(found.policy.weights)
+    return family(folder).load_adapters(path, folder, kind) if path else None
 
 
-def build_reward(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> rewards.Reward:
+def build_scorer(found: Settings, mesh: jax.sharding.Mesh) -> Scorer:
     """The rewards that the config names."""
-    r = config.rewards
-    return rewards.build(
-        dict(r.weights),
-        da3=r.da3,
-        lpips=lpips_folder(config),
-        mode=r.mode,
-        **asked_of_recon(config),
-        mesh=mesh,
-        frame_stride=r.frame_stride,
-        views=r.views or None,
-        depth_scale=r.depth_scale,
-        gaussian_frames=r.gaussian_frames or None,
-        videos_at_once=config.sample.videos_at_once,
-        idle_on_host="rewards" in config.idle_on_host,
-        dtype=config.policy.dtype,
+    return scoring.load(
+        found.rewards, mesh, videos_at_once=found.sample.videos_at_once,
+        idle_on_host="rewards" in found.run.idle_on_host, dtype=found.policy.dtype,
+    )  # fmt: skip
+
+
+def make_advantages(found: Settings, mesh: jax.sharding.Mesh) -> Any:
+    """The compiled (scores, off) -> (advantages, valid)."""
+    return advantage.make(mesh, found.run.group_size, found.rewards.weights, found.advantage)
+
+
+def make_state(found: Settings, pipeline: Pipeline) -> learning.TrainState:
+    """That before the first update, on the pipeline's mesh."""
+    start = partial(
+        learning.init_state, optimizer=found.train.optimizer(), algorithm=found.algorithm
     )
+    with jax.set_mesh(pipeline.mesh):
+        return jax.jit(start)(pipeline.adapters)
 
 
-def asked_of_recon(config: ml_collections.ConfigDict) -> dict[str, float]:
-    """What S_recon asks of a video besides likeness, by the names of `recon.s_recon`."""
-    r = config.rewards
-    return {name: r[name] for name in ("change_floor", "change_min", "texture_min")}
+def make_update(found: Settings, pipeline: Pipeline, state: Any, *, donate: bool = True) -> Jit:
+    """The compiled update, (state, base, batch, sigmas, text_null) -> (state, metrics), that keeps
+    the state where it lies and, if it may `donate` it, in its own memory."""
+    step = partial(
+        learning.train_step, algorithm=found.algorithm, velocity=pipeline.velocity,
+        optimizer=found.train.optimizer(), rules=rules_on(found, pipeline.mesh),
+        guidance=found.sample.guidance,
+    )  # fmt: skip
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    donated = 0 if donate else ()
+    return Jit(step, pipeline.mesh, out_shardings=(places, None), donate_argnums=donated)
 
 
-def lpips_folder(config: ml_collections.ConfigDict) -> str | None:
-    """Where LPIPS is, or None when S_recon compares by SSIM."""
-    r = config.rewards
-    for name, value in asked_of_recon(config).items():
-        if value < 0:
-            raise ValueError(f"rewards.{name} is {value}: it has to be 0 or more")
-    if r.likeness not in ("lpips", "ssim"):
-        raise ValueError(f"rewards.likeness is '{r.likeness}': it is lpips or ssim")
-    if r.likeness == "ssim":
-        return None
-    if not Path(r.lpips).is_dir() or not r.lpips:
-        raise ValueError(
-            f"rewards.lpips is '{r.lpips}', which is no folder: give LPIPS, or set "
-            "rewards.likeness=ssim"
-        )
-    return r.lpips
-
+def rules_on(found: Settings, mesh: jax.sharding.Mesh) -> learning.Rules:
+    """Settings of the update; with train.microbatches = 0, so many that a device evaluates
+    sample.videos_at_once at a time."""
+    rules = found.train
+    if rules.microbatches:
+        return rules
+    mine = found.run.videos // rules.minibatches // placement.batch_parts(mesh)
+    return dataclasses.replace(
+        rules, microbatches=max(mine // max(found.sample.videos_at_once, 1), 1)
+    )

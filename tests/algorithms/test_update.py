@@ -180,7 +180,7 @@ def test_ema_every_other_step():
 
 
 def test_bad_input():
-    for bad in ({"epochs": 0}, {"microbatches": 0}, {"ema_decay": 1.0}):
+    for bad in ({"epochs": 0}, {"minibatches": 0}, {"ema_decay": 1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             update.Rules(**bad)
     (adapters, frozen), batch = drawn(GRPO)

@@ -9,7 +9,15 @@ import pytest
 
 from worldr1_jax.camera import commands
 from worldr1_jax.data import prompts
-from worldr1_jax.data.world_prompts import builder, compose, generate, material, measure, phrasing
+from worldr1_jax.data.world_prompts import (
+    builder,
+    checksums,
+    compose,
+    generate,
+    material,
+    measure,
+    phrasing,
+)
 
 MADE = generate.records()
 EVERY = [record for records in MADE.values() for record in records]
@@ -101,11 +109,11 @@ def test_measures_on_small_texts():
 
 
 def test_the_text_is_that_of_its_version(tmp_path):
-    builder.verify(MADE)
+    checksums.verify(MADE)
     other = tmp_path / "checksums.json"
     other.write_text('{"version": "0.9.0"}')
     with pytest.raises(ValueError, match=r"differ from checksums.json in version, train"):
-        builder.verify(MADE, other)
+        checksums.verify(MADE, other)
 
 
 def test_another_seed_makes_other_text_from_the_same_scenes():

@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from configs import world
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+sys.path.insert(0, str(LAUNCH))
+import config_help  # noqa: E402
 
 
 def devices(divides: str, **environment: str) -> int:
@@ -44,3 +50,82 @@ def test_xla_is_asked_before_it_is_given_a_flag():
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": given},
         )  # fmt: skip
         assert done.stdout.strip() in (want, "lacks it")
+
+
+# -- help and wrong input
+
+
+def launch(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(LAUNCH / f"{script}.py"), *arguments],
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def helped():
+    done = launch("score", "--help")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_names_every_field_with_its_value_and_comment(helped):
+    for name, value in config_help.fields(world.get_config("nano")):
+        assert f"--config.{name}={value}" in helped
+    (line,) = (line for line in helped.splitlines() if "--config.checkpoint_every=" in line)
+    assert line.split() == ["--config.checkpoint_every=8", "updates"]
+    assert "--workdir=runs/scores" in helped and "--pictures=False" in helped
+
+
+def test_every_field_has_a_comment():
+    said = config_help.comments(LAUNCH.parent / "configs" / "world.py")
+    known = [name for name, _ in config_help.fields(world.get_config("nano"))]
+    plain = {"variant", "sample.negative_prompt"}  # whose names say it all
+    bare = {n for n in known if not (said.get(n) or said.get(n.rpartition(".")[0]))}
+    assert bare <= plain
+
+
+def test_what_a_wrong_flag_may_have_meant():
+    config = world.get_config("nano")
+    wanted = {"steps": "sample.steps", "config.sample.stepz": "sample.steps", "zzz": ""}
+    assert {word: config_help.nearest(word, config) for word in wanted} == wanted
+
+
+CONFIG = f"--config={LAUNCH.parent / 'configs' / 'world.py'}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--steps=3"], {}, "--steps is no flag: do you mean --config.sample.steps?"),
+        (["--config.sample.stepz=3"], {}, "the config has no field sample.stepz: do you mean"),
+        ([], {"JAX_PLATFORMS": "abacus"}, "JAX_PLATFORMS names 'abacus'"),
+    ],
+)
+def test_wrong_input_is_one_sentence(arguments, environment, message):
+    done = launch("score", CONFIG, *arguments, **environment)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("open('/nowhere/at/all')", "/nowhere/at/all: No such file or directory"),
+        ("open('/dev/null/x', 'w')", "/dev/null/x: Not a directory"),
+        ("int('9' * 5000 + 'x')", "Exceeds the limit"),
+    ],
+)
+def test_what_a_path_or_value_raises_is_one_short_sentence(body, message, tmp_path):
+    code = f"import sys; sys.argv[1:] = [{CONFIG!r}]; import cli; cli.run(lambda: {body})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=LAUNCH, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}"), done.stderr
+    assert done.stderr.count("\n") == 1 and len(done.stderr) < 700
+
+
+def test_a_config_file_that_is_no_python_is_named(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("x = (\n")
+    done = launch("score", f"--config={broken}")
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {broken} line 1 is no Python")

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from worldr1_jax.mesh import placement
-from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models.wan import dit as wan_dit
 
@@ -39,16 +38,15 @@ def main() -> None:
     args = parser.parse_args()
     config = dataclasses.replace(wan_dit.Config.wan_1_3b(), num_layers=args.layers)
     mesh = make_mesh({"fsdp": 8})
-    place = sharding.placer("wan_dit", mesh)
     with tempfile.TemporaryDirectory() as folder:
         on_disk = write(Path(folder), config, args.file_dtype)
         # What is measured is the second load: the first, of a tiny one, takes the libraries in.
         with tempfile.TemporaryDirectory() as small:
             write(Path(small), wan_dit.Config.nano(), "F32")
-            wan_dit.load(small, dtype=jnp.dtype(args.dtype), mesh=mesh, shardings=place)
+            wan_dit.load(small, dtype=jnp.dtype(args.dtype), mesh=mesh)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
         before, began = resident("VmRSS"), time.perf_counter()
-        model = wan_dit.load(folder, dtype=jnp.dtype(args.dtype), mesh=mesh, shardings=place)
+        model = wan_dit.load(folder, dtype=jnp.dtype(args.dtype), mesh=mesh)
         seconds = time.perf_counter() - began
         grown = resident("VmHWM") - before
     shards = [

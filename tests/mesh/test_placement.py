@@ -14,7 +14,7 @@ from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import make as meshes
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.mesh.make import AXES, default_sizes, make_mesh
-from worldr1_jax.models import umt5
+from worldr1_jax.models import clip, umt5
 from worldr1_jax.models.da3 import model as da3
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
@@ -25,6 +25,16 @@ NETWORKS = {
     "umt5": lambda: umt5.UMT5Encoder(umt5.Config.nano(), nnx.Rngs(0)),
     "wan_vae": lambda: wan_vae.WanVAE(wan_vae.Config.nano(), nnx.Rngs(0)),
     "da3": lambda: da3.DA3(da3.Config.nano(), nnx.Rngs(0)),
+    "clip": lambda: clip.CLIP(clip.Config.nano(64, 1), nnx.Rngs(0)),
+}
+
+
+PLACES = {
+    "wan_dit": wan_dit.PLACES,
+    "umt5": umt5.PLACES,
+    "wan_vae": wan_vae.PLACES,
+    "da3": da3.PLACES,
+    "clip": clip.PLACES,
 }
 
 
@@ -32,7 +42,7 @@ NETWORKS = {
 def test_every_leaf_has_a_rule_and_every_rule_a_leaf(name):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     state = nnx.state(nnx.eval_shape(NETWORKS[name]))
-    placed = jax.tree.leaves(sharding.shardings_of(state, name, mesh))
+    placed = jax.tree.leaves(sharding.shardings_of(state, PLACES[name], mesh))
     assert len(placed) == len(jax.tree.leaves(state))
 
 
@@ -40,7 +50,7 @@ def test_every_leaf_has_a_rule_and_every_rule_a_leaf(name):
 def test_published_sizes_are_split_over_fsdp_and_tensor(preset):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     model = nnx.eval_shape(lambda: wan_dit.WanDiT(preset(), nnx.Rngs(0)))
-    placed = dict(nnx.to_flat_state(sharding.shardings_of(nnx.state(model), "wan_dit", mesh)))
+    placed = dict(nnx.to_flat_state(sharding.shardings_of(nnx.state(model), wan_dit.PLACES, mesh)))
     kernel = placed[("blocks", "ffn", "linear_1", "kernel")]
     assert kernel.get_raw_value().spec == P(None, "fsdp", "tensor")
 
@@ -62,8 +72,12 @@ def test_weights_adapters_and_moments_fall_as_devices_grow():
             )
             total = 0
             for kind, table, copies in (
-                (nnx.LoRAParam, "lora", 4),  # with both moments of Adam and the average
-                (nnx.Not(nnx.LoRAParam), "wan_dit", 1),
+                (
+                    nnx.LoRAParam,
+                    wan_dit.ADAPTER_PLACES,
+                    4,
+                ),  # with both moments of Adam and the average
+                (nnx.Not(nnx.LoRAParam), wan_dit.PLACES, 1),
             ):
                 state = nnx.state(model, nnx.All(nnx.Param, kind))
                 places = sharding.shardings_of(state, table, mesh)
@@ -82,23 +96,20 @@ def test_weights_adapters_and_moments_fall_as_devices_grow():
 def test_adapters_follow_their_kernels():
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     model = lora.add(NETWORKS["wan_dit"](), 4, 8.0, nnx.Rngs(1))
-    sharding.place(model, "wan_dit", mesh)
+    sharding.place(model, wan_dit.PLACES, mesh)
+    sharding.place(model, wan_dit.ADAPTER_PLACES, mesh, sharding.ADAPTERS)
     assert model.blocks.attn1.to_q.lora_a[...].sharding.spec == P(None, "fsdp", None)
     assert model.blocks.attn1.to_q.lora_b[...].sharding.spec == P(None, None, ("tensor", "fsdp"))
     assert model.blocks.attn1.to_q.kernel[...].sharding.spec == P(None, "fsdp", "tensor")
 
 
-def test_unmatched_leaves_and_unused_rules_are_errors(monkeypatch):
+def test_unmatched_leaves_and_unused_rules_are_errors():
     mesh = make_mesh({"data": 8})
     state = nnx.state(nnx.eval_shape(NETWORKS["umt5"]))
-    monkeypatch.setitem(sharding.RULES, "umt5", sharding.RULES["umt5"][:-1])
     with pytest.raises(ValueError, match="no sharding rule matches the leaf"):
-        sharding.shardings_of(state, "umt5", mesh)
-    monkeypatch.setitem(
-        sharding.RULES, "umt5", (*sharding.RULES["umt5"], (".*", ()), ("ghost", ()))
-    )
+        sharding.shardings_of(state, umt5.PLACES[:-1], mesh)
     with pytest.raises(ValueError, match="the sharding rule 'ghost'"):
-        sharding.shardings_of(state, "umt5", mesh)
+        sharding.shardings_of(state, (*umt5.PLACES[:-1], (".*", ()), ("ghost", ())), mesh)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +173,7 @@ def test_activations_are_placed_by_what_their_axes_are():
 def test_networks_rest_on_the_hosts_and_come_back_to_their_shards():
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     model = lora.add(NETWORKS["wan_dit"](), 4, 8.0, nnx.Rngs(1))
-    sharding.place(model, "wan_dit", mesh)
+    sharding.place(model, wan_dit.PLACES, mesh)
     before = nnx.to_pure_dict(nnx.state(model))
     arrays.rest(model)
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))}

@@ -53,7 +53,7 @@ def test_every_mesh_gives_the_same(single, name):
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     model = nnx.clone(model)
     model.attention = attention.build(kernel, device_kind="cpu")
-    graph, state = nnx.split(sharding.place(model, "da3", mesh))
+    graph, state = nnx.split(sharding.place(model, da3.PLACES, mesh))
     with jax.set_mesh(mesh):
         call = jax.jit(lambda state, video: nnx.merge(graph, state)(video))
         got = call(state, jax.device_put(video, arrays.batched(mesh)))
@@ -70,7 +70,7 @@ def test_no_device_holds_the_scores_or_the_frames_of_another(single):
     mesh = make_mesh({"context": 4}, jax.devices()[:4])
     video = jnp.zeros((1, 8, *SIZE, 3))
     with jax.set_mesh(mesh):
-        graph, state = nnx.split(sharding.place(model, "da3", mesh))
+        graph, state = nnx.split(sharding.place(model, da3.PLACES, mesh))
         call = jax.jit(lambda state, video: nnx.merge(graph, state).forward(video))
         lowered = call.lower(state, video)
         text = lowered.as_text()

@@ -241,7 +241,7 @@ def model():
     head[...] = 0.3 * jax.random.normal(jax.random.key(4), head.shape)
     vae = nnx.eval_shape(lambda: wan_vae.WanVAE(wan_vae.Config(), nnx.Rngs(0)))
     text = nnx.eval_shape(lambda: umt5.UMT5Encoder(umt5.Config.nano(), nnx.Rngs(0)))
-    return wan.Wan(sharding.place(dit, "wan_dit", mesh), vae, text, None, 5), mesh
+    return wan.Wan(sharding.place(dit, wan_dit.PLACES, mesh), vae, text, None, 5), mesh
 
 
 PROMPTS = ["A red sphere.", "Pan left. A blue box."]

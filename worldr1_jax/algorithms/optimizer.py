@@ -75,9 +75,7 @@ def make_optimizer(
     if warmup_steps > 0:
         first = learning_rate / warmup_steps
         rate = optax.linear_schedule(first, learning_rate, max(warmup_steps - 1, 1))
-    adam = optax.adamw(
-        rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=jnp.float32
-    )
+    adam = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=jnp.float32)
     chain = optax.chain(clip_by_norms_seen(clip_norm), adam) if clip_norm else optax.chain(adam)
 
     def eps_share(opt_state: Any) -> Float[Array, ""]:

@@ -19,7 +19,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from worldr1_jax.algorithms.base import Algorithm, Policies, Samples
-from worldr1_jax.algorithms.optimizer import Optimizer
+from worldr1_jax.algorithms.optimizer import Optimizer, make_optimizer
+from worldr1_jax.fields import in_range
 from worldr1_jax.rollout.sample import guided
 from worldr1_jax.types import Trajectory
 
@@ -66,34 +67,44 @@ class Batch:
 
 @dataclass(frozen=True)
 class Rules:
-    """Static settings of the update, whatever the algorithm.
+    """Static settings of the update, whatever the algorithm; the fields are `train` of the config.
 
     Attributes:
+      learning_rate, warmup, weight_decay, adam_eps, clip_norm: of `optimizer.make_optimizer`.
       epochs: passes over the rollout, each of `minibatches` optimizer steps.
       minibatches: parts of the samples, one optimizer step each. Part j holds samples j, j +
         minibatches, ...: every group is spread over all parts, and no sample changes its device.
       microbatches: parts of a minibatch that are evaluated one after the other to save memory; the
         gradient is the same. With 1 and 1, the update has the rollout's batch shape, and the first
-        ratios are 1 to the last bits.
+        ratios are 1 to the last bits. 0: as many as the caller's videos_at_once asks for.
       ema_decay: decay of the average of adapters (see `ema_update`), in [0, 1).
       ema_every: optimizer steps between two updates of the average.
-
-    Raises:
-      ValueError: when a field is out of its range.
     """
 
+    learning_rate: float = 1e-4
+    warmup: int = 0
+    weight_decay: float = 1e-4
+    adam_eps: float = 1e-15
+    clip_norm: float = 3.0
     epochs: int = 1
     minibatches: int = 1
     microbatches: int = 1
     ema_decay: float = 0.9
     ema_every: int = 1
 
-    def __post_init__(self):
-        for name in ("epochs", "minibatches", "microbatches", "ema_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
+    def __post_init__(self) -> None:
+        in_range(
+            self, learning_rate=(1e-30, 10), warmup=(0, 10**9), weight_decay=(0, 10),
+            adam_eps=(1e-30, 1), clip_norm=(0, 1e9), epochs=(1, 1000), minibatches=(1, 10**6),
+            microbatches=(0, 10**6), ema_decay=(0, 1 - 1e-9), ema_every=(1, 10**9),
+        )  # fmt: skip
+
+    def optimizer(self) -> Optimizer:
+        """AdamW of the adapters."""
+        return make_optimizer(
+            self.learning_rate, weight_decay=self.weight_decay, clip_norm=self.clip_norm,
+            warmup_steps=self.warmup, eps=self.adam_eps,
+        )  # fmt: skip
 
 
 def init_state(adapters: Any, optimizer: Optimizer, algorithm: Algorithm) -> TrainState:

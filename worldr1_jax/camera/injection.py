@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from worldr1_jax.camera import trajectory
+from worldr1_jax.fields import in_range, one_of
 
 MAGNITUDES = {"released": trajectory.Magnitudes(), "nano": trajectory.Magnitudes.nano()}
 
@@ -19,20 +20,20 @@ class Camera:
       strength: in [0, 1].
       degradation: in [0, 1], fresh noise blended into the warped noise.
       flow_scale: resolution of the warp over that of the latents.
-      magnitudes: how far a command goes.
+      magnitudes: how far a command goes: "released" (scenes 1000 units deep) or "nano".
     """
 
     mode: str = "initial"
     strength: float = 0.35
     degradation: float = 0.35
     flow_scale: int = 16
-    magnitudes: trajectory.Magnitudes = dataclasses.field(default_factory=trajectory.Magnitudes)
+    magnitudes: str = "released"
 
-    def __post_init__(self):
-        if self.mode not in ("initial", "step", "none"):
-            raise ValueError(f"sample.camera is '{self.mode}': it is initial, step or none")
-        for name in ("strength", "degradation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"sample.camera_{name} is {getattr(self, name)}: it has to be in [0, 1]"
-                )
+    def __post_init__(self) -> None:
+        one_of(self, mode=("initial", "step", "none"), magnitudes=tuple(MAGNITUDES))
+        in_range(self, strength=(0, 1), degradation=(0, 1), flow_scale=(1, 64))
+
+    @property
+    def units(self) -> trajectory.Magnitudes:
+        """What `magnitudes` names."""
+        return MAGNITUDES[self.magnitudes]

@@ -5,7 +5,27 @@ moving objects with the 3D rewards off, because rewards for static 3D alone teac
 freeze. The phase is a pure function of the update, so there is nothing to save or restore.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from worldr1_jax.fields import in_range
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Lengths of the phases; the fields are `dynamic` of the config.
+
+    Attributes:
+      main_updates, dynamic_updates: in a row on each stream; 0 dynamic ones turn that phase off.
+      off: rewards that do not count in the dynamic phase.
+    """
+
+    main_updates: int = 100
+    dynamic_updates: int = 50
+    off: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        in_range(self, main_updates=(1, 10**9), dynamic_updates=(0, 10**9))
 
 
 class Phase(NamedTuple):

@@ -3,87 +3,130 @@ policies."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
+from worldr1_jax import episode
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
+from worldr1_jax.fields import in_range
 from worldr1_jax.files import write_atomically
 from worldr1_jax.media import contact_sheet
-from worldr1_jax.mesh import arrays
-from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.policies.stages import Pipeline
-from worldr1_jax.rewards.scorer import NEEDS_3D, Reward
+from worldr1_jax.rewards import Scorer
 from worldr1_jax.rollout.sample import Sampler, sample_keys
+from worldr1_jax.workdir.metrics import Progress
 
 Measures = dict[str, Float[np.ndarray, " N"]]
+ENOUGH = 30  # pairs, for a bootstrap interval to be taken as it is
 SHOWN = 8  # prompts of which the contact sheet has a video
 
 
-def measure(
-    pipeline: Pipeline,
-    reward: Reward,
-    adapters: Any,
-    prompts: Sequence[str],
-    *,
-    key: jax.Array,
-    samples: int,
-    batch: int,
-    at_once: int,
-    guidance: float,
-    text_null: Array | None,
-) -> tuple[Measures, Float[np.ndarray, "n F H W 3"]]:
-    """Scores of every prompt, each the mean over `samples` videos; and a video of each of the first
-    SHOWN prompts.
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """The before/after report; the fields are `evaluate` of the config.
 
-    Videos are decoded as they are scored, and go to the host one by one; a prompt's wait there
-    until all of them are made.
+    Attributes:
+      prompts: held-out prompts; 0: no report.
+      samples: videos per prompt, for the diversity.
+      batch: prompts at a time, or so many more that the mesh divides their videos.
+      guidances: at which the base is tried on the first `sweep` prompts; the report compares with
+        the one that is best for it. Empty: it is compared at the guidance of the policy alone.
+      sweep: see above.
+    """
 
-    Args:
-      key: the noise of video s of prompt p depends on (key, p, s) alone, so that two calls with one
-        key are paired.
+    prompts: int = 64
+    samples: int = 2
+    batch: int = 16
+    guidances: tuple[float, ...] = ()
+    sweep: int = 16
+
+    def __post_init__(self) -> None:
+        in_range(self, prompts=(0, 10**6), samples=(1, 10**4), batch=(1, 10**5), sweep=(1, 10**6))
+        if self.prompts == 1:
+            raise ValueError("prompts is 1: an interval needs 2 or more, and 0 is no report")
+        if any(not 0 <= guidance <= 1e3 for guidance in self.guidances):
+            raise ValueError(f"guidances is {self.guidances}: numbers in [0, 1000]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """What every policy of a report is asked, on the same noise.
+
+    Attributes:
+      prompts: held out.
+      key: the noise of video s of prompt p depends on (key, p, s) alone.
       samples: videos per prompt; with two or more, their mean RMS difference is the "diversity" in
         [0, 1].
       batch: prompts at a time, or so many more that the mesh can divide their videos; the last
         batch is filled up with repeats, which are not counted.
-      at_once: videos that a device takes at a time, as pipeline and reward have it; 0: all.
-      guidance: of the classifier-free guidance.
+      at_once: videos that a device takes at a time, as pipeline and scorer have it; 0: all.
+    """
+
+    prompts: Sequence[str]
+    key: jax.Array
+    samples: int
+    batch: int
+    at_once: int = 0
+
+
+def measure(
+    pipeline: Pipeline,
+    scorer: Scorer,
+    adapters: Any,
+    exam: Exam,
+    *,
+    guidance: float,
+    text_null: Array | None,
+    on_batch: Callable[[int], object] | None = None,
+) -> tuple[Measures, Float[np.ndarray, "n F H W 3"]]:
+    """Scores of every prompt, each the mean over its videos; and a video of each of the first SHOWN
+    prompts.
+
+    Videos are decoded as they are scored, and go to the host one by one; a prompt's wait there
+    until all of them are made. `on_batch` is told how many prompts are done.
 
     Returns:
-      {"total_3d", every part of the reward, "mvcs", "diversity"} -> [N]; NaN where a video could
-      not be scored.
+      {every part of the reward, "total_3d", "change", "diversity"} -> [N]; NaN where a video could
+      not be scored. "total_3d" is the sum of the rewards that look in 3D and count; "change" how
+      much a video changes, the mean RMS difference of its frames to its middle one.
     """
     sampler = Sampler(kind="none", guidance=guidance)
-    batch = whole_batch(batch, samples, sharding.batch_parts(pipeline.mesh), at_once)
+    prompts, samples = exam.prompts, exam.samples
+    parts_of_mesh = placement.batch_parts(pipeline.mesh)
+    batch = whole_batch(min(exam.batch, len(prompts)), samples, parts_of_mesh, exam.at_once)
     collected: dict[str, list[np.ndarray]] = {}
     shown: list[np.ndarray] = []
     for first in range(0, len(prompts), batch):
         chosen = list(prompts[first : first + batch])
         filled = chosen + [chosen[-1]] * (batch - len(chosen))
         repeated = [p for p in filled for _ in range(samples)]
-        keys = sample_keys(key, len(repeated), first=first * samples)
-        paths = pipeline.paths(repeated)
-        trajectory = pipeline.rollout(
-            adapters, pipeline.encode(repeated), paths, keys, sampler=sampler, text_null=text_null
+        keys = sample_keys(exam.key, len(repeated), first=first * samples)
+        rolled = pipeline.roll(adapters, repeated, keys, sampler=sampler, text_null=text_null)
+        videos = _Videos(len(chosen), samples, keep=SHOWN - len(shown))
+        scores = episode.judge(
+            pipeline, scorer, rolled, wanted=range(len(chosen) * samples), seen=videos.add
         )
-        seen = _Seen(pipeline, len(chosen), samples, keep=SHOWN - len(shown))
-        scores = reward(
-            trajectory.latents, repeated, paths, decode=seen.decode, consistency=True
-        )  # fmt: skip
-        shown += [seen.kept[prompt] for prompt in sorted(seen.kept)]
-        parts = {name: arrays.to_host(values) for name, values in scores.parts.items()}
-        parts["total_3d"] = np.sum([parts[name] for name in NEEDS_3D], axis=0)
-        rows = {name: v.reshape(batch, samples).mean(1) for name, v in parts.items()}
+        shown += [videos.kept[prompt] for prompt in sorted(videos.kept)]
+        found = {name: arrays.to_host(values) for name, values in scores.parts.items()}
+        spatial = scorer.choice.spatial()
+        if spatial:
+            found["total_3d"] = np.sum([found[name] for name in spatial], axis=0)
+        rows = {name: v.reshape(batch, samples).mean(1) for name, v in found.items()}
+        rows["change"] = videos.change
         if samples > 1:
-            rows["diversity"] = seen.diversity
+            rows["diversity"] = videos.diversity
         for name, values in rows.items():
             collected.setdefault(name, []).append(values[: len(chosen)])
+        if on_batch is not None:
+            on_batch(first + len(chosen))
     return {name: np.concatenate(values) for name, values in collected.items()}, np.stack(shown)
 
 
@@ -97,102 +140,137 @@ def whole_batch(prompts: int, samples: int, parts: int, at_once: int) -> int:
         prompts += 1
 
 
-class _Seen:
-    """What is taken of a batch's videos while they exist: how much those of a prompt differ, and
-    the first video of each of the first `keep` prompts. `count` prompts count."""
+class _Videos:
+    """What is taken of a batch's videos while they exist: how much each changes, how much those of
+    a prompt differ, and the first video of each of the first `keep` prompts."""
 
-    def __init__(self, pipeline: Pipeline, count: int, samples: int, keep: int):
-        self._pipeline, self._samples = pipeline, samples
-        self._wanted = count * samples if samples > 1 else min(count, keep)
+    def __init__(self, count: int, samples: int, keep: int):
+        self._samples, self._keep = samples, keep
         self._waiting: dict[int, np.ndarray] = {}
         self.kept: dict[int, np.ndarray] = {}
-        self._keep = keep
-        self.diversity = np.full(count, np.nan, np.float32)
+        self.diversity, self.change = np.full((2, count), np.nan, np.float32)
 
-    def decode(
-        self, latents: Float[Array, "B f h w C"], places: np.ndarray
-    ) -> Float[Array, "B F H W 3"]:
-        """Videos of the samples at these places of the batch; for `Reward.__call__`."""
-        videos = self._pipeline.decode(latents)
-        for row, place in enumerate(places.tolist()):
-            if place < self._wanted:
-                self._waiting[place] = arrays.to_host(videos[row])
-                self._close(place // self._samples)
-        return videos
-
-    def _close(self, prompt: int) -> None:
-        """Once all videos of the prompt are there."""
+    def add(self, place: int, video: Float[np.ndarray, "F H W 3"]) -> None:
+        """The video at this place of the batch; for `episode.judge`."""
+        self._waiting[place] = video
+        prompt = place // self._samples
         places = range(prompt * self._samples, (prompt + 1) * self._samples)
         if all(place in self._waiting for place in places):
-            videos = [self._waiting.pop(place) for place in places]
-            if prompt < self._keep:
-                self.kept[prompt] = videos[0]
-            if self._samples > 1:
-                self.diversity[prompt] = _diversity(videos)
+            self._close(prompt, [self._waiting.pop(place) for place in places])
+
+    def _close(self, prompt: int, videos: list[np.ndarray]) -> None:
+        if prompt < self._keep:
+            self.kept[prompt] = videos[0]
+        self.change[prompt] = np.mean([_change(video) for video in videos])
+        if self._samples > 1:
+            pairs = itertools.combinations(videos, 2)
+            self.diversity[prompt] = np.mean([_rms(a - b) for a, b in pairs])
 
 
 def compare(
     pipeline: Pipeline,
-    reward: Reward,
+    scorer: Scorer,
     adapters: Any,
-    prompts: Sequence[str],
-    config: ml_collections.ConfigDict,
-    workdir: str | Path,
+    exam: Exam,
+    settings: Evaluate,
     *,
-    key: jax.Array,
-    text_null: Array | None,
-) -> dict[str, dict[str, Any]]:
-    """Held-out prompts under the base policy and under `adapters`, on the same noise.
+    seed: int,
+    workdir: str | Path,
+) -> dict[str, Any]:
+    """Held-out prompts under the base policy at its best and under `adapters`, on the same noise.
 
-    Prints the table and writes videos/heldout_before.png and heldout_after.png.
+    The base is first tried at every one of `settings.guidances`: turning guidance on is a knob that
+    costs nothing, and an improvement has to beat it. Prints the tables and writes
+    videos/heldout_before.png and heldout_after.png.
+
+    Returns:
+      heldout: `{metric: {before, after, paired_ci95, pairs}}`, before: the base at its best.
+      heldout_same_guidance: the same, before: the base at the policy's guidance; missing where it
+        is the best.
+      heldout_guidance: before, after, and `swept`, {guidance: {metric: mean}}.
     """
-    held_out = list(prompts[: config.evaluate.prompts])
-    options: dict[str, Any] = {
-        "key": key,
-        "samples": config.evaluate.samples,
-        "batch": min(config.evaluate.batch, len(held_out)),
-        "at_once": config.sample.videos_at_once,
-        "guidance": config.sample.guidance,
-        "text_null": text_null,
+    own = pipeline.sampling.guidance
+    progress = Progress(len(exam.prompts) * 2, unit="prompt")
+
+    def measured(adapters: Any, guidance: float, exam: Exam, done: int | None = None) -> Any:
+        null = pipeline.negative() if guidance != 1 else None
+        tell = None if done is None else lambda count: progress.update(done + count - 1)
+        return measure(
+            pipeline, scorer, adapters, exam, guidance=guidance, text_null=null, on_batch=tell
+        )
+
+    few = dataclasses.replace(exam, prompts=exam.prompts[: settings.sweep])
+    tried = sorted({*settings.guidances, own}) if settings.guidances else []
+    swept = {guidance: measured(pipeline.adapters, guidance, few)[0] for guidance in tried}
+    best = best_guidance(swept) if swept else own
+    before, old = measured(pipeline.adapters, best, exam, 0)
+    after, new = measured(adapters, own, exam, len(exam.prompts))
+    progress.close()
+    tables = {"heldout": report(before, after, seed)}
+    if best != own:
+        same, _ = measured(pipeline.adapters, own, exam)
+        tables["heldout_same_guidance"] = report(same, after, seed)
+    guidance = {
+        "before": best,
+        "after": own,
+        "swept": {
+            f"{g:g}": {k: float(np.nanmean(v)) for k, v in m.items()} for g, m in swept.items()
+        },
     }
-    before, old = measure(pipeline, reward, pipeline.adapters, held_out, **options)
-    after, new = measure(pipeline, reward, adapters, held_out, **options)
-    rows = report(before, after, config.seed)
     if jax.process_index() == 0:
-        print(table(rows), flush=True)
+        print(f"the base at guidance {best:g}, its best of {tried or [own]}; the policy at {own:g}")
+        print(table(tables["heldout"]), flush=True)
         for name, videos in (("before", old), ("after", new)):
-            sheet = contact_sheet(videos, held_out[: len(videos)])
+            sheet = contact_sheet(videos, exam.prompts[: len(videos)])
             write_atomically(Path(workdir) / "videos" / f"heldout_{name}.png", sheet)
-    return rows
+    return {**tables, "heldout_guidance": guidance}
+
+
+def best_guidance(
+    measured: Mapping[float, Measures], by: Sequence[str] = ("total_3d", "general")
+) -> float:
+    """The guidance at which the measures `by`, summed, are highest on average."""
+
+    def total(measures: Measures) -> float:
+        known = [measures[name] for name in by if name in measures]
+        return float(np.nanmean(np.sum(known, axis=0)))
+
+    return max(measured, key=lambda guidance: total(measured[guidance]))
 
 
 def report(before: Measures, after: Measures, seed: int) -> dict[str, dict[str, Any]]:
     """`{metric: {before, after, paired_ci95, pairs}}`: means over the pairs that both could be
-    scored."""
+    scored; NaN where there are none, and no interval of fewer than two."""
     rows = {}
     for name in before:
         both = np.isfinite(before[name]) & np.isfinite(after[name])
-        first, second = before[name][both], after[name][both]
+        first, second, pairs = before[name][both], after[name][both], int(both.sum())
         rows[name] = {
-            "before": float(first.mean()),
-            "after": float(second.mean()),
-            "paired_ci95": list(paired_bootstrap_ci95(first, second, seed)),
-            "pairs": int(both.sum()),
+            "before": float(first.mean()) if pairs else float("nan"),
+            "after": float(second.mean()) if pairs else float("nan"),
+            "paired_ci95": list(paired_bootstrap_ci95(first, second, seed))
+            if pairs > 1
+            else [float("nan")] * 2,
+            "pairs": pairs,
         }
     return rows
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The report as lines of text."""
-    lines = [f"{'held-out metric':<16}{'before':>9}{'after':>9}   95% interval of the change"]
+    """The report as lines of text; intervals of few pairs are marked, for they promise too much."""
+    lines = [f"{'held-out metric':<22}{'before':>9}{'after':>9}   95% interval of the change"]
     for name, row in rows.items():
         low, high = row["paired_ci95"]
+        few = "" if row["pairs"] >= ENOUGH else f"   of {row['pairs']} prompts only"
         lines.append(
-            f"{name:<16}{row['before']:>9.4f}{row['after']:>9.4f}   [{low:+.4f}, {high:+.4f}]"
+            f"{name:<22}{row['before']:>9.4f}{row['after']:>9.4f}   [{low:+.4f}, {high:+.4f}]{few}"
         )
     return "\n".join(lines)
 
 
-def _diversity(videos: Sequence[Float[np.ndarray, "F H W 3"]]) -> float:
-    pairs = itertools.combinations(videos, 2)
-    return float(np.mean([np.sqrt(np.square(a - b).mean()) for a, b in pairs]))
+def _change(video: Float[np.ndarray, "F H W 3"]) -> float:
+    return _rms(video - video[len(video) // 2])
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))

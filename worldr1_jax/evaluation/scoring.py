@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +13,12 @@ import numpy as np
 from jaxtyping import Float
 
 from worldr1_jax.camera import commands, trajectory
+from worldr1_jax.data import prompts
 from worldr1_jax.evaluation import pictures
 from worldr1_jax.media import read_video
-from worldr1_jax.mesh import arrays
-from worldr1_jax.mesh import placement as sharding
-from worldr1_jax.rewards import recon
-from worldr1_jax.rewards.scorer import Reward
+from worldr1_jax.mesh import arrays, placement
+from worldr1_jax.rewards import Evidence, Scorer, likeness
+from worldr1_jax.rewards.trajectory import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,56 +41,37 @@ class Scored:
 
 def read_list(source: str | Path) -> list[tuple[str, str]]:
     """(video, prompt) pairs of a .jsonl file with lines {"video": ..., "prompt": ...}; relative
-    paths are relative to the file.
+    paths are relative to the file. Lines are read by the rules of data/prompts.py.
 
     Raises:
       ValueError: a file that cannot be read, a line that is no such record, or none at all.
     """
-    source = Path(source)
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--list {source} cannot be read: {error}") from error
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            pair = (str(source.parent / record["video"]), str(record["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{source} line {number} is no record {{"video": ..., "prompt": ...}}'
-            ) from error
-        pairs.append(pair)
-    if not pairs:
-        raise ValueError(f"--list {source} names no video")
-    return pairs
+    records = prompts.records(source, ("video", "prompt"))
+    return [(str(Path(source).parent / record["video"]), record["prompt"]) for record in records]
 
 
 def score(
-    reward: Reward,
+    scorer: Scorer,
     pairs: Sequence[tuple[str, str]],
     *,
     magnitudes: trajectory.Magnitudes,
     most_frames: int,
-    depth_scale: float = 1.0,
     with_pictures: bool = False,
 ) -> Iterator[Scored]:
     """Scores of (video file, prompt) pairs, in their order, one video at a time.
 
     A video that cannot be judged gets a sentence instead of scores: a file that cannot be read, one
-    with fewer frames than a path needs, or one with a frame that shows nothing (see `recon.BLANK`),
-    whose recovered path would be made up.
+    with fewer frames than a path needs, one whose prompt asks for what no camera here can do, or
+    one with a frame that shows nothing (`likeness.BLANK`), whose recovered path would be made up.
     """
     for path, prompt in pairs:
         try:
             video = read_video(path, most_frames)
-            asked = _asked(path, prompt, video, reward.frame_stride, magnitudes)
+            asked = _asked(path, prompt, video, scorer.frame_stride, magnitudes)
         except ValueError as error:
             yield Scored(path, prompt, {}, error=str(error))
             continue
-        yield _score_one(reward, path, prompt, video, asked, depth_scale, with_pictures)
+        yield _score_one(scorer, path, prompt, video, asked, with_pictures)
 
 
 def table(rows: Sequence[Scored], names: Sequence[str]) -> str:
@@ -108,6 +87,12 @@ def table(rows: Sequence[Scored], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def named(rows: Sequence[Scored], names: Sequence[str]) -> list[str]:
+    """Those of the names that every scored video has: rewards that were not asked have no score."""
+    scored = [row.scores for row in rows if not row.error]
+    return [name for name in names if all(name in scores for scores in scored)]
+
+
 def _asked(
     path: str, prompt: str, video: np.ndarray, stride: int, magnitudes: trajectory.Magnitudes
 ) -> Float[np.ndarray, "F 4 4"]:
@@ -117,41 +102,44 @@ def _asked(
             f"{path} has {len(video)} frame(s), and the 3D network would see {seen}: a camera path "
             "needs 2"
         )
-    return np.asarray(trajectory.path(commands.parse(prompt), len(video), magnitudes=magnitudes))
+    return np.asarray(
+        trajectory.path(commands.understood(prompt), len(video), magnitudes=magnitudes)
+    )
 
 
 def _score_one(
-    reward: Reward,
+    scorer: Scorer,
     path: str,
     prompt: str,
     video: np.ndarray,
     asked: np.ndarray,
-    depth_scale: float,
     with_pictures: bool,
 ) -> Scored:
-    parts = sharding.batch_parts(reward.mesh)
-    batch = arrays.to_global(
-        np.repeat(video[None], parts, 0), arrays.batched(reward.mesh)
+    parts = placement.batch_parts(scorer.mesh)
+    batch = arrays.to_global(np.repeat(video[None], parts, 0), arrays.batched(scorer.mesh))
+    kept: list[Evidence] = []
+    scores = scorer(
+        batch, [prompt] * parts, np.repeat(asked[None], parts, 0),
+        seen=lambda evidence, _: kept.append(evidence),
     )  # fmt: skip
-    # One program at a time: of several under way, one has been seen to keep the others waiting for
-    # ever on a CPU of two cores.
-    found = jax.block_until_ready(reward.reconstruct(batch))
-    paths = np.repeat(asked[None], parts, 0)
-    measured: dict[str, Any] = jax.block_until_ready(dict(reward.geometry(batch, found, paths)))
-    measured["mvcs"] = jax.block_until_ready(reward.consistency(found))
-    measured["general"] = reward.general(batch, [prompt] * parts)
-    measured["total"] = reward.combine(measured).total
+    measured = {**scores.parts, "total": scores.total}
     values = {name: float(arrays.to_host(value)[0]) for name, value in measured.items()}
-    least = values["texture_least"]
-    if least < recon.BLANK:
-        text = (
-            f"{path} has a frame that shows next to nothing (texture {least:.4f}, below "
-            f"{recon.BLANK:.4f})"
-        )
-        return Scored(path, prompt, {}, error=text)
+    (evidence,) = kept
+    if evidence.texture is not None:
+        least = float(arrays.to_host(evidence.texture)[0].min())
+        if least < likeness.BLANK:
+            text = (
+                f"{path} has a frame that shows next to nothing (texture {least:.4f}, below "
+                f"{likeness.BLANK:.4f})"
+            )
+            return Scored(path, prompt, {}, error=text)
     picture = b""
-    if with_pictures:
-        one = jax.tree.map(lambda leaf: jnp.asarray(arrays.to_host(leaf)[:1]), found)
-        stride = reward.frame_stride
+    if with_pictures and evidence.reconstruction is not None:
+        one = jax.tree.map(
+            lambda leaf: jnp.asarray(arrays.to_host(leaf)[:1]), evidence.reconstruction
+        )
+        stride = scorer.frame_stride
+        reward = scorer.choice.rewards.get("trajectory")
+        depth_scale = reward.depth_scale if isinstance(reward, Trajectory) else 1.0
         picture = pictures.sheet(video[::stride], one, asked[::stride], depth_scale=depth_scale)
     return Scored(path, prompt, values, picture=picture)

@@ -4,13 +4,16 @@ device."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from worldr1_jax.mesh.make import current, ours
 
 HOST = "pinned_host"  # jax's name of the memory of hosts that devices read directly
 BATCH = PartitionSpec(
@@ -52,8 +55,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-    """The leading axis is the batch of videos."""
-    return NamedSharding(mesh, BATCH)
+    """The leading axis is the batch of videos; whole on a mesh of other axes than ours."""
+    return NamedSharding(mesh, BATCH if ours(mesh) else PartitionSpec())
 
 
 def on(mesh: Mesh) -> contextlib.AbstractContextManager:
@@ -69,10 +72,14 @@ def each_device(function: Callable[..., Any], whole: int = 0) -> Callable[..., A
     `whole` arguments are the same for all, such as weights.
 
     For work that needs no other device's data but that the compiler would not split by itself, such
-    as a loop over samples. Call it under `jax.set_mesh`.
+    as a loop over samples. Call it under `jax.set_mesh`; without a mesh of ours, and where a device
+    has its own samples already, it is the function itself.
     """
 
     def call(*arguments: Any) -> Any:
+        mesh = current()
+        if mesh is None or AxisType.Manual in mesh.axis_types:
+            return function(*arguments)
         places = (PartitionSpec(),) * whole + (BATCH,) * (len(arguments) - whole)
         return jax.shard_map(function, in_specs=places, out_specs=BATCH, check_vma=False)(
             *arguments
@@ -106,3 +113,13 @@ def to_host(array: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes on each device, without the padding of its layout there;
+    0 of what rests on the hosts."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if getattr(leaf.sharding, "memory_kind", None) != HOST
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -96,3 +97,22 @@ def scoped_memory(chip: str) -> int:
     if given is None or chip == "v4":  # whose cores have no more
         return _SCOPED[chip] << 20
     return int(given) << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled stage, named for plans and tables.
+
+    Attributes:
+      name: of the stage.
+      trace: makes it, from shapes, under `jax.set_mesh`.
+      needed: FLOPs of one run that the mathematics needs on all devices; 0: those that run.
+      times: runs in one update; 0 for what runs when a job starts.
+      inputs: what lies on the devices for it, read or not: shapes with their places.
+    """
+
+    name: str
+    trace: Callable[[], Any]
+    needed: float = 0.0
+    times: int = 1
+    inputs: Any = ()

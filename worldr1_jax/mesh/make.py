@@ -70,6 +70,18 @@ def _torus(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def ours(mesh: Any) -> bool:
+    """Whether a mesh has the four axes, so that tables and stages can place on it. On another, such
+    as a user's own, weights are whole and the compiler splits the work."""
+    return set(AXES) <= set(mesh.axis_names)
+
+
+def current() -> Any:
+    """The abstract mesh that is set, if it is one of ours; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if ours(mesh) else None
+
+
 def default_sizes(
     devices: Sequence[Any], videos: int, heads: int, least_context: int = 1
 ) -> dict[str, int]:

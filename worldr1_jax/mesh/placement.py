@@ -1,10 +1,11 @@
-"""The mesh, and one ordered table of rules per network: which axis of a leaf lies on which axis of
-the mesh.
+"""Where leaves and activations live: the engine of the networks' tables.
+
+A network's file has a table PLACES: rows of (regular expression of a leaf's path, a mesh axis for
+each of the leaf's axes). Model code says what an axis is by the name of its leaf; only these tables
+say where it lives. The first row that matches a leaf counts; a leaf that no row matches, or a row
+that no leaf uses, is an error, so that a renamed layer cannot become replicated unnoticed.
 
 Mesh axes: data (prompt groups), fsdp (weights), context (tokens of one video), tensor (heads).
-Model code says what an axis is by the name of its leaf; only these tables say where it lives. The
-first rule that matches a leaf's path counts; a leaf that no rule matches, or a rule that no leaf
-uses, is an error, so that a renamed layer cannot become replicated unnoticed.
 
 Why these places: kernels are split over fsdp on their input axis and over tensor on the axis of
 heads or of hidden units, so that a column-parallel product is followed by a row-parallel one and
@@ -28,7 +29,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from worldr1_jax.mesh.make import AXES
+from worldr1_jax.mesh.make import AXES, current
 
 Axis = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, tuple[Axis, ...]]]
@@ -47,45 +48,15 @@ ACTIVATIONS: dict[str, Axis] = {
     "columns": ("context", "tensor"),  # of latents that are decoded, or wait
 }
 
-_SPLIT = ("fsdp", "context")
-_COLUMN, _ROW = (_SPLIT, "tensor"), ("tensor", _SPLIT)
-_SMALL = r"(.*\.)?(bias|scale|gamma|ls[12]|scale_shift_table|embedding|pos_embed|\w+_token)"
+# Words of the networks' tables: a column-parallel kernel, a row-parallel one, and leaves that are
+# small on every network.
+SPLIT = ("fsdp", "context")
+COLUMN, ROW = (SPLIT, "tensor"), ("tensor", SPLIT)
+SMALL = r"(.*\.)?(bias|scale|gamma|ls[12]|scale_shift_table|embedding|pos_embed|\w+_token)"
 
-RULES: dict[str, Rules] = {
-    "wan_dit": (
-        (r"blocks\.attn[12]\.to_[qkv]\.kernel", (None, *_COLUMN)),
-        (r"blocks\.attn[12]\.to_out\.kernel", (None, *_ROW)),
-        (r"blocks\.ffn\.linear_1\.kernel", (None, *_COLUMN)),
-        (r"blocks\.ffn\.linear_2\.kernel", (None, *_ROW)),
-        (r"(text_embedder|time_embedder)\.linear_[12]\.kernel", (_SPLIT, None)),
-        (r"time_proj\.kernel", (_SPLIT, None)),
-        (r"proj_out\.kernel", (_SPLIT, None)),
-        (r"patch_embedding\.kernel", ()),
-        (_SMALL, ()),
-    ),
-    "lora": (
-        (r"blocks\.attn[12]\.to_[qkv]\.lora_a", (None, _SPLIT, None)),
-        (r"blocks\.attn[12]\.to_[qkv]\.lora_b", (None, None, ("tensor", *_SPLIT))),
-        (r"blocks\.attn[12]\.to_out\.lora_a", (None, ("tensor", *_SPLIT), None)),
-        (r"blocks\.attn[12]\.to_out\.lora_b", (None, None, _SPLIT)),
-    ),
-    "umt5": (
-        (r"blocks\.([qkv]|wi_[01])\.kernel", (None, *_COLUMN)),
-        (r"blocks\.(o|wo)\.kernel", (None, *_ROW)),
-        (r"token_embedding\.embedding", (_SPLIT, None)),
-        (_SMALL, ()),
-    ),
-    "wan_vae": ((r".*", ()),),  # 0.5 GB at full size: replicated, its work is split over samples
-    "da3": (
-        (r"backbone\.blocks\.\d+\.attn\.qkv\.kernel", _COLUMN),
-        (r"backbone\.blocks\.\d+\.attn\.proj\.kernel", _ROW),
-        (r"backbone\.blocks\.\d+\.mlp\.(fc1|w12)\.kernel", _COLUMN),
-        (r"backbone\.blocks\.\d+\.mlp\.(fc2|w3)\.kernel", _ROW),
-        (r"backbone\.patch_embed\.kernel", ()),
-        (r"(cam_dec|head|gs_head)\..*kernel", ()),
-        (_SMALL, ()),
-    ),
-}
+# Leaves that a table is for.
+WEIGHTS = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+ADAPTERS = nnx.LoRAParam
 
 
 class _Any:
@@ -99,7 +70,7 @@ _ANY = _Any()
 
 def batch_parts(mesh: Mesh, of: str = "videos") -> int:
     """Into how many parts the mesh splits a batch of videos, or of sequences."""
-    return math.prod(mesh.shape[name] for name in ACTIVATIONS[of] or ())
+    return math.prod(mesh.shape.get(name, 1) for name in ACTIVATIONS[of] or ())
 
 
 def turns(mesh: Mesh, count: int, at_once: int) -> int:
@@ -136,8 +107,9 @@ def spec_of(
 def _fitting(axis: Axis, length: int, mesh: Any) -> Axis:
     """The longest prefix of the mesh axes whose size divides the length, or None."""
     if axis is None or isinstance(axis, str):
-        return axis if length % mesh.shape.get(axis, 1) == 0 else None
-    names = tuple(name for name in axis if mesh.shape[name] > 1)
+        there = axis in mesh.shape and length % mesh.shape[axis] == 0
+        return axis if there else None
+    names = tuple(name for name in axis if mesh.shape.get(name, 1) > 1)
     while names and length % math.prod(mesh.shape[name] for name in names):
         names = names[:-1]
     return names[0] if len(names) == 1 else names or None
@@ -162,63 +134,54 @@ def spec_for(shape: tuple[int, ...], axes: Sequence[str | None], mesh: Any) -> P
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, placed by what its axes are (see `spec_for`); unchanged without a mesh of ours, or where
     a device already works on its own part."""
-    mesh = jax.sharding.get_abstract_mesh()
-    spec = spec_for(x.shape, axes, _ANY if mesh.empty else mesh)
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    mesh = current()
+    spec = spec_for(x.shape, axes, mesh or _ANY)
+    if mesh is None or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def shardings_of(state: Any, name: str, mesh: Mesh) -> Any:
-    """NamedShardings for every leaf of an nnx state, by the table `name`.
+def shardings_of(state: Any, rules: Rules, mesh: Mesh) -> Any:
+    """NamedShardings for every leaf of an nnx state, by a network's table.
 
     Raises:
       ValueError: a leaf without a rule, or a rule without a leaf.
     """
-    rules, used = RULES[name], set()
-    flat = []
+    used, flat = set(), []
     for path, leaf in nnx.to_flat_state(state):
         index, spec = spec_of(leaf_path(path), leaf.get_raw_value().shape, rules, mesh)
         used.add(index)
         flat.append((path, leaf.replace(NamedSharding(mesh, spec))))
     unused = [rules[i][0] for i in range(len(rules)) if i not in used]
     if unused:
-        raise ValueError(f"the sharding rule '{unused[0]}' of {name} matches no leaf")
+        raise ValueError(f"the sharding rule '{unused[0]}' matches no leaf")
     return nnx.from_flat_state(flat)
 
 
-def placer(name: str, mesh: Mesh | None) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
+def placer(
+    rules: Rules, mesh: Mesh | None
+) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
     """Leaf path and shape -> its sharding, for weights that are placed as they stream in."""
     if mesh is None:
         return lambda path, shape: None
-    return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, RULES[name], mesh)[1])
+    return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, rules, mesh)[1])
 
 
-def place(module: nnx.Module, name: str, mesh: Mesh) -> nnx.Module:
-    """Moves a module's parameters to their shards, in place; LoRA leaves follow the table
-    `lora`."""
-    return _updated(module, name, mesh, jax.device_put)
+def place(module: nnx.Module, rules: Rules, mesh: Mesh, leaves: Any = WEIGHTS) -> nnx.Module:
+    """Moves these leaves of a module to their shards, in place."""
+    state = nnx.state(module, leaves)
+    nnx.update(module, jax.device_put(state, shardings_of(state, rules, mesh)))
+    return module
 
 
-def describe(module: nnx.Module, name: str, mesh: Mesh) -> nnx.Module:
-    """As `place`, for a module whose leaves have a shape and a dtype but no values
-    (nnx.eval_shape)."""
-
-    def described(state: Any, places: Any) -> Any:
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
-        )
-
-    return _updated(module, name, mesh, described)
-
-
-def _updated(
-    module: nnx.Module, name: str, mesh: Mesh, placed: Callable[[Any, Any], Any]
-) -> nnx.Module:
-    for kind, table in ((nnx.LoRAParam, "lora"), (nnx.Not(nnx.LoRAParam), name)):
-        state = nnx.state(module, nnx.All(nnx.Param, kind))
-        if jax.tree.leaves(state):
-            nnx.update(module, placed(state, shardings_of(state, table, mesh)))
+def describe(module: nnx.Module, rules: Rules, mesh: Mesh, leaves: Any = WEIGHTS) -> nnx.Module:
+    """As `place`, for leaves that have a shape and a dtype but no values (nnx.eval_shape)."""
+    state = nnx.state(module, leaves)
+    places = shardings_of(state, rules, mesh)
+    described = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places
+    )
+    nnx.update(module, described)
     return module
 
 

@@ -5,6 +5,7 @@ python launch/pretrain_nano.py --stage=check --config=configs/world.py
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from worldr1_jax.camera import commands
 from worldr1_jax.geometry import rotation_angle
+from worldr1_jax.models import clip
 from worldr1_jax.models.wan import vae as wan_vae
-from worldr1_jax.nano import videos
-from worldr1_jax.rewards.scorer import Reward
+from worldr1_jax.nano import captions, videos
+from worldr1_jax.rewards import Scorer
+from worldr1_jax.rewards.reconstruct import frame_indices
 
 TURNS = ("pan_left", "pan_right", "orbit_left", "orbit_right")
 MOVES = ("push_in", "pull_out", "move_left", "move_right")
@@ -33,7 +37,37 @@ def vae_psnr(folder: Path, truth: videos.Videos, batch: int = 16) -> float:
     return float(jnp.concatenate(values).mean())
 
 
-def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dict[str, Any]:
+def retrieval(
+    folder: Path, truth: videos.Videos, among: int = 32, views: int = 8
+) -> dict[str, Any]:
+    """How well CLIP tells which sentence about a scene belongs to a video, by the mean cosine over
+    `views` frames.
+
+    Returns:
+      retrieval: share of videos whose own sentence beats those of `among - 1` others, exact over
+        every choice of them;
+      altered: the share whose own sentence beats itself with one thing in it wrong.
+    """
+    network = clip.load(folder)
+    words = clip.Tokenizer(folder, network.config.max_position_embeddings)
+    scenes = [commands.scene(caption) for caption in truth.captions]
+    rng = np.random.default_rng(0)
+    wrong = [captions.altered(scene, rng) for scene in scenes]
+    text = network.text(jnp.asarray(words([*scenes, *wrong])))
+    frames = truth.video[:, frame_indices(truth.video.shape[1], views)]
+    frames = frames.reshape(-1, *frames.shape[2:]).astype(np.float32) / 255
+    embed = jax.jit(lambda x: network.image(clip.preprocess(x, network.config, "squeeze")))
+    image = embed(frames).reshape(len(truth), views, -1).mean(1)
+    cosine = np.asarray(image @ text.T)
+    own, others = np.diag(cosine), cosine[:, : len(truth)]
+    better = (others > own[:, None]).sum(1)
+    choices = math.comb(len(truth) - 1, among - 1)
+    found = [math.comb(len(truth) - 1 - int(n), among - 1) / choices for n in better]
+    told = own > np.diag(cosine[:, len(truth) :])
+    return {"retrieval": float(np.mean(found)), "altered": float(np.mean(told))}
+
+
+def reconstruction(scorer: Scorer, truth: videos.Videos, batch: int = 16) -> dict[str, Any]:
     """Cameras and re-rendering of ground-truth videos, and the rewards that they get.
 
     Returns:
@@ -47,15 +81,16 @@ def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dic
     for i in range(0, len(truth) - batch + 1, batch):
         video = jnp.asarray(truth.video[i : i + batch], jnp.float32) / 255.0
         asked = truth.camtoworld[i : i + batch]
-        found = reward.reconstruct(video)
-        for name, value in reward.geometry(video, found, asked).items():
+        evidence = scorer.look(video, asked)
+        captions = truth.captions[i : i + batch]
+        for name, value in scorer.measure(evidence, captions).items():
             scores.setdefault(name, []).append(np.asarray(value))
-        poses = np.asarray(found.camtoworld)[:, -1]
-        wanted = asked[:, :: reward.frame_stride][:, -1]
+        poses = np.asarray(evidence.found().camtoworld)[:, -1]
+        wanted = asked[:, :: scorer.frame_stride][:, -1]
         angle = np.degrees(
             np.asarray(rotation_angle(np.swapaxes(wanted[:, :3, :3], 1, 2) @ poses[:, :3, :3]))
         )
-        for k, caption in enumerate(truth.captions[i : i + batch]):
+        for k, caption in enumerate(captions):
             clause = caption.lower().split(".")[0].replace(" ", "_")
             if any(clause == f"camera_{name}" for name in TURNS):
                 rotation.append(angle[k])
@@ -69,9 +104,10 @@ def reconstruction(reward: Reward, truth: videos.Videos, batch: int = 16) -> dic
     }
 
 
-def noise_scores(reward: Reward, truth: videos.Videos, batch: int = 16) -> dict[str, float]:
+def noise_scores(scorer: Scorer, truth: videos.Videos, batch: int = 16) -> dict[str, float]:
     """The rewards that videos of white noise get against the same asked paths."""
     shape = (batch, *truth.video.shape[1:])
     noise = jnp.asarray(np.random.default_rng(0).uniform(size=shape), jnp.float32)
-    scores = reward.geometry(noise, reward.reconstruct(noise), truth.camtoworld[:batch])
+    evidence = scorer.look(noise, truth.camtoworld[:batch])
+    scores = scorer.measure(evidence, truth.captions[:batch])
     return {name: float(np.nanmean(np.asarray(value))) for name, value in scores.items()}

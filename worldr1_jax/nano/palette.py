@@ -7,12 +7,17 @@ by an empty room.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from worldr1_jax.geometry import length as length_of
+from worldr1_jax.rewards.base import Evidence, Parts, Reward
 
 # Colour words and their sRGB-like values, far apart in hue; white is told by brightness.
 PALETTE: dict[str, tuple[float, float, float]] = {
@@ -55,7 +60,7 @@ def palette(
     matter, but a pixel has to be saturated (or, for white, bright). A prompt that names no colour
     scores 1: nothing it asked for is missing.
     """
-    length = jnp.linalg.norm(videos, axis=-1, keepdims=True)
+    length = length_of(videos)[..., None]  # 0, without a gradient, where black
     direction = videos / jnp.maximum(length, 1e-3)
     wanted = colors / jnp.maximum(jnp.linalg.norm(colors, axis=-1, keepdims=True), 1e-3)
 
@@ -71,3 +76,14 @@ def palette(
     count = used.sum(1)
     score = jnp.sum(per_color * used, 1) / jnp.maximum(count, 1)
     return jnp.where(count > 0, score, 1.0).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Palette(Reward):
+    """`palette` as a reward."""
+
+    def ask(self, prompts: Sequence[str]) -> Any:
+        return targets(prompts)
+
+    def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:
+        return {"palette": palette(evidence.videos, *asked)}

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from worldr1_jax.mesh import chips, compiler
 from worldr1_jax.mesh import placement as sharding
-from worldr1_jax.mesh.make import AXES
+from worldr1_jax.mesh.make import AXES, current, ours
 from worldr1_jax.nn import attention_context, attention_kernels
 
 Implementation = str | Callable[..., jax.Array]
@@ -113,7 +113,7 @@ def for_mesh(mesh: Mesh | None, heads: int, dtype: Any) -> Implementation:
 
     On CPUs "auto", which leaves a context axis to the compiler; the same without a mesh.
     """
-    if mesh is None or mesh.devices.flat[0].platform == "cpu":
+    if mesh is None or not ours(mesh) or mesh.devices.flat[0].platform == "cpu":
         return "auto"
     device = mesh.devices.flat[0]
     local = "auto" if device.platform == "tpu" or jnp.dtype(dtype).itemsize == 2 else "blocks"
@@ -141,8 +141,8 @@ def for_long_sequences(implementation: Implementation, tokens: int, heads: int) 
     device's heads, and the kernel's blocks are whole whatever the number of tokens is."""
     if not isinstance(implementation, attention_context.Sharded):
         return implementation
-    mesh, kernel, context = jax.sharding.get_abstract_mesh(), implementation.kernel, "ulysses"
-    sizes = dict.fromkeys(AXES, 1) if mesh.empty else mesh.shape
+    mesh, kernel, context = current(), implementation.kernel, "ulysses"
+    sizes = dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
     here = attention_context.heads_of_a_device(heads, sizes)
     if implementation.context == "ring" or here % sizes["context"]:
         context = "ring"
@@ -173,8 +173,8 @@ def laid_out(
     def lay(part: jax.Array) -> jax.Array:
         return with_layout_constraint(part, Layout(major_to_minor))
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = current()
+    if mesh is None:
         return lay(x)
     spec = sharding.spec_for(x.shape, axes, mesh)
     return jax.shard_map(lay, in_specs=spec, out_specs=spec, check_vma=False)(x)
@@ -184,8 +184,8 @@ def padded(tokens: int, implementation: Implementation) -> int:
     """To how many tokens this implementation needs a sequence padded on the current mesh."""
     if not isinstance(implementation, attention_context.Sharded):
         return tokens
-    mesh = jax.sharding.get_abstract_mesh()
-    unit = implementation.kernel.multiple * (1 if mesh.empty else mesh.shape["context"])
+    mesh = current()
+    unit = implementation.kernel.multiple * (1 if mesh is None else mesh.shape["context"])
     return -(-tokens // unit) * unit
 
 

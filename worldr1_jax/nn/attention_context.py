@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import current
 from worldr1_jax.nn.attention_kernels import named
 
 CONTEXTS = ("ulysses", "ring", "whole", "alone")
@@ -43,8 +44,8 @@ class Sharded:
         if mask is not None or bias is not None:
             raise ValueError("attention kernels take neither mask nor bias: use 'xla'")
         real = k.shape[1] if length is None else length
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
+        mesh = current()
+        if mesh is None:
             return self._local(q, k, v, scale, real)
         parts = mesh.shape["context"]
         axes: tuple[str | None, ...] = ("videos", "tokens", "heads", None)

@@ -1,158 +1,74 @@
 """The programs that a plan compiles: those of the trainer, from shapes alone (see report.py).
 
-What they work on is described by shape, dtype and place. Beside its own arguments, a program finds
-on the device what other stages keep there meanwhile, such as networks that do not rest on the hosts
-(config.idle_on_host): `Lowering.resting`.
+Stages name their programs; here they are given described networks, and told what else rests on the
+device meanwhile, such as networks that do not wait on the hosts (config.idle_on_host).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-import numpy as np
-from flax import nnx
 
 from worldr1_jax import settings
 from worldr1_jax.algorithms import update as learning
-from worldr1_jax.mesh import arrays
-from worldr1_jax.mesh import placement as sharding
-from worldr1_jax.models import lpips, umt5
-from worldr1_jax.models.da3 import config as da3_config
-from worldr1_jax.models.da3 import model as da3
-from worldr1_jax.models.wan import config as wan_dit_config
-from worldr1_jax.models.wan import dit as wan_dit
-from worldr1_jax.models.wan import vae as wan_vae
-from worldr1_jax.nano import palette as general
-from worldr1_jax.nn import attention, lora
+from worldr1_jax.mesh import arrays, placement
+from worldr1_jax.mesh.arrays import bytes_on_device
+from worldr1_jax.mesh.compiler import Program
+from worldr1_jax.policies import wan
+from worldr1_jax.policies.base import POLICY, TEXT, VAE
 from worldr1_jax.policies.stages import COLUMNS, Pipeline
-from worldr1_jax.policies.wan import Wan
-from worldr1_jax.rewards import reconstruct
-from worldr1_jax.rewards.scorer import Reward
-from worldr1_jax.rollout import schedule
+from worldr1_jax.rewards import Scorer
+from worldr1_jax.rewards import scorer as scoring
+from worldr1_jax.rewards.choice import RECONSTRUCT
+from worldr1_jax.settings import Settings
 from worldr1_jax.types import Trajectory
 from worldr1_jax.workdir import checkpoint
 
-PRESETS = {"small": wan_dit.Config.wan_1_3b, "large": wan_dit.Config.wan_14b}
+FAMILY = wan  # whose published sizes are planned
 # Turns of loops whose number depends on the data. Assumptions, not measurements: a moving camera
 # uncovers 8 of 64 blocks of pixels a frame; a tile is opaque after some 10,000 Gaussians, 256 a
 # round (splat/tiles.py).
-WARP_BLOCKS, RENDER_ROUNDS = 8, 40
+TURNS = {"warp": 8, "recon": 40, "meta": 40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Lowering:
-    """One program to compile.
+    """A program, and bytes on each device that are no arguments of it."""
 
-    Attributes:
-      name: of the stage.
-      trace: makes it, under `jax.set_mesh`.
-      needed: FLOPs that one run's mathematics needs on each device; 0 where that is what runs.
-      times: runs in one update; 0 for what runs when a job starts.
-      turns: of loops whose number of turns depends on the data; None where there are none.
-      resting: bytes on each device that are no arguments of it.
-    """
-
-    name: str
-    trace: Callable[[], Any]
-    needed: float = 0.0
-    times: int = 1
-    turns: int | None = None
+    program: Program
     resting: int = 0
 
-
-def abstract_pipeline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Pipeline:
-    """The trainer's pipeline with leaves that have a shape, a dtype and a place, but no values."""
-    preset, dtype = PRESETS[config.variant](), jnp.dtype(config.policy.dtype)
-
-    def make_dit() -> nnx.Module:
-        dit = wan_dit.WanDiT(
-            preset, nnx.Rngs(0), dtype=dtype, param_dtype=dtype, remat=config.policy.remat,
-            implementation=attention.for_mesh(mesh, preset.num_attention_heads, dtype),
-        )  # fmt: skip
-        return lora.add(dit, config.policy.lora_rank, config.policy.lora_alpha, nnx.Rngs(1))
-
-    def make_vae() -> nnx.Module:
-        return wan_vae.WanVAE(wan_vae.Config.wan2_1(), nnx.Rngs(0))
-
-    def make_text() -> nnx.Module:
-        return umt5.UMT5Encoder(
-            umt5.Config.xxl(), nnx.Rngs(0), dtype=dtype, param_dtype=dtype
-        )  # fmt: skip
-
-    dit, vae, text = (
-        _abstract(make, name, mesh)
-        for make, name in ((make_dit, "wan_dit"), (make_vae, "wan_vae"), (make_text, "umt5"))
-    )
-    s = config.sample
-    sigmas: Any = np.asarray(schedule.sigmas(s.steps, s.shift))  # no device to put it on
-    wan = Wan(dit, vae, text, None, config.policy.text_tokens)
-    # The warp is planned apart: the rollout's text would have its loops of unknown length.
-    camera = dataclasses.replace(settings.make_camera(config), mode="none")
-    return Pipeline(
-        wan, mesh, size=(config.frames, config.height, config.width),
-        sigmas=sigmas, camera=camera,
-        chunked_vae=config.policy.chunked_vae, videos_at_once=config.sample.videos_at_once,
-    )  # fmt: skip
-
-
-def abstract_reward(
-    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, network: da3.Config | None = None
-) -> Reward:
-    """The trainer's reward with Depth Anything 3 and LPIPS, no values; without a `network` the
-    published giant, the only size with Gaussians."""
-    r, dtype = config.rewards, jnp.dtype(config.policy.dtype)
-    chosen = da3.Config.giant() if network is None else network
-    kernel = attention.for_mesh(mesh, chosen.net.num_heads, dtype)
-
-    def make_network() -> nnx.Module:
-        return da3.DA3(chosen, nnx.Rngs(0), dtype=dtype, attention=kernel)
-
-    distance = None
-    if r.likeness == "lpips":
-        distance = nnx.eval_shape(lambda: lpips.LPIPS(nnx.Rngs(0)))
-        whole = arrays.replicated(mesh)
-        state = jax.tree.map(partial(_described, place=whole), nnx.state(distance))
-        nnx.update(distance, state)
-    return Reward(
-        dict(r.weights), _abstract(make_network, "da3", mesh), mesh,
-        frame_stride=r.frame_stride, views=r.views or None,
-        depth_scale=r.depth_scale, distance=distance, mode=r.mode,
-        gaussian_frames=r.gaussian_frames or None, videos_at_once=config.sample.videos_at_once,
-        asks=settings.asked_of_recon(config),
-    )  # fmt: skip
+    @property
+    def turns(self) -> int | None:
+        """Of its loops whose number of turns depends on the data; None where there are none."""
+        return TURNS.get(self.program.name)
 
 
 class Shapes:
     """What flows between the stages of one update, described."""
 
-    def __init__(self, config: ml_collections.ConfigDict, pipeline: Pipeline):
-        mesh, dit = pipeline.mesh, PRESETS[config.variant]()
+    def __init__(self, found: Settings, pipeline: Pipeline):
+        mesh, run = pipeline.mesh, found.run
         self.batch, self.whole = arrays.batched(mesh), arrays.replicated(mesh)
-        self.count = config.groups * config.group_size
-        algorithm = settings.make_algorithm(config)
-        self.draw = algorithm.draw(jax.random.key(0), 0, settings.make_plan(config))
-        width = self.draw.width
+        self.count, self.groups, self.steps = run.videos, run.groups, found.sample.steps
+        # Drawn on this host: no program of the mesh.
+        self.draw = found.algorithm.draw(jax.random.key(0), 0, found.plan)
+        width, tokens = self.draw.width, found.policy.text_tokens
         # A prompt on each device at a time, until those of all groups are done.
-        at_once = sharding.batch_parts(mesh, "sequences")
-        self.encoder_turns = -(-config.groups // at_once)
-        self.tokens = _over(
-            mesh, (at_once, config.policy.text_tokens), "sequences", None, dtype=jnp.int32
-        )
-        self.text = _over(
-            mesh, (self.count, config.policy.text_tokens, dit.text_dim), "videos", "words", None
-        )
+        at_once = placement.batch_parts(mesh, "sequences")
+        self.tokens = _over(mesh, (at_once, tokens), "sequences", None, dtype=jnp.int32)
+        width_of_text = pipeline.policy.shape.text_width
+        self.text = _over(mesh, (self.count, tokens, width_of_text), "videos", "words", None)
         self.null: Any = None
-        if config.sample.guidance != 1:
+        if found.sample.guidance != 1:
             self.null = jax.ShapeDtypeStruct(self.text.shape[1:], jnp.float32, sharding=self.whole)
         self.keys = self.of(self.count, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-        self.paths = self.of(self.count, config.frames, 4, 4)
+        self.paths = self.of(self.count, run.frames, 4, 4)
         self.latents = _over(mesh, (self.count, *pipeline.latent_shape), *COLUMNS)
         starts = jnp.shape(self.draw.start)
         self.start: Any = jax.ShapeDtypeStruct(
@@ -160,201 +76,139 @@ class Shapes:
         )
         self.states = _over(mesh, (width + 1, *self.latents.shape), None, *COLUMNS)
         self.logs = _over(mesh, (width, self.count), None, "videos")
-        frame = (config.height, config.width, 3)
-        mine = self.count // sharding.batch_parts(mesh)
+        mine = self.count // placement.batch_parts(mesh)
         # Videos of one turn of the rewards, and turns.
-        self.turns = max(mine // (config.sample.videos_at_once or mine), 1)
-        self.some = self.of(self.count // self.turns, config.frames, *frame)
+        self.turns = max(mine // (found.sample.videos_at_once or mine), 1)
+        self.some = self.of(self.count // self.turns, *run.size, 3)
         self.some_latents = _over(mesh, (len(self.some), *pipeline.latent_shape), *COLUMNS)
-        self.asked = self.of(self.count // self.turns, config.frames, 4, 4)
+        self.asked = self.of(len(self.some), run.frames, 4, 4)
 
     def of(self, *dims: int, dtype: Any = jnp.float32) -> Any:
         """A described array whose leading axis is the batch of videos."""
         return jax.ShapeDtypeStruct(dims, dtype, sharding=self.batch)
 
+    def batched(self, leaf: Any) -> Any:
+        """The same of an array or of its shape."""
+        return self.of(*leaf.shape, dtype=leaf.dtype)
 
-def lowerings(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[Lowering]:
-    """Every program of an update in their order, and that of restoring a checkpoint."""
-    pipeline, reward = abstract_pipeline(config, mesh), abstract_reward(config, mesh)
-    shapes = Shapes(config, pipeline)
-    optimizer, algorithm = settings.make_optimizer(config), settings.make_algorithm(config)
-    state = _like(
-        pipeline.adapters,
-        jax.eval_shape(
-            partial(learning.init_state, optimizer=optimizer, algorithm=algorithm),
-            pipeline.adapters,
-        ),
-        shapes.whole,
+
+def described_pipeline(found: Settings, mesh: jax.sharding.Mesh) -> Pipeline:
+    """The trainer's pipeline with leaves that have a shape, a dtype and a place, but no values."""
+    p = found.policy
+    model = FAMILY.described(
+        found.run.variant, mesh, tokens=p.text_tokens, dtype=jnp.dtype(p.dtype), remat=p.remat,
+        lora_rank=p.lora_rank, lora_alpha=p.lora_alpha,
+    )  # fmt: skip
+    # The warp is planned apart: the rollout's text would have its loops of unknown length.
+    camera = dataclasses.replace(found.camera, mode="none")
+    return Pipeline(
+        model, mesh, size=found.run.size, sampling=found.sample, camera=camera,
+        chunked_vae=p.chunked_vae,
+    )  # fmt: skip
+
+
+def described_scorer(found: Settings, mesh: jax.sharding.Mesh) -> Scorer:
+    """The trainer's scorer, of published sizes and without values."""
+    return scoring.described(
+        found.rewards, mesh, found.policy.dtype, videos_at_once=found.sample.videos_at_once
     )
-    sizes = _sizes(config, pipeline, reward, shapes, state)
+
+
+def lowerings(found: Settings, mesh: jax.sharding.Mesh) -> Iterator[Lowering]:
+    """Every program of an update in their order, and that of restoring a checkpoint."""
+    pipeline, scorer = described_pipeline(found, mesh), described_scorer(found, mesh)
+    shapes = Shapes(found, pipeline)
+    start = partial(
+        learning.init_state, optimizer=found.train.optimizer(), algorithm=found.algorithm
+    )
+    state = _like(
+        pipeline.adapters, jax.eval_shape(start, pipeline.adapters), shapes.whole
+    )  # fmt: skip
+    sizes = _sizes(found, pipeline, scorer, shapes, state)
 
     def resting(*names: str) -> int:
         return sum(sizes[name] for name in names)
 
-    yield Lowering(
-        "text",
-        lambda: pipeline._text._run.trace(pipeline._text._state, shapes.tokens, shapes.tokens),
-        times=shapes.encoder_turns,
-        resting=resting("policy", "vae", "rewards", "adapters", "moments"),
-    )
     nets, drawn = ("text", "vae", "rewards", "moments"), ("embeddings", "trajectory")
-    yield Lowering(
-        "warp", lambda: jax.jit(pipeline._warp).trace(shapes.keys, shapes.paths),
-        turns=WARP_BLOCKS, resting=resting(*nets, "policy", "adapters", "embeddings"),
-    )  # fmt: skip
-    yield _rollout(config, pipeline, shapes, resting(*nets))
     # Each turn decodes and scores some videos; all that was drawn rests meanwhile, and the 3D
     # network stays awake until the turns are over.
     kept = resting("text", "vae", "policy", "adapters", "moments", *drawn)
-    yield Lowering(
-        "decode", lambda: pipeline._decode.trace(pipeline._vae_state, shapes.some_latents),
-        times=shapes.turns, resting=kept - sizes["vae"] + sizes["awake"],
-    )  # fmt: skip
-    yield from _rewards(config, reward, shapes, kept, sizes)
-    yield _update(config, pipeline, shapes, state, resting("text", "vae", "rewards"))
-    yield Lowering(
-        "restore", lambda: checkpoint.digests_of.trace(jax.tree.leaves(state)), times=0,
-        resting=resting("text", "vae", "policy", "rewards"),
-    )  # fmt: skip
-
-
-def _rollout(config, pipeline: Pipeline, shapes: Shapes, resting: int) -> Lowering:
-    linear, scores, branches = _forward(config, pipeline)
-    return Lowering(
-        "rollout",
-        lambda: pipeline._rollout.trace(
-            pipeline.adapters, pipeline.base, shapes.text, shapes.null, shapes.paths, shapes.keys,
-            shapes.start, shapes.draw.solver, None, sampler=shapes.draw.sampler,
-            width=shapes.draw.width,
-        ),
-        needed=config.sample.steps * shapes.count * branches * (linear + scores)
-        / pipeline.mesh.size,
-        resting=resting,
-    )  # fmt: skip
-
-
-def _rewards(
-    config, reward: Reward, shapes: Shapes, resting: int, sizes: dict
-) -> Iterator[Lowering]:
-    """Reconstruction, S_recon with its renderer and its measure, S_traj, and R_gen; a turn each."""
-    yield Lowering(
-        "reconstruct",
-        lambda: reward._reconstruct.trace(reward._state, shapes.some),
-        needed=_reconstruct_flops(config, shapes.some) / reward.mesh.size,
-        times=shapes.turns, resting=resting + sizes["awake"] - sizes["da3"],
-    )  # fmt: skip
-    resting += sizes["awake"]
-    # Shaped here, where no mesh is set: the network makes constants, and these devices hold none.
-    made = jax.eval_shape(reward._reconstruct, reward._state, shapes.some)
-    found = jax.tree.map(partial(_described, place=shapes.batch), made)
-    yield Lowering(
-        "render",
-        lambda: reward._recon.trace(reward._lpips_state, shapes.some, found, shapes.asked),
-        turns=RENDER_ROUNDS, times=shapes.turns, resting=resting,
-    )  # fmt: skip
-    # What was found outlives its render.
-    yield Lowering(
-        "trajectory",
-        lambda: reward._trajectory.trace(shapes.asked, found.camtoworld),
-        times=shapes.turns,
-        resting=resting + bytes_of((shapes.some, found)) - bytes_of(found.camtoworld),
+    beside = {
+        "text": resting("policy", "vae", "rewards", "adapters", "moments"),
+        "warp": resting(*nets, "policy", "adapters", "embeddings"),
+        "rollout": resting(*nets),
+        "decode": kept - sizes["vae"] + sizes["awake"],
+        RECONSTRUCT: kept + sizes["awake"] - sizes[RECONSTRUCT],
+    }
+    scored = {program.name: kept + sizes["awake"] for program in scorer.programs(shapes)}
+    beside = scored | beside | {"update": resting("text", "vae", "rewards")}
+    for program in every(found, pipeline, scorer, shapes, state):
+        yield Lowering(program, beside[program.name])
+    restore = Program(
+        "restore", lambda: checkpoint.digests_of.trace(jax.tree.leaves(state)), times=0
     )
-
-    count, colors = shapes.some.shape[0], general.MAX_COLORS
-    yield Lowering(
-        "general",
-        lambda: reward._palette.trace(
-            shapes.some, shapes.of(count, colors, 3), shapes.of(count, colors)
-        ),
-        times=shapes.turns, resting=resting + bytes_of(found),
-    )  # fmt: skip
+    yield Lowering(restore, resting("text", "vae", "policy", "rewards"))
 
 
-def _reconstruct_flops(config, videos: Any) -> float:
-    giant = da3.Config.giant()
-    count, frames, height, width = videos.shape[:4]
-    frames = -(-frames // config.rewards.frame_stride)
-    size = reconstruct.processed_size(height, width, giant.process_res, giant.net.patch_size)
-    return count * da3_config.flops(giant, frames, size)
+def every(
+    found: Settings, pipeline: Pipeline, scorer: Scorer, shapes: Shapes, state: Any
+) -> Iterator[Program]:
+    """The programs of an update in their order, of real networks or described ones."""
+    yield from pipeline.programs(shapes, sampler=shapes.draw.sampler, width=shapes.draw.width)
+    yield from scorer.programs(shapes)
+    yield _update(found, pipeline, shapes, state)
 
 
-def _update(config, pipeline: Pipeline, shapes: Shapes, state: Any, resting: int) -> Lowering:
-    linear, scores, branches = _forward(config, pipeline)
-    algorithm, rules = settings.make_algorithm(config), settings.make_rules(config)
-    drawn: Any = Trajectory(
-        shapes.latents, shapes.states, shapes.logs, shapes.start, shapes.keys
-    )  # fmt: skip
+def _update(found: Settings, pipeline: Pipeline, shapes: Shapes, state: Any) -> Program:
+    algorithm, rules = found.algorithm, found.train
+    work = pipeline.policy.shape.work(found.run.size, found.policy.text_tokens)
+    branches = 2 if found.sample.guidance != 1 else 1
+    drawn: Any = Trajectory(shapes.latents, shapes.states, shapes.logs, shapes.start, shapes.keys)
     advantages: Any = shapes.of(shapes.count)
-    step = learning.Batch(
-        drawn, shapes.text, advantages, shapes.of(shapes.count, dtype=jnp.bool_)
-    )  # fmt: skip
-    update = settings.make_update(config, pipeline, state)
+    valid: Any = shapes.of(shapes.count, dtype=jnp.bool_)
+    step = learning.Batch(drawn, shapes.text, advantages, valid)
+    update = settings.make_update(found, pipeline, state)
     sigmas: Any = jax.ShapeDtypeStruct(
-        (config.sample.steps + 1,), jnp.float32, sharding=shapes.whole
+        (found.sample.steps + 1,), jnp.float32, sharding=shapes.whole
     )
     # Forward, backward through frozen products (as much again) and through attention (twice), and
     # the forwards of policies that are only compared with.
-    once = 2 * linear + 3 * scores + algorithm.forwards * (linear + scores)
-    return Lowering(
-        "update",
-        lambda: update.trace(state, pipeline.base, step, sigmas, shapes.null),
-        needed=algorithm.terms * rules.epochs * shapes.count * branches * once
-        / pipeline.mesh.size,
-        resting=resting,
+    forward = work.linear + work.scores
+    once = 2 * work.linear + 3 * work.scores + algorithm.forwards * forward
+    return Program(
+        "update", lambda: update.trace(state, pipeline.base, step, sigmas, shapes.null),
+        needed=algorithm.terms * rules.epochs * shapes.count * branches * once,
     )  # fmt: skip
 
 
-def _forward(config, pipeline: Pipeline) -> tuple[float, float, int]:
-    """FLOPs of a forward in products with weights and in attention; branches of guidance."""
-    dit = PRESETS[config.variant]()
-    tokens = wan_dit_config.tokens(dit, pipeline.latent_shape[:3])
-    linear, scores = wan_dit_config.flops(dit, tokens, config.policy.text_tokens)
-    return linear, scores, 2 if config.sample.guidance != 1 else 1
-
-
-def _sizes(config, pipeline: Pipeline, reward: Reward, shapes: Shapes, state: Any) -> dict:
+def _sizes(
+    found: Settings, pipeline: Pipeline, scorer: Scorer, shapes: Shapes, state: Any
+) -> dict[str, int]:
     """Bytes on each device of what stages leave there; 0 for networks that rest on the hosts."""
-    sizes = {
-        "text": bytes_of(pipeline._text._state),
-        "vae": bytes_of(pipeline._vae_state),
-        "policy": bytes_of(pipeline.base),
-        "rewards": bytes_of((reward._state, reward._lpips_state)),
-    }
-    sizes |= dict.fromkeys(config.idle_on_host, 0)
-    adapters = bytes_of(pipeline.adapters)
+    held = {name: bytes_on_device(tree) for name, tree in pipeline.held().items()}
+    networks = {name: bytes_on_device(tree) for name, tree in scorer.networks.items()}
+    sizes = {TEXT: held[TEXT], VAE: held[VAE], POLICY: held[POLICY]}
+    sizes |= {"rewards": sum(networks.values())}
+    sizes |= dict.fromkeys(found.run.idle_on_host, 0)
+    look = networks.get(RECONSTRUCT, 0)
     return sizes | {
-        "da3": bytes_of(reward._state),
-        # The 3D network is, from the first turn to the last, and LPIPS where it has no other place.
-        "awake": max(bytes_of(reward._state), sizes["rewards"]),
-        "adapters": adapters,
-        "moments": bytes_of(state) - adapters,
-        "embeddings": bytes_of((shapes.text, shapes.null)),
-        "trajectory": bytes_of((shapes.states, shapes.latents)),
+        RECONSTRUCT: look,
+        # The 3D network is, from the first turn to the last, and the others where they have no
+        # other place.
+        "awake": max(look, sizes["rewards"]),
+        "adapters": held["adapters"],
+        "moments": bytes_on_device(state) - held["adapters"],
+        "embeddings": bytes_on_device((shapes.text, shapes.null)),
+        "trajectory": bytes_on_device((shapes.states, shapes.latents)),
     }
 
 
 def _over(
     mesh: jax.sharding.Mesh, shape: tuple[int, ...], *axes: str | None, dtype: Any = jnp.float32
 ) -> Any:
-    """A described array by what its axes are (see `sharding.spec_for`)."""
-    place = jax.sharding.NamedSharding(mesh, sharding.spec_for(shape, axes, mesh))
+    """A described array by what its axes are (see `placement.spec_for`)."""
+    place = jax.sharding.NamedSharding(mesh, placement.spec_for(shape, axes, mesh))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def bytes_of(tree: Any) -> int:
-    """Bytes of a described tree on each device, without the padding of its layout there."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _described(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
-def _abstract(make: Callable[[], nnx.Module], table: str, mesh: jax.sharding.Mesh) -> Any:
-    return sharding.describe(nnx.eval_shape(make), table, mesh)
 
 
 def _like(adapters: Any, state: Any, whole: Any) -> Any:

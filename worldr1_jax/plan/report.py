@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 
 from worldr1_jax import settings
 from worldr1_jax.mesh import compiler
+from worldr1_jax.mesh.arrays import bytes_on_device
 from worldr1_jax.mesh.chips import CHIPS, EFFICIENCY, Chip, generation
 from worldr1_jax.plan import flops as cost
 from worldr1_jax.plan import hlo as plan_hlo
 from worldr1_jax.plan import programs as plan_programs
-from worldr1_jax.plan.programs import PRESETS, Lowering
+from worldr1_jax.plan.programs import Lowering
+from worldr1_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +87,24 @@ def topology_devices(name: str) -> list[Any]:
     return list(found.devices)
 
 
-def mesh_for(config: ml_collections.ConfigDict, devices: list[Any]) -> jax.sharding.Mesh:
+def mesh_for(found: Settings, devices: list[Any]) -> jax.sharding.Mesh:
     """The trainer's mesh on these devices."""
-    return settings.make_mesh(config, PRESETS[config.variant](), devices)
+    shape = plan_programs.FAMILY.published(_published(found))
+    return settings.make_mesh(found, devices, shape.work(found.run.size, found.policy.text_tokens))
+
+
+def _published(found: Settings) -> str:
+    """The variant; ValueError for one without published size."""
+    known = plan_programs.FAMILY.SIZES
+    if found.run.variant not in known:
+        raise ValueError(
+            f"variant '{found.run.variant}' has no pod to plan: it is {' or '.join(known)}"
+        )
+    return found.run.variant
 
 
 def plan(
-    config: ml_collections.ConfigDict,
+    found: Settings,
     mesh: jax.sharding.Mesh,
     *,
     only: tuple[str, ...] = (),
@@ -109,17 +121,16 @@ def plan(
       ValueError: an unknown name in `only`, a variant without published size, or a program that
         the compiler refuses, with what it says of memory.
     """
-    if config.variant not in PRESETS:
-        raise ValueError(f"variant '{config.variant}' has no pod to plan: {' or '.join(PRESETS)}")
-    found, names = [], []
-    for lowering in plan_programs.lowerings(config, mesh):
-        names.append(lowering.name)
-        if not only or lowering.name in only:
-            found.append(_compile(lowering, mesh, efficiency, hlo))
+    _published(found)
+    planned, names = [], []
+    for lowering in plan_programs.lowerings(found, mesh):
+        names.append(lowering.program.name)
+        if not only or names[-1] in only:
+            planned.append(_compile(lowering, mesh, efficiency, hlo))
     unknown = [name for name in only if name not in names]
     if unknown:
         raise ValueError(f"there is no program '{unknown[0]}' to plan: {', '.join(names)}")
-    return found
+    return planned
 
 
 def _compile(
@@ -127,32 +138,34 @@ def _compile(
 ) -> Program:
     kind = generation(mesh.devices.flat[0].device_kind)
     chip, share = CHIPS[kind], efficiency or EFFICIENCY[kind]
-    began = time.perf_counter()
+    asked, began = lowering.program, time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            traced = lowering.trace()
+            traced = lowering.program.trace()
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         lines = [line for line in str(error).splitlines() if "hbm" in line.lower()] or [str(error)]
-        raise ValueError(f"{lowering.name} does not fit: {' '.join(lines[:3])[:400]}") from error
+        raise ValueError(f"{asked.name} does not fit: {' '.join(lines[:3])[:400]}") from error
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
+    # What lies there for a program counts whether it reads it or not.
+    arguments = max(memory.argument_size_in_bytes, bytes_on_device(asked.inputs))
     peak = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes
+        arguments + memory.output_size_in_bytes
         - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     )  # fmt: skip
     text = compiled.as_text()
     if hlo:
         Path(hlo).mkdir(parents=True, exist_ok=True)
-        (Path(hlo) / f"{lowering.name}.txt").write_text(text)
+        (Path(hlo) / f"{asked.name}.txt").write_text(text)
     ops = plan_hlo.read(text, lowering.turns)
     products = cost.jaxpr_flops(traced.jaxpr.jaxpr) / mesh.size
     found = program(
-        lowering.name, ops, chip, share, mesh.size, lowering.needed or products, products, peak,
-        seconds,
+        asked.name, ops, chip, share, mesh.size, asked.needed / mesh.size or products, products,
+        peak, seconds,
     )  # fmt: skip
     return dataclasses.replace(
-        found, times=lowering.times, hbm_resting_bytes=lowering.resting,
+        found, times=asked.times, hbm_resting_bytes=lowering.resting,
         hbm_peak_bytes=found.hbm_peak_bytes + lowering.resting,
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from worldr1_jax.camera import commands
+from worldr1_jax.data import prompts as prompt_files
+from worldr1_jax.data.loader import check_seed
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.policies.stages import Pipeline
@@ -39,23 +40,18 @@ class Generated:
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts of a text file, one a line, or of standard input for "-"; blank lines are passed
-    over.
+    """The prompts of a file, or of standard input for "-", by the rules of data/prompts.py: .jsonl
+    records, of whatever split, or text, one prompt a line.
 
     Raises:
-      ValueError: a file that is missing, not UTF-8, or without a prompt.
+      ValueError: a file that cannot be read, or a prompt that is none, named by its line.
     """
-    try:
-        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise ValueError(f"--prompts {source} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {source} is not UTF-8 text: {error.reason}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts {source} holds no prompt: give one a line")
-    return prompts
+    if source.endswith(".jsonl"):
+        sets = prompt_files.read(source, commands.complaint)
+        return [*sets.train, *sets.dynamic, *sets.test]
+    if source == "-":
+        return prompt_files.texts(sys.stdin.buffer.read(), "standard input", commands.complaint)
+    return prompt_files.texts(prompt_files.read_content(source), source, commands.complaint)
 
 
 def generate(
@@ -65,8 +61,6 @@ def generate(
     seed: int = 0,
     samples: int = 1,
     batch: int = 1,
-    guidance: float = 1.0,
-    negative_prompt: str = "",
     adapters: Any = None,
     solver: unipc.UniPC | None = None,
 ) -> Iterator[Generated]:
@@ -76,21 +70,21 @@ def generate(
     that the same prompt and seed give the same bytes whatever else is asked for.
 
     Args:
-      pipeline: the model, its video size, schedule, solver and camera.
+      pipeline: the model, its video size, schedule, guidance and camera.
       prompts: any texts; camera commands at their head steer the starting noise.
-      seed: >= 0.
+      seed: 0 to 2^32 - 1.
       samples: videos per prompt, >= 1.
       batch: videos at a time, a multiple of the devices that share a batch; the last batch is
         filled up with repeats, which are dropped.
-      guidance: classifier-free guidance scale; 1 is off.
-      negative_prompt: what guidance leads away from.
       adapters: LoRA leaves as `pipeline.adapters`; None is the pipeline's own.
       solver: UniPC (`unipc.make`); None is Euler on the pipeline's sigmas.
 
     Raises:
-      ValueError: samples or batch below 1, a batch that the mesh does not divide, or prompts that
-        ask for a camera movement that is none.
+      ValueError: a seed out of range, samples or batch below 1, a batch that the mesh does not
+        divide, or prompts that are no texts or ask for a camera movement that is none.
     """
+    check_seed(seed)
+    prompt_files.check_texts([*prompts, pipeline.sampling.negative_prompt])
     commands.check_prompts(prompts)
     parts = sharding.batch_parts(pipeline.mesh)
     if samples < 1 or batch < 1 or batch % parts:
@@ -98,7 +92,8 @@ def generate(
             f"samples is {samples} and batch {batch}: both have to be at least 1, and batch a "
             f"multiple of the {parts} devices that share it"
         )
-    text_null = pipeline.encode_one(negative_prompt) if guidance != 1 else None
+    guidance = pipeline.sampling.guidance
+    text_null = pipeline.negative() if guidance != 1 else None
     sampler = Sampler(kind="none", guidance=guidance)
     adapters = pipeline.adapters if adapters is None else adapters
     wanted = [(prompt, number) for prompt in prompts for number in range(samples)]
@@ -106,11 +101,11 @@ def generate(
         chosen = wanted[first : first + batch]
         filled = chosen + [chosen[-1]] * (batch - len(chosen))
         texts = [prompt for prompt, _ in filled]
-        trajectory = pipeline.rollout(
-            adapters, pipeline.encode(texts), pipeline.paths(texts), _keys(seed, filled),
-            sampler=sampler, text_null=text_null, solver=solver,
+        rolled = pipeline.roll(
+            adapters, texts, _keys(seed, filled), sampler=sampler, text_null=text_null,
+            solver=solver,
         )  # fmt: skip
-        videos = pipeline.decode(trajectory.latents)
+        videos = pipeline.decode(rolled.trajectory.latents)
         for row, (prompt, number) in enumerate(chosen):
             yield Generated(prompt, number, arrays.to_host(videos[row]))
         del videos  # the next rollout needs the room

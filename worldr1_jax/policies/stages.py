@@ -7,7 +7,7 @@ Every stage is compiled once per batch size; batches lie over the mesh's data an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,18 +21,56 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from worldr1_jax.camera import commands, noise_warp, trajectory
 from worldr1_jax.camera.injection import Camera
 from worldr1_jax.data.text_cache import TextCache
-from worldr1_jax.mesh import arrays, compiler
+from worldr1_jax.fields import in_range, of_kind
+from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import placement as sharding
-from worldr1_jax.models import umt5
-from worldr1_jax.models.wan import dit as wan_dit
-from worldr1_jax.models.wan import vae as wan_vae
-from worldr1_jax.policies.wan import Wan, tokenize
+from worldr1_jax.mesh.compiler import Jit, Program
+from worldr1_jax.policies.base import POLICY, TEXT, VAE, Policy
 from worldr1_jax.rollout import sample as sampling
-from worldr1_jax.rollout import unipc
+from worldr1_jax.rollout import schedule, unipc
+from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Trajectory
 
 COLUMNS = ("videos", None, None, "columns", None)  # latents over the devices of their video
-IDLE = ("text", "vae", "policy", "rewards")  # networks that may wait on the hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How videos are sampled; the fields are `sample` of the config.
+
+    Attributes:
+      steps: T, of the schedule.
+      shift: of the schedule; Wan at 480p 3, at 720p 5.
+      guidance: of classifier-free guidance; 1 is off.
+      negative_prompt: what guidance leads away from.
+      videos_at_once: that a device samples, decodes or scores at a time; 0: all that it has.
+    """
+
+    steps: int = 50
+    shift: float = 3.0
+    guidance: float = 5.0
+    negative_prompt: str = ""
+    videos_at_once: int = 0
+
+    def __post_init__(self) -> None:
+        in_range(
+            self, steps=(2, 10_000), shift=(1e-3, 1e3), guidance=(0, 1e3), videos_at_once=(0, 10**6)
+        )
+        of_kind(self, str, "negative_prompt")
+
+    def sigmas(self) -> Float[np.ndarray, " T+1"]:
+        """The schedule, on the host."""
+        return np.asarray(schedule.sigmas(self.steps, self.shift))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rolled:
+    """Latents of a batch, and what they were made from."""
+
+    prompts: Sequence[str]
+    text: Float[Array, "B N D"]
+    paths: Float[np.ndarray, "B F 4 4"]
+    trajectory: Trajectory
 
 
 class TextStage:
@@ -43,19 +81,11 @@ class TextStage:
     once.
     """
 
-    def __init__(
-        self,
-        encoder: umt5.UMT5Encoder,
-        tokenizer: Any,
-        tokens: int,
-        mesh: jax.sharding.Mesh,
-        *,
-        at_once: int = 1,
-    ):
-        self._tokenizer, self._tokens, self._mesh = tokenizer, tokens, mesh
-        self._at_once = at_once * sharding.batch_parts(mesh, "sequences")
-        self._graph, self._state = nnx.split(encoder)
-        self._run, self._members = jax.jit(self._embed), jax.jit(self._rows_of)
+    def __init__(self, policy: Policy, mesh: jax.sharding.Mesh, *, at_once: int = 1):
+        self._policy, self._mesh = policy, mesh
+        self.at_once = at_once * sharding.batch_parts(mesh, "sequences")
+        self._graph, self.state = nnx.split(policy.networks[TEXT])
+        self.run, self._members = jax.jit(self._embed), jax.jit(self._rows_of)
 
     def __call__(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
         """The embeddings.
@@ -68,17 +98,16 @@ class TextStage:
             raise ValueError(f"there are {len(prompts)} prompts; the mesh splits them in {parts}")
         unique = list(dict.fromkeys(prompts))
         members = np.array([unique.index(prompt) for prompt in prompts])
-        unique += [unique[-1]] * (-len(unique) % self._at_once)
-        state, rows = arrays.awake(self._state), []
+        unique += [unique[-1]] * (-len(unique) % self.at_once)
+        state, rows = arrays.awake(self.state), []
         with arrays.on(self._mesh):
-            for first in range(0, len(unique), self._at_once):
-                some = unique[first : first + self._at_once]
-                chosen = tokenize(self._tokenizer, some, self._tokens)
-                rows.append(self._run(state, *(placed(a, self._mesh, "sequences") for a in chosen)))
+            for first in range(0, len(unique), self.at_once):
+                chosen = self._policy.tokenize(unique[first : first + self.at_once])
+                rows.append(self.run(state, *(placed(a, self._mesh, "sequences") for a in chosen)))
             return self._members(rows, members)
 
-    def _embed(self, state, ids, mask):
-        found = umt5.zero_padding(nnx.merge(self._graph, state)(ids, mask), mask)
+    def _embed(self, state, *tokens):
+        found = self._policy.embed({TEXT: nnx.merge(self._graph, state)}, tokens)
         return sharding.constrain(found, "sequences", None, None)
 
     def _rows_of(self, rows, members):
@@ -97,36 +126,35 @@ class Pipeline:
 
     def __init__(
         self,
-        wan: Wan,
+        policy: Policy,
         mesh: jax.sharding.Mesh,
         *,
         size: tuple[int, int, int],
-        sigmas: Float[Array, " T+1"],
+        sampling: Sampling,
         camera: Camera,
         text_cache: TextCache | None = None,
         chunked_vae: bool = False,
-        videos_at_once: int = 0,
     ):
-        """Args: `size` is (frames, height, width) of the videos in pixels, `sigmas` the schedule;
-        `text_cache` gives the embeddings in place of the text encoder; with `chunked_vae` videos
-        are decoded by chunks of frames, in memory that does not grow with their number;
-        `videos_at_once` are evaluated by a device at a time (0: all that it has)."""
-        self.wan, self.mesh, self.size, self.camera = wan, mesh, size, camera
-        self.latent_shape = latent_shape(wan.vae.config, wan.dit.config, size)
-        parts: Any = nnx.split(wan.dit, nnx.LoRAParam, ...)
+        """Args: `size` is (frames, height, width) of the videos in pixels; `text_cache` gives the
+        embeddings in place of the text encoder; with `chunked_vae` videos are decoded by chunks of
+        frames, in memory that does not grow with their number."""
+        self.policy, self.mesh, self.size, self.camera = policy, mesh, size, camera
+        self.latent_shape = policy.shape.latents(size)
+        parts: Any = nnx.split(policy.networks[POLICY], nnx.LoRAParam, ...)
         self._graph, adapters, self.base = parts
         self._treedef = jax.tree.structure(adapters)
         self.adapters = nnx.to_pure_dict(adapters)
-        self.sigmas = arrays.everywhere(sigmas, mesh)
+        self.sampling = sampling
+        self.sigmas = arrays.everywhere(sampling.sigmas(), mesh)
         self._text_cache, self._chunked_vae = text_cache, chunked_vae
         if text_cache is None:
-            if wan.text_encoder is None:
+            if TEXT not in policy.networks:
                 raise ValueError("the model was loaded without text encoder: give a text_cache")
-            self._text = TextStage(wan.text_encoder, wan.tokenizer, wan.tokens, mesh)
-        self._at_once = videos_at_once
-        self._vae_graph, self._vae_state = nnx.split(wan.vae)
-        self._decode = compiler.Jit(self._decode_latents, mesh, convolutions=True)
-        self._rollout = compiler.Jit(
+            self._text = TextStage(policy, mesh)
+        self._at_once = sampling.videos_at_once
+        self._vae_graph, self._vae_state = nnx.split(policy.networks[VAE])
+        self._decode = Jit(self._decode_latents, mesh, convolutions=True)
+        self._rollout = Jit(
             self._rollout_batch, mesh, static_argnames=("sampler", "width")
         )  # fmt: skip
 
@@ -136,8 +164,8 @@ class Pipeline:
         latents = sharding.constrain(latents, "videos", None, None, None, None)
         text = sharding.constrain(text, "videos", None, None)
         state = jax.tree.unflatten(self._treedef, jax.tree.leaves(adapters))
-        dit = nnx.merge(self._graph, state, base)
-        return dit(latents, timestep, text, adapters=adapters_on)
+        networks = {POLICY: nnx.merge(self._graph, state, base)}
+        return self.policy.velocity(networks, latents, timestep, text, adapters=adapters_on)
 
     def encode(self, prompts: Sequence[str]) -> Float[Array, "B N D"]:
         """Text embeddings with padded places at zero, over the mesh."""
@@ -145,6 +173,10 @@ class Pipeline:
             rows = self._text_cache(prompts).astype(np.float32)
             return placed(rows, self.mesh, "videos", "words")
         return self._text(prompts)
+
+    def negative(self) -> Float[Array, "N D"]:
+        """The embedding of the negative prompt."""
+        return self.encode_one(self.sampling.negative_prompt)
 
     def encode_one(self, prompt: str) -> Float[Array, "N D"]:
         """One embedding that every device holds, for the negative prompt."""
@@ -157,7 +189,7 @@ class Pipeline:
         known: dict[tuple[commands.Move, ...], np.ndarray] = {}
         for moves in {commands.moves(p) for p in prompts}:
             known[moves] = np.asarray(
-                trajectory.path(moves, self.size[0], magnitudes=self.camera.magnitudes), np.float32
+                trajectory.path(moves, self.size[0], magnitudes=self.camera.units), np.float32
             )
         return np.stack([known[commands.moves(p)] for p in prompts])
 
@@ -200,6 +232,22 @@ class Pipeline:
                 self._start(start), solver, given, sampler=sampler, width=width,
             )  # fmt: skip
 
+    def roll(
+        self,
+        adapters: Any,
+        prompts: Sequence[str],
+        keys: PRNGKeyArray,
+        *,
+        timer: StageTimer | None = None,
+        **draw: Any,
+    ) -> Rolled:
+        """Text, camera paths and latents of a batch; `draw` are the keyword arguments of
+        `rollout`."""
+        with (timer or StageTimer())("rollout") as wait_for:
+            text, paths = self.encode(prompts), self.paths(prompts)
+            found = wait_for(self.rollout(adapters, text, paths, keys, **draw))
+        return Rolled(prompts, text, paths, found)
+
     def _start(self, start) -> Array:
         """First steps of the windows: of all videos, or one each, over the mesh."""
         start = np.asarray(start, np.int32)
@@ -209,6 +257,36 @@ class Pipeline:
         """Latents to videos in [0, 1]."""
         with arrays.on(self.mesh):
             return self._decode(arrays.awake(self._vae_state), latents)
+
+    def held(self) -> dict[str, Any]:
+        """States of the networks and the adapters, by the names of `policies.base`."""
+        text = {} if self._text_cache is not None else {TEXT: self._text.state}
+        return {**text, VAE: self._vae_state, POLICY: self.base, "adapters": self.adapters}
+
+    def programs(self, shapes: Any, **draw: Any) -> Iterator[Program]:
+        """The stages of one update; `shapes` (plan.programs.Shapes) describe what flows between
+        them, `draw` is what `rollout` is given."""
+        if self._text_cache is None:
+            text = self._text
+            yield Program(
+                "text", lambda: text.run.trace(text.state, shapes.tokens, shapes.tokens),
+                times=-(-shapes.groups // text.at_once),
+            )  # fmt: skip
+        yield Program("warp", lambda: jax.jit(self._warp).trace(shapes.keys, shapes.paths))
+        work = self.policy.shape.work(self.size, shapes.text.shape[1])
+        branches = 1 if shapes.null is None else 2
+        yield Program(
+            "rollout",
+            lambda: self._rollout.trace(
+                self.adapters, self.base, shapes.text, shapes.null, shapes.paths, shapes.keys,
+                shapes.start, None, None, **draw,
+            ),
+            needed=shapes.steps * shapes.count * branches * (work.linear + work.scores),
+        )  # fmt: skip
+        yield Program(
+            "decode", lambda: self._decode.trace(self._vae_state, shapes.some_latents),
+            times=shapes.turns,
+        )  # fmt: skip
 
     def _decode_latents(self, state, latents):
         return sampling.in_parts(
@@ -250,7 +328,8 @@ class Pipeline:
         # The VAE's convolutions then exchange the columns at their edges; devices that share a
         # video would all do the same work otherwise.
         latents = sharding.constrain(latents, *COLUMNS)
-        return nnx.merge(self._vae_graph, state).decode(latents, chunked=self._chunked_vae)
+        networks = {VAE: nnx.merge(self._vae_graph, state)}
+        return self.policy.decode(networks, latents, chunked=self._chunked_vae)
 
     def _add_delta(self, latents, step, *, warped, plain):
         return noise_warp.step_delta(
@@ -262,28 +341,6 @@ class Pipeline:
         warp = partial(
             noise_warp.warp_batch, latent_shape=self.latent_shape,
             flow_scale=self.camera.flow_scale, degradation=self.camera.degradation,
-            depth=self.camera.magnitudes.scene_depth,
+            depth=self.camera.units.scene_depth,
         )  # fmt: skip
         return arrays.each_device(warp)(keys, paths)
-
-
-def latent_shape(
-    vae: wan_vae.Config, dit: wan_dit.Config, size: tuple[int, int, int]
-) -> tuple[int, int, int, int]:
-    """(f, h, w, C) of the latents of a video of (frames, height, width) pixels.
-
-    Raises:
-      ValueError: a size that the VAE's compression and the DiT's patch do not divide.
-    """
-    frames, height, width = size
-    space, time = vae.spatial_compression, vae.temporal_compression
-    if frames < 1 or (frames - 1) % time:
-        raise ValueError(f"frames is {frames}: it has to be 1 + {time} k, such as {1 + 4 * time}")
-    sides = (("height", height, dit.patch_size[1]), ("width", width, dit.patch_size[2]))
-    for name, value, patch in sides:
-        unit = space * patch
-        if value < unit or value % unit:
-            raise ValueError(
-                f"{name} is {value}: it has to be a multiple of {unit} (VAE times patch)"
-            )
-    return 1 + (frames - 1) // time, height // space, width // space, vae.z_dim

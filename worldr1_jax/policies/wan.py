@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
-from worldr1_jax.mesh import arrays
-from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.models import umt5
+from worldr1_jax.models.wan import config as wan_dit_config
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import lora
+from worldr1_jax.nn.attention import for_mesh
+from worldr1_jax.policies import adapters as adapters_of
+from worldr1_jax.policies.base import POLICY, TEXT, VAE, Work
 from worldr1_jax.weights import convert
+
+# Published sizes, by the names of the config's variants.
+SIZES = {"small": wan_dit.Config.wan_1_3b, "large": wan_dit.Config.wan_14b}
 
 # Where each part lies in a folder, by layout; "" is the folder itself.
 LAYOUTS = {
@@ -45,15 +52,73 @@ LAYOUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Wan:
-    """A loaded model. `tokens` is the padded length of a prompt. Text encoder and tokenizer are
-    None where prompts come encoded (data/text_cache.py)."""
+class Shape:
+    """DiT and VAE as their config.json files describe them."""
 
-    dit: wan_dit.WanDiT
-    vae: wan_vae.WanVAE
-    text_encoder: umt5.UMT5Encoder | None
+    dit: wan_dit.Config
+    vae: wan_vae.Config
+
+    @property
+    def heads(self) -> int:
+        return self.dit.num_attention_heads
+
+    @property
+    def text_width(self) -> int:
+        return self.dit.text_dim
+
+    def latents(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        frames, height, width = size
+        space, time = self.vae.spatial_compression, self.vae.temporal_compression
+        if frames < 1 or (frames - 1) % time:
+            raise ValueError(
+                f"frames is {frames}: it has to be 1 + {time} k, such as {1 + 4 * time}"
+            )
+        patch = self.dit.patch_size
+        for name, value, unit in (
+            ("height", height, space * patch[1]),
+            ("width", width, space * patch[2]),
+        ):
+            if value < unit or value % unit:
+                raise ValueError(
+                    f"{name} is {value}: it has to be a multiple of {unit} (VAE times patch)"
+                )
+        return 1 + (frames - 1) // time, height // space, width // space, self.vae.z_dim
+
+    def work(self, size: tuple[int, int, int], text_tokens: int) -> Work:
+        dit = self.dit
+        count = wan_dit_config.tokens(dit, self.latents(size)[:3])
+        linear, scores = wan_dit_config.flops(dit, count, text_tokens)
+        weights = dit.num_layers * dit.dim * (8 * dit.dim + 2 * dit.ffn_dim)
+        return Work(count, dit.dim, dit.num_layers, self.heads, linear, scores, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wan:
+    """A loaded model, a `policies.base.Policy`. `tokens` is the padded length of a prompt; TEXT and
+    the tokenizer are missing where prompts come encoded (data/text_cache.py)."""
+
+    networks: Mapping[str, Any]
     tokenizer: Any
     tokens: int
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.networks[POLICY].config, self.networks[VAE].config)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return tokenize(self.tokenizer, prompts, self.tokens)
+
+    def embed(self, networks: Any, tokens: tuple[Array, ...]) -> Float[Array, "B N D"]:
+        ids, mask = tokens
+        return umt5.zero_padding(networks[TEXT](ids, mask), mask)
+
+    def velocity(
+        self, networks: Any, latents: Array, timestep: Array, text: Array, *, adapters: bool
+    ) -> Array:
+        return networks[POLICY](latents, timestep, text, adapters=adapters)
+
+    def decode(self, networks: Any, latents: Array, *, chunked: bool) -> Array:
+        return networks[VAE].decode(latents, chunked=chunked)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,10 +170,21 @@ def parts(folder: str | Path) -> dict[str, Path]:
     return places[layout]
 
 
-def read_configs(folder: str | Path) -> tuple[wan_dit.Config, wan_vae.Config]:
+def read(folder: str | Path) -> Shape:
     """The shapes of DiT and VAE, from the small files alone; errors as for `load`."""
     found = parts(folder)
-    return wan_dit.read_config(found["transformer"]), wan_vae.read_config(found["vae"])
+    return Shape(wan_dit.read_config(found["transformer"]), wan_vae.read_config(found["vae"]))
+
+
+def text_files(folder: str | Path) -> list[Path]:
+    """What embeddings depend on: encoder and tokenizer."""
+    found = parts(folder)
+    return [found["text_encoder"], found["tokenizer"]]
+
+
+def load_adapters(path: str | Path, folder: str | Path, kind: str) -> lora.Adapters:
+    """Adapters of a run or of a LoRA file for the model of a folder; see policies/adapters.py."""
+    return adapters_of.load(path, read(folder).dit, kind)
 
 
 def load(
@@ -128,7 +204,7 @@ def load(
 
     Args:
       folder: of either layout, or what `store` wrote.
-      mesh: where the networks lie, by the tables of mesh/placement.py.
+      mesh: where the networks lie, by their tables PLACES.
       tokens: padded length of prompts.
       dtype: of matmuls and their resting kernels; norms and the VAE stay float32.
       remat: see wan_dit.WanDiT.
@@ -145,33 +221,72 @@ def load(
         dtype=dtype,
         remat=remat,
         mesh=mesh,
-        shardings=sharding.placer("wan_dit", mesh),
     )
     if lora_rank:
         with jax.set_mesh(mesh):
             lora.add(dit, lora_rank, lora_alpha, nnx.Rngs(key if key is not None else 0))
-        sharding.place(dit, "wan_dit", mesh)
+        placement.place(dit, wan_dit.ADAPTER_PLACES, mesh, placement.ADAPTERS)
     if adapters is not None:
         lora.attach(dit, adapters)
         state = nnx.state(dit, nnx.LoRAParam)
         nnx.update(dit, jax.device_put(state, arrays.replicated(mesh)))
     vae = wan_vae.load(found["vae"], mesh=mesh)  # float32, as published
+    networks: dict[str, Any] = {POLICY: dit, VAE: vae}
     if not text:
-        return Wan(dit, vae, None, None, tokens)
-    return Wan(dit, vae, *load_text(folder, mesh=mesh, dtype=dtype), tokens)
+        return Wan(networks, None, tokens)
+    encoder = load_text(folder, mesh=mesh, tokens=tokens, dtype=dtype)
+    return Wan({**networks, **encoder.networks}, encoder.tokenizer, tokens)
 
 
 def load_text(
-    folder: str | Path, *, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32
-) -> tuple[umt5.UMT5Encoder, Any]:
+    folder: str | Path, *, mesh: jax.sharding.Mesh, tokens: int, dtype: Any = jnp.float32
+) -> Wan:
     """Text encoder and tokenizer alone; errors as for `load`."""
     from transformers import AutoTokenizer
 
     found = parts(folder)
-    encoder = umt5.load(
-        found["text_encoder"], dtype=dtype, mesh=mesh, shardings=sharding.placer("umt5", mesh)
-    )
-    return encoder, AutoTokenizer.from_pretrained(str(found["tokenizer"]))
+    encoder = umt5.load(found["text_encoder"], dtype=dtype, mesh=mesh)
+    return Wan({TEXT: encoder}, AutoTokenizer.from_pretrained(str(found["tokenizer"])), tokens)
+
+
+def published(size: str) -> Shape:
+    """The shape of a published size, of SIZES."""
+    return Shape(SIZES[size](), wan_vae.Config.wan2_1())
+
+
+def described(
+    size: str,
+    mesh: jax.sharding.Mesh,
+    *,
+    tokens: int,
+    dtype: Any,
+    remat: str,
+    lora_rank: int,
+    lora_alpha: float,
+) -> Wan:
+    """Wan2.1 1.3B ("small") or 14B ("large") as shapes that lie on the mesh; arguments as those of
+    `load`."""
+    config = SIZES[size]()
+
+    def make_dit() -> nnx.Module:
+        dit = wan_dit.WanDiT(
+            config, nnx.Rngs(0), dtype=dtype, param_dtype=dtype, remat=remat,
+            implementation=for_mesh(mesh, config.num_attention_heads, dtype),
+        )  # fmt: skip
+        return lora.add(dit, lora_rank, lora_alpha, nnx.Rngs(1))
+
+    def make_text() -> nnx.Module:
+        return umt5.UMT5Encoder(umt5.Config.xxl(), nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+    dit = placement.describe(nnx.eval_shape(make_dit), wan_dit.PLACES, mesh)
+    placement.describe(dit, wan_dit.ADAPTER_PLACES, mesh, placement.ADAPTERS)
+    vae = nnx.eval_shape(lambda: wan_vae.WanVAE(wan_vae.Config.wan2_1(), nnx.Rngs(0)))
+    networks = {
+        POLICY: dit,
+        VAE: placement.describe(vae, wan_vae.PLACES, mesh),
+        TEXT: placement.describe(nnx.eval_shape(make_text), umt5.PLACES, mesh),
+    }
+    return Wan(networks, None, tokens)
 
 
 def store(
@@ -213,7 +328,9 @@ def store(
 
     # Each network goes before the next one is read: a host holds one at a time.
     dit = wan_dit.load(
-        found["transformer"], dtype=dtype, mesh=mesh, shardings=sharding.placer("wan_dit", mesh)
+        found["transformer"],
+        dtype=dtype,
+        mesh=mesh,
     )
     if adapters is not None:
         lora.merge(lora.attach(dit, adapters))
@@ -221,7 +338,9 @@ def store(
     del dit
     write(wan_vae.load(found["vae"], mesh=mesh), "vae", wan_vae.save)
     text = umt5.load(
-        found["text_encoder"], dtype=dtype, mesh=mesh, shardings=sharding.placer("umt5", mesh)
+        found["text_encoder"],
+        dtype=dtype,
+        mesh=mesh,
     )
     write(text, "text_encoder", umt5.save)
     if jax.process_index() == 0:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from worldr1_jax.types import Scores
 
@@ -45,22 +45,4 @@ def combine(scores: Mapping[str, Float[Array, " B"]], weights: Mapping[str, floa
     valid = jnp.all(jnp.isfinite(parts), axis=0)
     factors = jnp.asarray([weights[name] for name in counted], jnp.float32)
     total = jnp.sum(factors[:, None] * parts, axis=0)
-    return Scores(dict(scores), jnp.where(valid, total, jnp.nan), valid)
-
-
-def masked(
-    scores: Mapping[str, Float[Array, " B"]], known: Bool[Array, " B"]
-) -> dict[str, Float[Array, " B"]]:
-    """The scores, NaN where they cannot be known."""
-    return {name: jnp.where(known, score, jnp.nan) for name, score in scores.items()}
-
-
-def failures(
-    scores: Mapping[str, Float[Array, " B"]], weights: Mapping[str, float]
-) -> dict[str, Int[Array, ""]]:
-    """How many samples each weighted part failed on; for the log."""
-    return {
-        name: jnp.sum(~jnp.isfinite(scores[name]))
-        for name, weight in weights.items()
-        if weight != 0 and name in scores
-    }
+    return Scores(dict(scores), jnp.where(valid, total, jnp.nan), valid, tuple(counted))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from worldr1_jax.rewards.base import CAMERAS, Evidence, Parts, Reward
+from worldr1_jax.rewards.likeness import where_shown
 
 
 def mvcs(
@@ -53,3 +59,15 @@ def mvcs(
         return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
 
     return jax.vmap(one_video)((depth, camtoworld, intrinsics))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mvcs(Reward):
+    """MVCS as a measure: it rises when a video freezes, and should not count."""
+
+    needs = CAMERAS
+
+    def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:
+        found = evidence.found()
+        score = mvcs(found.depth, found.camtoworld, found.intrinsics)
+        return where_shown({"mvcs": score}, evidence)

@@ -18,22 +18,32 @@ What the score cannot see, and what sees it instead:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from worldr1_jax.fields import in_range, one_of
+from worldr1_jax.mesh import placement
+from worldr1_jax.mesh.arrays import each_device
+from worldr1_jax.mesh.make import current
+from worldr1_jax.models import lpips
 from worldr1_jax.rewards import reconstruct
+from worldr1_jax.rewards.base import GAUSSIANS, Evidence, Networks, Parts, Reward
 from worldr1_jax.rewards.likeness import psnr, ssim, texture
 from worldr1_jax.rewards.reconstruct import frame_indices
+from worldr1_jax.rewards.trajectory import moves
 from worldr1_jax.splat import render as splat
 from worldr1_jax.types import Reconstruction
 
 TEXTURE_MIN = 0.02  # mean local standard deviation of brightness; about 5 of 255 levels
-BLANK = 1 / 255  # texture below which a frame shows nothing: one level of 8 bits
 
 Perceptual = Callable[[Float[Array, "N H W 3"], Float[Array, "N H W 3"]], Float[Array, " N"]]
 Average = Callable[[Float[Array, "B v"]], Float[Array, " B"]]
@@ -88,24 +98,13 @@ def s_recon(
     Raises:
         ValueError: shapes that do not belong together, or fewer than 1 or more than F views.
     """
-    if video.ndim != 5 or video.shape[:2] != reconstruction.camtoworld.shape[:2]:
-        raise ValueError(
-            f"video has shape {video.shape}, and the reconstruction is of "
-            f"{reconstruction.camtoworld.shape[:2]} videos and frames: want (B, F, H, W, 3)"
-        )
-    size = reconstruction.depth.shape[2:]
+    _check(video, reconstruction)
+    size = (reconstruction.depth.shape[2], reconstruction.depth.shape[3])
     chosen = frame_indices(video.shape[1], views)
     mine, average = _views_of(chosen, shared)
-    resized = reconstruct.resize_frames(video, (size[0], size[1]))
+    resized = reconstruct.resize_frames(video, size)
     frames = resized[:, mine]
-    rendered = splat.render(
-        reconstruction.gaussians,
-        reconstruction.camtoworld[:, mine],
-        reconstruction.intrinsics[:, mine],
-        (size[0], size[1]),
-        method=method,
-    )
-    image = jnp.clip(rendered.rgb, 0.0, 1.0)
+    image, alpha = _rerendered(reconstruction, mine, size, method)
     similarity = average(ssim(image, frames))
     likeness = similarity if perceptual is None else average(_likeness(image, frames, perceptual))
     judged = likeness
@@ -114,30 +113,61 @@ def s_recon(
         # 0 for a still video; the middle frame is like itself, and so does not count.
         others = len(chosen) / max(len(chosen) - 1, 1)
         change = others * (1.0 - average(_likeness(middle, frames, perceptual)))
-        if change_floor > 0:
-            judged = 1.0 - (1.0 - judged) / (change + change_floor)
-        judged = jnp.clip(judged, 0.0, 1.0)
-        if change_min > 0:
-            judged = judged * jnp.minimum(1.0, change / change_min)
-        judged = judged if moves is None else jnp.where(moves, judged, likeness)
+        judged = _charged(likeness, change, change_floor, change_min, moves)
     shown = texture(resized)
     detail = jnp.mean(shown[:, chosen], axis=1)
     gate = jnp.minimum(1.0, detail / texture_min) if texture_min > 0 else 1.0
-    score = jnp.clip(judged, 0.0, 1.0) * gate
     parts = {
         "psnr": average(psnr(image, frames)),
         "ssim": similarity,
-        "coverage": average(jnp.mean(rendered.alpha, axis=(2, 3))),
+        "coverage": average(jnp.mean(alpha, axis=(2, 3))),
         "texture": detail,
         "texture_least": jnp.min(shown, axis=1),
+        **({} if perceptual is None else {"perceptual": 1.0 - likeness}),
     }
-    if perceptual is not None:
-        parts["perceptual"] = 1.0 - likeness
     # The renderer leaves out a Gaussian that is not finite, which would hide the failure.
     sound = _finite((video, reconstruction))
-    return jnp.where(sound, score, jnp.nan), {
-        name: jnp.where(sound, part, jnp.nan) for name, part in parts.items()
-    }
+    score = jnp.clip(judged, 0.0, 1.0) * gate
+    return jax.tree.map(lambda part: jnp.where(sound, part, jnp.nan), (score, parts))
+
+
+def _check(video: Array, reconstruction: Reconstruction) -> None:
+    if video.ndim != 5 or video.shape[:2] != reconstruction.camtoworld.shape[:2]:
+        raise ValueError(
+            f"video has shape {video.shape}, and the reconstruction is of "
+            f"{reconstruction.camtoworld.shape[:2]} videos and frames: want (B, F, H, W, 3)"
+        )
+
+
+def _rerendered(
+    reconstruction: Reconstruction, frames: Array | np.ndarray, size: tuple[int, int], method: str
+) -> tuple[Float[Array, "B v H W 3"], Float[Array, "B v H W"]]:
+    """The Gaussians seen by the cameras of some frames, in [0, 1], and how opaque they are."""
+    rendered = splat.render(
+        reconstruction.gaussians,
+        reconstruction.camtoworld[:, frames],
+        reconstruction.intrinsics[:, frames],
+        size,
+        method=method,
+    )
+    return jnp.clip(rendered.rgb, 0.0, 1.0), rendered.alpha
+
+
+def _charged(
+    likeness: Float[Array, " B"],
+    change: Float[Array, " B"],
+    change_floor: float,
+    change_min: float,
+    moves: Bool[Array, " B"] | None,
+) -> Float[Array, " B"]:
+    """The likeness as `s_recon`'s two options of change see it, where the path moves."""
+    judged = likeness
+    if change_floor > 0:
+        judged = 1.0 - (1.0 - judged) / (change + change_floor)
+    judged = jnp.clip(judged, 0.0, 1.0)
+    if change_min > 0:
+        judged = judged * jnp.minimum(1.0, change / change_min)
+    return judged if moves is None else jnp.where(moves, judged, likeness)
 
 
 def _views_of(chosen: np.ndarray, shared: tuple[str, ...]) -> tuple[Array | np.ndarray, Average]:
@@ -176,3 +206,70 @@ def _finite(tree: object) -> Array:
     leaves = jax.tree.leaves(tree)
     checks = [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
     return jnp.all(jnp.stack(checks), axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recon(Reward):
+    """S_recon as a reward; PSNR, SSIM, coverage, texture and what else `s_recon` finds beside it.
+
+    Attributes:
+      likeness: "lpips" [World-R1], or "ssim", for nano's 64 pixels.
+      lpips: folder of LPIPS (AlexNet v0.1), see models/lpips.py.
+      views: frames that are rendered again, evenly spaced; 0: all that were reconstructed.
+      change_floor, change_min, texture_min: what is asked of a video besides likeness (see
+        `s_recon`); 0 nothing. Try change_floor 0.1, and change_min below what the base's videos
+        have.
+    """
+
+    needs = GAUSSIANS
+
+    likeness: str = "lpips"
+    lpips: str = ""
+    views: int = 0
+    change_floor: float = 0.0
+    change_min: float = 0.0
+    texture_min: float = TEXTURE_MIN
+
+    def __post_init__(self) -> None:
+        one_of(self, likeness=("lpips", "ssim"))
+        in_range(
+            self, views=(0, 10**6), change_floor=(0, 1e3), change_min=(0, 1), texture_min=(0, 1)
+        )
+
+    def check(self) -> None:
+        if self.likeness == "lpips" and not (self.lpips and Path(self.lpips).is_dir()):
+            raise ValueError(
+                f"rewards.recon.lpips is '{self.lpips}', which is no folder: give LPIPS, or set "
+                "rewards.recon.likeness=ssim"
+            )
+
+    def networks(self, mesh: jax.sharding.Mesh, dtype: Any) -> Networks:
+        self.check()
+        return {} if self.likeness == "ssim" else {"lpips": lpips.load(self.lpips, mesh=mesh)}
+
+    def described(self, mesh: jax.sharding.Mesh, dtype: Any) -> Networks:
+        if self.likeness == "ssim":
+            return {}
+        network = nnx.eval_shape(lambda: lpips.LPIPS(nnx.Rngs(0)))
+        return {"lpips": placement.describe(network, lpips.PLACES, mesh)}
+
+    def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:
+        found = evidence.found()
+        views = min(self.views, found.camtoworld.shape[1]) or None
+        mesh = current()
+        # Devices that hold the same videos take some views each.
+        sizes = {} if mesh is None else mesh.shape
+        shared = tuple(name for name in ("context", "tensor") if sizes.get(name, 1) > 1)
+        graph, state = nnx.split(networks.get("lpips", nnx.Dict()))
+
+        def own(state: Any, videos: Array, found: Reconstruction, moving: Array) -> Any:
+            return s_recon(
+                videos, found, views=views,
+                perceptual=nnx.merge(graph, state) if "lpips" in networks else None,
+                moves=moving, method=evidence.renderer, shared=shared,
+                texture_min=self.texture_min, change_floor=self.change_floor,
+                change_min=self.change_min,
+            )  # fmt: skip
+
+        score, beside = each_device(own, whole=1)(state, evidence.seen, found, moves(evidence.path))
+        return {"recon": score, **beside}

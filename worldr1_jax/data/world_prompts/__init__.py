@@ -6,5 +6,6 @@ phrasing.py   English: participles, articles
 compose.py    one scene -> one short and one long prompt
 generate.py   all splits from a seed; `prompt_sets()` is what training reads
 measure.py    repeated sequences, near-duplicates, vocabulary
-builder.py    the tensorflow-datasets builder
+checksums.py  a version's text stays as it was published
+builder.py    the tensorflow-datasets builder; needs the extra [tfds]
 """

@@ -9,7 +9,7 @@ import argparse
 import json
 
 from worldr1_jax.data import prompts
-from worldr1_jax.data.world_prompts import generate, measure
+from worldr1_jax.data.world_prompts import checksums, generate, measure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,19 +26,21 @@ def main(arguments: list[str] | None = None) -> None:
     if not (flags.data_dir or flags.text_dir or flags.measure or flags.checksums):
         parser.error("give --data_dir or --text_dir, a folder to write to, or --measure")
     made = generate.records()
-    from worldr1_jax.data.world_prompts import builder
-
     if flags.checksums:
-        sums = {split: builder.checksum(made[split]) for split in made}
+        sums = {split: checksums.checksum(made[split]) for split in made}
         text = json.dumps({"version": generate.VERSION} | sums, indent=1)
-        builder.CHECKSUMS.write_text(text + "\n", "utf-8")
+        checksums.CHECKSUMS.write_text(text + "\n", "utf-8")
     try:
-        builder.verify(made)
+        checksums.verify(made)
     except ValueError as error:
         parser.error(str(error))
     if flags.text_dir:
         prompts.write(flags.text_dir, generate.prompt_sets(flags.form))
     if flags.data_dir:
+        try:
+            from worldr1_jax.data.world_prompts import builder
+        except ModuleNotFoundError as error:
+            parser.error(f"--data_dir needs the extra [tfds], which brings {error.name}")
         dataset = builder.WorldPrompts(data_dir=flags.data_dir, file_format="array_record")
         dataset.download_and_prepare()
         print(f"{dataset.data_dir}: " + ", ".join(f"{len(made[s])} {s}" for s in made))

@@ -1,4 +1,5 @@
-"""The tensorflow-datasets builder of the world prompts; TensorFlow itself is not needed.
+"""The tensorflow-datasets builder of the world prompts; TensorFlow itself is not needed. Install
+the extra [tfds].
 
     builder = WorldPrompts(data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
@@ -10,9 +11,7 @@ Same version, same bytes of every file. `python -m worldr1_jax.data.world_prompt
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,33 +21,11 @@ from tensorflow_datasets.core.writer import ExampleWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
 from worldr1_jax.camera import commands
-from worldr1_jax.data.world_prompts import generate
+from worldr1_jax.data.world_prompts import checksums, generate
 from worldr1_jax.data.world_prompts.generate import Record
 from worldr1_jax.data.world_prompts.material import CATEGORIES
 
-CHECKSUMS = Path(__file__).with_name("checksums.json")
 CARD = Path(__file__).with_name("README.md")
-
-
-def checksum(records: Sequence[Record]) -> str:
-    """SHA-256 of a split: each record as a line of JSON, in order."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(json.dumps(dataclasses.asdict(record), sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def verify(made: dict[str, tuple[Record, ...]], checksums: Path = CHECKSUMS) -> None:
-    """Raises ValueError when the text is not that of its version."""
-    known = json.loads(checksums.read_text("utf-8"))
-    found = {"version": generate.VERSION} | {split: checksum(made[split]) for split in made}
-    changed = [name for name in found if known.get(name) != found[name]]
-    if changed:
-        raise ValueError(
-            f"world prompts {generate.VERSION} differ from {checksums.name} in "
-            f"{', '.join(changed)}: the text has changed, so give it another VERSION in "
-            "generate.py and the checksums that the flag --checksums writes."
-        )
 
 
 class WorldPrompts(tfds.core.GeneratorBasedBuilder):
@@ -80,7 +57,7 @@ class WorldPrompts(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
         made = generate.records()
-        verify(made)
+        checksums.verify(made)
         return {split: self._generate_examples(made[split]) for split in made}
 
     def _generate_examples(self, records: Iterable[Record]) -> Iterator[tuple[int, dict]]:

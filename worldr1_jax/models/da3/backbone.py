@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import current
 from worldr1_jax.nn.attention import (
     Implementation,
     attention,
@@ -307,8 +308,8 @@ class Backbone(nnx.Module):
 def padded_frames(frames: int, implementation: Implementation) -> int:
     """How many frames the taps have: a multiple of the mesh's context axis where the implementation
     divides tokens over it. Those behind the real ones are nobody's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not isinstance(implementation, Sharded):
+    mesh = current()
+    if mesh is None or not isinstance(implementation, Sharded):
         return frames
     return -(-frames // mesh.shape["context"]) * mesh.shape["context"]
 

@@ -11,7 +11,6 @@ sizes only the giant has Gaussians. Facts from ByteDance-Seed/Depth-Anything-3 (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,28 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from worldr1_jax.geometry import rigid_inverse
+from worldr1_jax.geometry import relative_to_first, rigid_inverse
 from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.make import current
+from worldr1_jax.mesh.placement import COLUMN, ROW, SMALL, Rules, placer
 from worldr1_jax.models.da3.backbone import Backbone, pad_frames
 from worldr1_jax.models.da3.config import Config
-from worldr1_jax.models.da3.gaussians import decode_cameras, gaussians_from, move, relative_to_first
+from worldr1_jax.models.da3.gaussians import decode_cameras, gaussians_from, move
 from worldr1_jax.models.da3.heads import DPT, CameraDecoder
 from worldr1_jax.nn.attention import Implementation, for_mesh
 from worldr1_jax.types import Gaussians, Reconstruction
 from worldr1_jax.weights import convert
+
+# Where the leaves live (mesh/placement.py).
+PLACES: Rules = (
+    (r"backbone\.blocks\.\d+\.attn\.qkv\.kernel", COLUMN),
+    (r"backbone\.blocks\.\d+\.attn\.proj\.kernel", ROW),
+    (r"backbone\.blocks\.\d+\.mlp\.(fc1|w12)\.kernel", COLUMN),
+    (r"backbone\.blocks\.\d+\.mlp\.(fc2|w3)\.kernel", ROW),
+    (r"backbone\.patch_embed\.kernel", ()),
+    (r"(cam_dec|head|gs_head)\..*kernel", ()),
+    (SMALL, ()),
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -92,21 +104,24 @@ class DA3(nnx.Module):
             else None
         )
 
-    def __call__(self, video: Float[Array, "B F H W 3"]) -> Reconstruction:
+    def __call__(
+        self, video: Float[Array, "B F H W 3"], *, gaussians: bool = True
+    ) -> Reconstruction:
         """Reconstruction of videos in [0, 1] whose sides are multiples of the patch size.
 
         The first camera is the identity. Lengths are in the network's own units: comparable within
-        a video, not between two. Intrinsics are in pixels of `video`.
+        a video, not between two. Intrinsics are in pixels of `video`. Without `gaussians` their
+        head, half of the work behind the backbone, is not run.
         """
         frames, size = video.shape[1], (video.shape[2], video.shape[3])
-        raw = self._padded(video)
+        raw = self._padded(video, gaussians)
         own, intrinsics = decode_cameras(raw.translation, raw.quaternion, raw.fov, size)
-        gaussians = None
-        if self.gs_head is not None:
+        moved = None
+        if raw.gaussians is not None:
             # Placed in the network's own axes and then moved: with slipped_quaternions the two do
             # not commute.
             placed = self.gaussians_from(raw, own, intrinsics)
-            gaussians = move(_first_frames(placed, frames, own), rigid_inverse(own[:, 0]))
+            moved = move(_first_frames(placed, frames, own), rigid_inverse(own[:, 0]))
         depth, confidence = (
             jax.image.resize(x, (*x.shape[:2], *size), "linear", antialias=False)
             for x in (raw.depth[:, :frames], raw.confidence[:, :frames])
@@ -116,7 +131,7 @@ class DA3(nnx.Module):
             confidence=confidence,
             camtoworld=relative_to_first(own)[:, :frames],
             intrinsics=intrinsics[:, :frames],
-            gaussians=gaussians,
+            gaussians=moved,
         )
 
     def forward(self, video: Float[Array, "B F H W 3"]) -> Raw:
@@ -128,7 +143,7 @@ class DA3(nnx.Module):
         """
         return jax.tree.map(lambda x: x[:, : video.shape[1]], self._padded(video))
 
-    def _padded(self, video: Float[Array, "B F H W 3"]) -> Raw:
+    def _padded(self, video: Float[Array, "B F H W 3"], with_gaussians: bool = True) -> Raw:
         """`forward`, with the frames that the mesh adds (da3_backbone.padded_frames)."""
         if video.ndim != 5 or video.shape[-1] != 3:
             raise ValueError(f"video has the shape {list(video.shape)}; it has to be [B F H W 3]")
@@ -138,7 +153,7 @@ class DA3(nnx.Module):
         )
         translation, quaternion, fov = self.cam_dec(taps[-1][1])
         images = pad_frames(images, taps[0][0].shape[1])
-        depth, gaussians = self._dense([tap[0] for tap in taps], images)
+        depth, gaussians = self._dense([tap[0] for tap in taps], images, with_gaussians)
         raw, opacity = None, None
         if gaussians is not None:
             raw, opacity = gaussians[..., :-1], jax.nn.sigmoid(gaussians[..., -1])
@@ -183,9 +198,11 @@ class DA3(nnx.Module):
             self.config.gs_adapter, raw.gaussians, raw.opacity, depth, camtoworld, intrinsics, size
         )
 
-    def _dense(self, taps: list[Array], images: Array) -> tuple[Array, Array | None]:
-        """Both DPT heads, `frame_chunk` frames of every video at a time, each device its own."""
-        graph, state = nnx.split((self.head, self.gs_head))
+    def _dense(
+        self, taps: list[Array], images: Array, with_gaussians: bool
+    ) -> tuple[Array, Array | None]:
+        """The DPT heads, `frame_chunk` frames of every video at a time, each device its own."""
+        graph, state = nnx.split((self.head, self.gs_head if with_gaussians else None))
         size, patch = (images.shape[2], images.shape[3]), self.config.net.patch_size
 
         def own(state: Any, arrays: tuple[list[Array], Array]) -> tuple[Array, Array | None]:
@@ -205,8 +222,8 @@ class DA3(nnx.Module):
             outs = jax.lax.map(heads, by_frame, batch_size=self.config.frame_chunk)
             return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outs)
 
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        mesh = current()
+        if mesh is None or mesh.size == 1:
             return own(state, (taps, images))
         # XLA would gather frames for the loop over them.
         spec = sharding.spec_for(images.shape[:2], ("videos", "frames"), mesh)
@@ -307,22 +324,21 @@ def load(
     *,
     dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
-    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
     attention: Implementation | None = None,
 ) -> DA3:
     """The network in a publisher's folder (config.json, model.safetensors), read strictly.
 
-    `shardings` maps a leaf's path and shape to where it lives, as in `convert.load`; without
-    `attention` it is what suits the mesh (attention.for_mesh).
+    Leaves lie on the mesh by PLACES; without `attention` it is what suits the mesh
+    (attention.for_mesh).
 
     Raises:
       ValueError: files, fields, keys or shapes that do not fit, named.
     """
-    config = Config.from_dict(convert.read_config(path))
+    config = convert.config_of(Config, path)
     kernel = attention or for_mesh(mesh, config.net.num_heads, dtype)
     model = nnx.eval_shape(lambda: DA3(config, nnx.Rngs(0), dtype=dtype, attention=kernel))
     net = "model.da3" if convert.holds(path, "model.da3.backbone.pretrained.cls_token") else "model"
-    convert.load(model, path, table(config, net), mesh=mesh, shardings=shardings, ignore=IGNORE)
+    convert.load(model, path, table(config, net), shardings=placer(PLACES, mesh), ignore=IGNORE)
     return model
 
 

@@ -9,7 +9,6 @@ residual stream run in the module's `dtype`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.mesh.placement import COLUMN, ROW, SMALL, SPLIT, Rules, placer
 from worldr1_jax.models.wan import names as wan_dit_names
 from worldr1_jax.models.wan.config import Config
 from worldr1_jax.nn import layers, rotary
@@ -32,6 +32,25 @@ from worldr1_jax.nn.attention import (
     padded,
 )
 from worldr1_jax.weights import convert
+
+# Where the leaves live (mesh/placement.py): weights, and adapters that follow their kernels.
+PLACES: Rules = (
+    (r"blocks\.attn[12]\.to_[qkv]\.kernel", (None, *COLUMN)),
+    (r"blocks\.attn[12]\.to_out\.kernel", (None, *ROW)),
+    (r"blocks\.ffn\.linear_1\.kernel", (None, *COLUMN)),
+    (r"blocks\.ffn\.linear_2\.kernel", (None, *ROW)),
+    (r"(text_embedder|time_embedder)\.linear_[12]\.kernel", (SPLIT, None)),
+    (r"time_proj\.kernel", (SPLIT, None)),
+    (r"proj_out\.kernel", (SPLIT, None)),
+    (r"patch_embedding\.kernel", ()),
+    (SMALL, ()),
+)
+ADAPTER_PLACES: Rules = (
+    (r"blocks\.attn[12]\.to_[qkv]\.lora_a", (None, SPLIT, None)),
+    (r"blocks\.attn[12]\.to_[qkv]\.lora_b", (None, None, ("tensor", *SPLIT))),
+    (r"blocks\.attn[12]\.to_out\.lora_a", (None, ("tensor", *SPLIT), None)),
+    (r"blocks\.attn[12]\.to_out\.lora_b", (None, None, SPLIT)),
+)
 
 
 class WanAttention(nnx.Module):
@@ -330,7 +349,6 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
-    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None = None,
     remat: str = "none",
     implementation: Implementation | None = None,
 ) -> WanDiT:
@@ -340,7 +358,7 @@ def load(
       path: the folder, e.g. Wan2.1-T2V-1.3B-Diffusers/transformer.
       dtype: compute dtype (see WanDiT).
       param_dtype: dtype in which kernels of the blocks rest; None means `dtype`.
-      mesh, shardings: where the leaves go as they stream in (see convert.load).
+      mesh: where the leaves go as they stream in, by PLACES.
       remat: see WanDiT.
       implementation: of attention; None takes what suits the mesh (attention.for_mesh).
 
@@ -361,13 +379,13 @@ def load(
     )
     layout = "wan" if convert.holds(path, "head.head.weight") else "diffusers"
     repeats = {"i": config.num_layers}
-    convert.load(model, path, table(config, layout), repeats, mesh=mesh, shardings=shardings)
+    convert.load(model, path, table(config, layout), repeats, shardings=placer(PLACES, mesh))
     return model
 
 
 def read_config(path: str | Path) -> Config:
     """The config of a folder, of either layout."""
-    return Config.from_dict(convert.read_config(path))
+    return convert.config_of(Config, path)
 
 
 def save(model: WanDiT, path: str | Path) -> None:

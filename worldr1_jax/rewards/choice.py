@@ -1,0 +1,146 @@
+"""Which rewards there are and how they count: from names, sections and functions, all checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from worldr1_jax.rewards.base import CAMERAS, GAUSSIANS, Reward, find
+from worldr1_jax.rewards.function import Function, HostFunction
+from worldr1_jax.rewards.reconstruct import Reconstruct
+
+RECONSTRUCT = "reconstruct"  # the 3D network's name among the networks of rewards
+GENERAL = "general"  # R_gen: whatever `general` names, as one part
+Named = str | Function | Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which rewards there are, and how they count.
+
+    Attributes:
+      rewards: by name.
+      weights: of each in the sum; one of weight 0 is a measurement.
+      general: share of each reward that is part of R_gen; sums to 1, or is empty.
+      reconstruct: how they look at a video in 3D.
+    """
+
+    rewards: Mapping[str, Reward]
+    weights: Mapping[str, float]
+    general: Mapping[str, float]
+    reconstruct: Reconstruct
+
+    def needs(self, names: Sequence[str] | None = None) -> str:
+        """The most that these, or all, need of the 3D network."""
+        chosen = self.rewards if names is None else names
+        wanted = {self.rewards[name].needs for name in chosen}
+        return next((need for need in (GAUSSIANS, CAMERAS) if need in wanted), "")
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The rewards that a name of the config means."""
+        if name == GENERAL:
+            return tuple(self.general)
+        return (name,)
+
+    def meant(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The rewards that names of the config mean."""
+        return tuple(member for name in names for member in self.members(name))
+
+    def counted(self) -> tuple[str, ...]:
+        """Rewards that count."""
+        return tuple(name for name, weight in self.weights.items() if weight)
+
+    def measured(self) -> tuple[str, ...]:
+        """Rewards that do not count."""
+        return tuple(name for name, weight in self.weights.items() if not weight)
+
+    def reported(self) -> tuple[str, ...]:
+        """Parts that count, R_gen as one."""
+        alone = tuple(name for name in self.counted() if name not in self.general)
+        return (*alone, GENERAL) if self.general else alone
+
+    def spatial(self) -> tuple[str, ...]:
+        """Rewards that count and look in 3D: R_3D."""
+        return tuple(name for name in self.counted() if self.rewards[name].needs)
+
+    def check(self) -> None:
+        """Raises ValueError for files that are missing, before weights are read."""
+        if self.needs():
+            self.reconstruct.check(self.needs())
+        for reward in self.rewards.values():
+            reward.check()
+
+
+def choose(
+    weights: Mapping[Named, float],
+    *,
+    general: str | Mapping[str, float] = "palette",
+    reconstruct: Mapping[str, Any] | Reconstruct | None = None,
+    **sections: Mapping[str, Any],
+) -> Choice:
+    """The rewards that `weights` names; arguments as those of `build`.
+
+    Raises:
+      ValueError: an unknown reward, section or field, a value out of its range, or no reward that
+        counts.
+    """
+    look = reconstruct
+    if not isinstance(look, Reconstruct):
+        look = _made(Reconstruct, RECONSTRUCT, look or {})
+    rewards: dict[str, Reward] = {}
+    counts: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    for named, weight in weights.items():
+        if named == GENERAL:
+            shares = _shares(general)
+            for name, share in shares.items():
+                rewards[name] = _made(find(name), name, sections.pop(name, {}))
+                counts[name] = counts.get(name, 0.0) + weight * share
+            continue
+        name, reward = _resolved(named, sections)
+        rewards[name] = reward
+        counts[name] = counts.get(name, 0.0) + weight
+    for name in sections:
+        find(name)  # its fields are checked even where it does not count
+        _made(find(name), name, sections[name])
+    if not any(counts.values()):
+        raise ValueError("rewards.weights are all 0: at least one reward has to count")
+    return Choice(rewards, counts, shares, look)
+
+
+def _shares(general: str | Mapping[str, float]) -> dict[str, float]:
+    """Of R_gen's rewards, normalised to 1."""
+    chosen = {general: 1.0} if isinstance(general, str) else dict(general)
+    chosen = {name: share for name, share in chosen.items() if share}
+    total = sum(chosen.values())
+    if not chosen or not 0 < total < float("inf") or min(chosen.values()) < 0:
+        raise ValueError(
+            f"rewards.general is {dict(general) if not isinstance(general, str) else general!r}: "
+            "it names rewards with weights of 0 or more, one of them positive"
+        )
+    return {name: share / total for name, share in chosen.items()}
+
+
+def _resolved(named: Named, sections: dict[str, Mapping[str, Any]]) -> tuple[str, Reward]:
+    if isinstance(named, str):
+        return named, _made(find(named), named, sections.pop(named, {}))
+    if isinstance(named, Reward):
+        return type(named).__name__.lower(), named
+    name = getattr(named, "__name__", type(named).__name__)
+    return name, HostFunction(named, name)
+
+
+def _made(owner: type, name: str, section: Mapping[str, Any]) -> Any:
+    """A dataclass from its section of the config; what is wrong with it is said with the section's
+    name."""
+    known = [field.name for field in dataclasses.fields(owner)]
+    strange = [key for key in section if key not in known]
+    if strange:
+        raise ValueError(
+            f"rewards.{name} has no field '{strange[0]}': it has {', '.join(known) or 'none'}"
+        )
+    try:
+        return owner(**section)
+    except ValueError as error:
+        raise ValueError(f"rewards.{name}.{error}") from error

@@ -1,0 +1,57 @@
+"""A plain function as a reward: any judge that a user has, in Python, in torch, or behind a
+network."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from worldr1_jax.rewards.base import Reward
+
+# (videos [B F H W 3] in [0, 1], B prompts, camtoworld [B F 4 4]) -> [B], on the host
+Function = Callable[[Any, Sequence[str], Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFunction(Reward):
+    """Calls `function` on the host with the videos of a turn.
+
+    Of several processes the first calls it and tells the others, so that a judge that answers two
+    calls differently cannot make hosts disagree. Whatever it raises ends the run: what should only
+    mask a video is NaN.
+    """
+
+    function: Function
+    name: str
+
+    def call(
+        self,
+        videos: Float[np.ndarray, "B F H W 3"],
+        prompts: Sequence[str],
+        camtoworld: Float[np.ndarray, "B F 4 4"],
+    ) -> Float[np.ndarray, " B"]:
+        """The scores.
+
+        Raises:
+          ValueError: an answer that is not one number a video.
+        """
+        count = len(prompts)
+        values = np.full(count, np.nan, np.float32)
+        if jax.process_index() == 0:
+            answer = np.asarray(self.function(videos, prompts, camtoworld), np.float32)
+            if answer.shape != (count,):
+                raise ValueError(
+                    f"the reward {self.name} gave numbers of the shape {answer.shape} for {count} "
+                    f"videos: it has to give ({count},)"
+                )
+            values = answer
+        if jax.process_count() == 1:
+            return values
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.broadcast_one_to_all(values))
