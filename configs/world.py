@@ -113,7 +113,9 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.rewards.trajectory = ml_collections.ConfigDict()  # (rewards/trajectory.py: Trajectory)
     # typical depth in the 3D network's units; scales the tolerance on still cameras
     c.rewards.trajectory.depth_scale = 1.0
-    c.rewards.trajectory.mode = "paper"  # or "released": by the formula of World-R1's code
+    # "paper"; "segments": run by run; "released": by the formula of World-R1's code
+    c.rewards.trajectory.mode = "paper"
+    c.rewards.trajectory.segment = 3  # frames of a run, of those that are reconstructed
 
     for name, fit in (("hps", "pad"), ("pickscore", "crop")):  # (rewards/preference.py)
         c.rewards[name] = judge = ml_collections.ConfigDict()
@@ -164,6 +166,13 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     # rewards that the dynamic phase turns off [paper: R_3D]
     c.dynamic.off = ("recon", "trajectory")
 
+    c.watch = ml_collections.ConfigDict()  # (workdir/watch.py: Watch)
+    # end the run when a prompt's videos differ by less than this share of what they did; 0: never
+    c.watch.diversity = 0.75
+    c.watch.kl = 0.0  # or when the mean KL to the base is larger; 0: never
+    c.watch.patience = 10  # updates over which both are averaged
+    c.watch.idle = 8  # updates in a row from which nothing could be learnt
+
     c.evaluate = ml_collections.ConfigDict()  # (evaluation/held_out.py: Evaluate)
     c.evaluate.prompts = 64  # held-out prompts of the before/after report; 0: no report
     c.evaluate.samples = 2  # videos per prompt, for the diversity
@@ -209,6 +218,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
 
 def _wan(c: ml_collections.ConfigDict, variant: str) -> None:
     c.mesh.data = 0
+    c.checkpoint_every = 1  # an update takes longer than a machine's notice before it is taken
     c.sample.videos_at_once, c.train.microbatches = 1, 0
     # Each is used once or twice an update: the encoder alone is 11 GB, of a v5e's 16, and on one
     # chip the decoder leaves no room for the policy.

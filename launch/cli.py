@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import fields
+import config_help
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -227,8 +227,12 @@ def _help(config: str) -> str:
     for flag in [*(flags.FLAGS[name] for name in ("config", "workdir", "traceback")), *own]:
         default = "" if flag.default in (None, []) else flag.default
         text = flag.help.partition("\n")[0].removesuffix(";")  # absl adds how to repeat it
-        lines.append(fields.line(f"--{flag.name}={default}", text))
-    lines += ["", f"fields of {config}:", fields.describe(config.partition(":")[0], _load(config))]
+        lines.append(config_help.line(f"--{flag.name}={default}", text))
+    lines += [
+        "",
+        f"fields of {config}:",
+        config_help.describe(config.partition(":")[0], _load(config)),
+    ]
     return "\n".join(lines)
 
 
@@ -236,7 +240,7 @@ def _hint(flag: str, config: str) -> str:
     """What a flag that does not exist may have meant."""
     found = _load(config)
     near = difflib.get_close_matches(flag, list(flags.FLAGS), n=1, cutoff=0.8)
-    field = fields.nearest(flag, found, exact=bool(near))
+    field = config_help.nearest(flag, found, exact=bool(near))
     meant = f"--config.{field}" if field else f"--{near[0]}" if near else ""
     return f"--{flag} is no flag: " + (f"do you mean {meant}?" if meant else "see --help")
 
@@ -244,11 +248,11 @@ def _hint(flag: str, config: str) -> str:
 def _unknown_field(argv: list[str], config: str) -> str:
     """The first --config.name that the config does not have."""
     found = _load(config)
-    known = {name for name, _ in fields.fields(found)}
+    known = {name for name, _ in config_help.fields(found)}
     for word in argv:
         name = word.partition("=")[0].lstrip("-")
         if name.startswith("config.") and name.removeprefix("config.") not in known:
-            near = fields.nearest(name, found)
+            near = config_help.nearest(name, found)
             return f"the config has no field {name.removeprefix('config.')}" + (
                 f": do you mean --config.{near}?" if near else ": see --help"
             )

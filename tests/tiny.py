@@ -16,7 +16,11 @@ from worldr1_jax.nano import tokenizer
 
 
 def save_weights(folder: Path, with_da3: bool = True) -> Path:
-    """Writes transformer, vae, text_encoder, tokenizer and da3, which takes as long as the rest."""
+    """Writes transformer, vae, text_encoder, tokenizer and da3, which takes as long as the rest.
+
+    The transformer's output projection, which starts at zero, is random: else no gradient would
+    reach the adapters, and text and adapters would change nothing.
+    """
     dit = wan_dit.Config(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -38,7 +42,14 @@ def save_weights(folder: Path, with_da3: bool = True) -> Path:
         True), latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, in_channels=12, out_channels=12,
         patch_size=2,
     )  # fmt: skip
-    wan_dit.save(fresh(lambda: wan_dit.WanDiT(dit, nnx.Rngs(0))), folder / "transformer")
+
+    def transformer() -> wan_dit.WanDiT:
+        made = wan_dit.WanDiT(dit, nnx.Rngs(0))
+        head = made.proj_out.kernel
+        head[...] = 0.3 * jax.random.normal(jax.random.key(4), head.shape)
+        return made
+
+    wan_dit.save(fresh(transformer), folder / "transformer")
     umt5.save(fresh(lambda: umt5.UMT5Encoder(text, nnx.Rngs(1))), folder / "text_encoder")
     wan_vae.save(fresh(lambda: wan_vae.WanVAE(vae, nnx.Rngs(2))), folder / "vae")
     if with_da3:
@@ -61,10 +72,11 @@ def config(folder: Path, **changes):
     fields."""
     c = world.get_config("nano")
     settings = {
-        "policy.weights": str(folder), "rewards.da3": str(folder / "da3"), "frames": 5, "height":
-        32, "width": 32, "groups": 2, "group_size": 4, "num_updates": 4, "checkpoint_every": 1,
-        "sample.steps": 4, "sample.window_range": (0, 3), "rewards.views": 2, "evaluate.prompts": 2,
-        "evaluate.batch": 2, "evaluate.samples": 4, "dynamic.main_updates": 2,
+        "policy.weights": str(folder), "rewards.reconstruct.da3": str(folder / "da3"),
+        "frames": 5, "height": 32, "width": 32, "groups": 2, "group_size": 4, "num_updates": 4,
+        "checkpoint_every": 1, "sample.steps": 4, "algorithm.window_range": (0, 3),
+        "rewards.recon.views": 2, "evaluate.prompts": 2, "evaluate.batch": 2,
+        "evaluate.samples": 4, "evaluate.guidances": (), "dynamic.main_updates": 2,
         "dynamic.dynamic_updates": 1, "mesh.data": 1,
     }  # fmt: skip
     for name, value in (settings | changes).items():

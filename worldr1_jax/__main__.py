@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 NAMES = {"tpu_train": "train"}  # scripts whose subcommand is called otherwise
-NOT_COMMANDS = ("cli", "fields")
+NOT_COMMANDS = ("cli", "config_help")
 
 
 def launchers() -> dict[str, Path]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from worldr1_jax.mesh import arrays
 from worldr1_jax.policies.stages import Pipeline, Rolled
@@ -20,6 +21,16 @@ from worldr1_jax.types import Scores
 
 # (place in the batch, its video [F H W 3] on the host)
 Seen = Callable[[int, Float[np.ndarray, "F H W 3"]], None]
+
+
+def diversity(latents: Float[Array, "B f h w C"], group_size: int) -> Float[Array, ""]:
+    """Mean distance of two videos of a prompt, as latents: root of the mean square difference.
+
+    Twice the variance within a group is the mean square difference of its pairs.
+    """
+    groups = latents.reshape(-1, group_size, *latents.shape[1:])
+    variance = jnp.var(groups.astype(jnp.float32), axis=1, ddof=1)
+    return jnp.mean(jnp.sqrt(2 * jnp.mean(variance, axis=(1, 2, 3, 4))))
 
 
 def judge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
-from worldr1_jax.files import PathLike
+from worldr1_jax.files import PathLike, check_regular, local, make_folder, named, short
 
 _SMALLEST_SIDE = 256  # px; players blur and blow up anything much smaller
 _CAPTION_HEIGHT = 18  # px
@@ -30,8 +31,11 @@ def write_mp4(path: PathLike, video: Float[np.ndarray, "F H W 3"], fps: float) -
       fps: frames per second, > 0.
 
     Raises:
-      ValueError: a video of another shape, or with values that are not finite.
+      ValueError: a video of another shape, or with values that are not finite, a rate that is
+        none, or a path that cannot be written.
     """
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps is {fps}; it must be above 0 and finite")
     frames = to_bytes(video)
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"video has shape {frames.shape}; it must be [F H W 3] and not empty.")
@@ -39,12 +43,12 @@ def write_mp4(path: PathLike, video: Float[np.ndarray, "F H W 3"], fps: float) -
     frames = frames.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     odd = [side % 2 for side in frames.shape[1:3]]  # yuv420p halves both sides
     frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    path = local(path)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     # One thread: x264 splits the work, and so the bits, by core count. No banner either.
     size = f"{frames.shape[2]}x{frames.shape[1]}"
-    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "pipe:0"]
     h264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16", "-threads", "1"]
     exact = [
         "-fflags",
@@ -54,16 +58,28 @@ def write_mp4(path: PathLike, video: Float[np.ndarray, "F H W 3"], fps: float) -
         "-bsf:v",
         "filter_units=remove_types=6",
     ]
-    _ffmpeg(["-y", *raw, *h264, *exact, str(temporary)], frames.tobytes())
-    os.replace(temporary, path)
+    done = _ffmpeg(["-y", *raw, *h264, *exact, "-f", "mp4", _url(temporary)], frames.tobytes())
+    try:
+        if done.returncode:
+            reason = short(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+            raise ValueError(f"{path} cannot be written: ffmpeg says '{reason}'")
+        with named(path, "written"):
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # what went wrong above is what counts
+            temporary.unlink(missing_ok=True)
 
 
-def _ffmpeg(arguments: list[str], content: bytes) -> None:
-    """Runs ffmpeg; not imageio_ffmpeg.write_frames, which runs Python in a fork of our threads."""
+def _ffmpeg(arguments: list[str], content: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Runs ffmpeg; not imageio_ffmpeg's generators, which run Python in a fork of our threads."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *arguments]
-    done = subprocess.run(command, input=content, capture_output=True, check=False)
-    if done.returncode:
-        raise OSError(f"ffmpeg failed: {done.stderr.decode(errors='replace').strip()}")
+    return subprocess.run(command, input=content, capture_output=True, check=False)
+
+
+def _url(path: Path) -> str:
+    """A path as ffmpeg takes it for nothing but a file: not "concat:a|b", "http:..." or an option.
+    Absolute, for "file:-x" would do, but "file://host" would not."""
+    return f"file:{path.absolute()}"
 
 
 def video_grid(
@@ -129,23 +145,39 @@ def to_bytes(image: Float[np.ndarray, ...]) -> np.ndarray:
 
 
 SIDE = 8  # px; smaller pictures have nothing to reconstruct
+_MOST_PIXELS = 2**25  # of a frame: 8K
+_MOST_BYTES = 4 * 2**30  # of a video as it is returned: 81 frames of 2560x1440 take 3.6e9
+# Containers that hold their video themselves. Scripts and playlists, which name other files, are
+# recognised by their content whatever a file is called.
+_FORMATS = "mov,matroska,webm,avi,gif,apng,nut,mpegts,mpeg,flv,ogg,asf,mxf,yuv4mpegpipe"
+_JITTER = 0.1  # of the time between frames: how far a frame may be from its place
 
 
 def read_video(path: str | Path, most_frames: int) -> Float[np.ndarray, "F H W 3"]:
-    """Frames of a video file in [0, 1].
+    """Frames of a video file in [0, 1], each that was stored once.
+
+    Frame k is taken for the moment k / rate: a camera path has one pose a frame. A file whose
+    timestamps say otherwise (variable rate, a delay in a GIF) is refused, not resampled.
 
     Raises:
-      ValueError: a file that is missing or no video, is smaller than 8 px, or has more frames than
-        `most_frames`.
+      ValueError: a file that is missing or no video, is smaller than 8 px, has more frames than
+        `most_frames`, would take more than 4 GiB, or whose frames are not evenly spaced in time.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist")
-    # As images with their size in front; not imageio_ffmpeg.read_frames, which forks our threads.
-    ppm = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path)]
-    done = subprocess.run(
-        [*command, "-frames:v", str(most_frames + 1), *ppm], capture_output=True, check=False
-    )
+    check_regular(path)
+    width, height, stored = _probe(Path(path), most_frames)
+    room = min(_MOST_PIXELS, _MOST_BYTES // 12 // max(stored, 1))  # pixels of a frame
+    if width * height > room:
+        raise ValueError(
+            f"{path} has {height}x{width} px and {stored} frames or more: a video may take "
+            f"{_MOST_BYTES // 2**30} GiB, here {room} px a frame; make it smaller"
+        )
+    # Images with their size in front, and beside them, on the other pipe, their timestamps.
+    each = ["-map", "0:V:0", "-fps_mode", "passthrough", "-frames:v", str(most_frames + 1)]
+    ppm = ["-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "pipe:1"]
+    stamps = ["-enc_time_base", "demux", "-f", "framecrc", "pipe:2"]
+    # Twice the room: frames are decoded in whole blocks; more, and the container has lied.
+    source = _input(Path(path), 2 * room)
+    done = _ffmpeg(["-xerror", *source, *each, *ppm, *each, *stamps])
     header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", done.stdout)
     if done.returncode or not header:
         raise ValueError(f"{path} is no video that ffmpeg can read to its end")
@@ -159,4 +191,42 @@ def read_video(path: str | Path, most_frames: int) -> Float[np.ndarray, "F H W 3
         )
     if min(height, width) < SIDE:
         raise ValueError(f"{path} is {height}x{width} px: it needs {SIDE} px a side")
+    _check_spacing(Path(path), done.stderr, len(frames))
     return frames.astype(np.float32) / 255.0
+
+
+def _input(path: Path, most_pixels: int) -> list[str]:
+    limits = ["-protocol_whitelist", "file", "-format_whitelist", _FORMATS]
+    return ["-nostdin", *limits, "-max_pixels", str(most_pixels), "-i", _url(path)]
+
+
+def _probe(path: Path, most_frames: int) -> tuple[int, int, int]:
+    """Width, height and stored frames, of which at most `most_frames` + 1 are counted, from the
+    container alone: nothing is decoded."""
+    copy = ["-map", "0:V:0", "-c", "copy", "-frames:v", str(most_frames + 1), "-f", "framecrc"]
+    done = _ffmpeg([*_input(path, 2**31 - 1), *copy, "pipe:1"])
+    size = re.search(rb"^#dimensions 0: (\d+)x(\d+)$", done.stdout, re.MULTILINE)
+    if done.returncode or not size:
+        raise ValueError(f"{path} is no video that ffmpeg can read to its end")
+    return int(size[1]), int(size[2]), len(re.findall(rb"^0,", done.stdout, re.MULTILINE))
+
+
+def _check_spacing(path: Path, log: bytes, count: int) -> None:
+    """Raises ValueError unless frames lie on a grid of time, up to what a container's clock
+    rounds."""
+    base = re.search(rb"^#tb 0: (\d+)/(\d+)$", log, re.MULTILINE)
+    found = re.findall(rb"^0, *-?\w+, *(-?\d+),", log, re.MULTILINE)
+    if base is None or len(found) != count:
+        raise ValueError(f"{path} does not say when each of its frames is shown: encode it anew")
+    if count < 3:
+        return
+    ticks = np.array(found, np.int64)
+    steps = np.diff(ticks)
+    off = np.abs(ticks - np.linspace(ticks[0], ticks[-1], count)).max()
+    if steps.min() <= 0 or off > max(1.0, _JITTER * steps.mean()):
+        tick = int(base[1]) / int(base[2])
+        raise ValueError(
+            f"{path} has frames {1000 * tick * steps.min():.0f} to "
+            f"{1000 * tick * steps.max():.0f} ms apart, not evenly spaced: give it a constant "
+            "rate, such as by ffmpeg's -r"
+        )

@@ -11,12 +11,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
+import worldr1_jax
 from worldr1_jax.algorithms import advantage, base
 from worldr1_jax.algorithms import update as learning
 from worldr1_jax.camera import commands
@@ -40,6 +42,7 @@ from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards import scorer as scoring
 from worldr1_jax.rewards.choice import Choice, choose
 from worldr1_jax.weights.shipped import resolve
+from worldr1_jax.workdir.watch import Watch
 
 IDLE = (TEXT, VAE, POLICY, "rewards")  # networks that may wait on the hosts
 
@@ -62,6 +65,7 @@ SECTIONS: Mapping[str, type] = {
     "advantage": advantage.Advantage,
     "train": learning.Rules,
     "dynamic": Phases,
+    "watch": Watch,
     "evaluate": Evaluate,
 }
 
@@ -121,6 +125,7 @@ class Settings:
     advantage: advantage.Advantage
     train: learning.Rules
     dynamic: Phases
+    watch: Watch
     evaluate: Evaluate
 
     @property
@@ -193,6 +198,27 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
             f"groups x group_size is {found.run.videos} videos, which the mesh's data x fsdp = "
             f"{parts} cannot divide"
         )
+
+
+def identity(
+    found: Settings, config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets
+) -> dict[str, str]:
+    """What hosts have to have in common, as texts: config, prompts, code, and the sizes of their
+    files of weights."""
+    folders = [found.policy.weights, found.rewards.reconstruct.da3]
+    files = [
+        (path.relative_to(root).as_posix(), path.stat().st_size)
+        for root in map(Path, filter(None, folders))
+        if root.is_dir()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    ]
+    return {
+        "config": config.to_json(sort_keys=True),
+        "prompts": repr(prompts),
+        "version of worldr1_jax and jax": f"{worldr1_jax.__version__} {jax.__version__}",
+        "files of weights": repr(files),
+    }
 
 
 def check_policy(found: Settings) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from worldr1_jax.algorithms import update as learning
 from worldr1_jax.data.loader import Loader, PromptBatch
 from worldr1_jax.evaluation import held_out
 from worldr1_jax.files import write_atomically
-from worldr1_jax.mesh import arrays
+from worldr1_jax.mesh import arrays, hosts
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
 from worldr1_jax.rollout.sample import sample_keys
 from worldr1_jax.settings import Settings
 from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
-from worldr1_jax.workdir.checkpoint import Checkpointer, StopSignal, check_workdir
+from worldr1_jax.workdir.checkpoint import Checkpointer, check_workdir
 from worldr1_jax.workdir.metrics import MetricsWriter, Progress, write_summary
+from worldr1_jax.workdir.stop import Stopped, StopSignal
+from worldr1_jax.workdir.watch import Watcher
 
+FLAT = 1e-6  # spread of a reward below which a group teaches nothing of it
 SHOWN = ("reward", "kl", "grad_norm", "masked", "skipped")  # beside the rewards that count
 
 
@@ -46,6 +50,7 @@ class Programs:
     advantages: Any  # (scores, off) -> (advantages, valid)
     train_step: Any  # (state, base, batch, sigmas, text_null) -> (state, metrics)
     text_null: jax.Array | None  # embedding of the negative prompt, when there is guidance
+    diversity: Any  # latents -> distance of those of a prompt
     keys: tuple[jax.Array, ...]  # of training and of the held-out report
 
 
@@ -65,7 +70,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
     Raises:
       ValueError: a wrong field or file, in one sentence, before anything is compiled and with
-        nothing overwritten.
+        nothing overwritten; or a run from which nothing more can be learnt.
     """
     began = time.time()
 
@@ -77,44 +82,71 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     settings.check(found, mesh, prompts)
     loader = settings.make_loader(found, prompts)
     check_workdir(workdir, json.loads(config.to_json()), settings.MAY_CHANGE)
+    hosts.agree(settings.identity(found, config, prompts))
 
     # ---------------------------------------------------------------- networks, state, checkpoint
     programs, state = build(found, mesh)
     checkpoints = Checkpointer(workdir, keep=run.checkpoint_keep)
     restored = checkpoints.restore_latest(jax.tree.map(_abstract, state))
-    first = 0
+    first, history = 0, None
     if restored:
         state, first = restored.state, restored.step
-        loader.set_state(restored.data)
+        loader.set_state(restored.data["loader"])
+        history = restored.data["watch"]
+        if first >= run.num_updates:
+            return _finished(workdir, first)
         _say(f"resumed after update {first} of {run.num_updates}")
 
     trained = parameter_overview.count_parameters(state.adapters)
     frozen = parameter_overview.count_parameters(nnx.to_pure_dict(programs.pipeline.base))
     _say(f"{trained:,} parameters are trained, {frozen:,} are not; mesh {dict(mesh.shape)}")
+    _say("the first update compiles its programs, which takes longer than the others")
 
     # ---------------------------------------------------------------- the loop
     meta = {"version": worldr1_jax.__version__, "seed": run.seed}
+    watcher = Watcher(found.watch, history)
     progress = Progress(run.num_updates, first)
-    timer = StageTimer(on_stage=progress.stage)
-    shown = (*SHOWN, *found.rewards.reported())
+    shown, ended, done = (*SHOWN, *found.rewards.reported()), "", first
     with StopSignal() as stop, jax.set_mesh(mesh), MetricsWriter(workdir, first) as writer:
-        for update in range(first, run.num_updates):
-            state, outcome = one_update(programs, state, loader, update, timer)
-            # Metrics go before the checkpoint, so that a killed run loses none.
-            writer.write(update, outcome.scalars)
-            progress.update(update, {k: v for k, v in outcome.scalars.items() if k in shown})
-            done = update + 1
-            if outcome.videos:
-                save_videos(writer, workdir, update, outcome, run.fps)
-            stopping = stop.agreed()
-            if done % run.checkpoint_every == 0 or done == run.num_updates or stopping:
-                checkpoints.save(done, state, loader.get_state(), meta)
-            if stopping and done < run.num_updates:
-                checkpoints.close()
-                _say(f"stopped after update {done}; the same command goes on from there")
-                return {}
+        stop.saved = first
+        timer = StageTimer(on_stage=progress.stage)
+
+        def save() -> None:
+            position = {"loader": loader.get_state(), "watch": watcher.history}
+            with stop.saving():
+                checkpoints.save(done, state, position, meta)
+                stop.saved = done
+
+        try:
+            for update in range(first, run.num_updates):
+                state, outcome = one_update(
+                    programs, state, loader, update, timer, between=stop.between_stages
+                )
+                # Metrics go before the checkpoint, so that a killed run loses none.
+                writer.write(update, outcome.scalars)
+                progress.update(update, {k: v for k, v in outcome.scalars.items() if k in shown})
+                done = update + 1
+                if outcome.videos:
+                    save_videos(writer, workdir, update, outcome, run.fps)
+                ended = watcher.update(outcome.scalars)
+                if warning := watcher.warning(outcome.scalars):
+                    _say(f"note: {warning}")
+                if done % run.checkpoint_every == 0 or done == run.num_updates or ended:
+                    save()
+                if ended:
+                    break
+                if done < run.num_updates:
+                    stop.between_stages()
+        except Stopped:
+            if done > stop.saved:
+                save()
+            checkpoints.close()
+            _say(f"stopped after update {done}; the same command goes on from there")
+            return {}
         progress.close()
         checkpoints.close()
+    if ended:
+        _say(f"ended after update {done}: {ended}")
 
     # ---------------------------------------------------------------- before and after
     report: Mapping[str, Any] = {"heldout": {}}
@@ -128,10 +160,24 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             programs.pipeline, programs.scorer, state.ema, exam, found.evaluate, seed=run.seed,
             workdir=workdir,
         )  # fmt: skip
-    summary = {**meta, "updates": run.num_updates, "seconds": time.time() - began, **report}
+    summary = {**meta, "updates": done, "seconds": time.time() - began, **report}
+    if ended:
+        summary["ended"] = ended
     if jax.process_index() == 0:
         write_summary(Path(workdir) / "summary.json", summary)
     return summary
+
+
+def _finished(workdir: str, updates: int) -> dict[str, Any]:
+    """What a run that is complete had to say; nothing of it is done again."""
+    path = Path(workdir) / "summary.json"
+    if not path.is_file():
+        raise ValueError(
+            f"the run in {workdir} has all of its {updates} updates but no summary.json: raise "
+            "num_updates to go on with it"
+        )
+    _say(f"the run in {workdir} is complete after {updates} updates; see {path}")
+    return json.loads(path.read_text())
 
 
 def build(found: Settings, mesh: jax.sharding.Mesh) -> tuple[Programs, learning.TrainState]:
@@ -145,15 +191,23 @@ def build(found: Settings, mesh: jax.sharding.Mesh) -> tuple[Programs, learning.
         advantages=settings.make_advantages(found, mesh),
         train_step=settings.make_update(found, pipeline, state),
         text_null=pipeline.negative() if found.sample.guidance != 1 else None,
+        diversity=jax.jit(partial(episode.diversity, group_size=found.run.group_size)),
         keys=tuple(keys),
     )  # fmt: skip
     return programs, state
 
 
 def one_update(
-    programs: Programs, state: learning.TrainState, loader: Loader, update: int, timer: StageTimer
+    programs: Programs,
+    state: learning.TrainState,
+    loader: Loader,
+    update: int,
+    timer: StageTimer,
+    *,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[learning.TrainState, Outcome]:
-    """Rollout, rewards, advantages and the update of the policy."""
+    """Rollout, rewards, advantages and the update of the policy. `between` is called where a run
+    can be left with its state as it was."""
     found, pipeline = programs.settings, programs.pipeline
     run, algorithm = found.run, found.algorithm
 
@@ -170,6 +224,8 @@ def one_update(
         **draw._asdict(),
     )  # fmt: skip
 
+    between()
+
     # -- videos and their rewards; the dynamic phase has no 3D rewards, for those would freeze what
     # moves. What does not count is not measured here.
     saved: range | tuple[int, ...] = ()
@@ -184,6 +240,8 @@ def one_update(
         seen=shown.__setitem__,
     )  # fmt: skip
 
+    between()
+
     # -- advantages and update
     with timer("update") as wait_for:
         advantages, valid = programs.advantages(scores, off)
@@ -194,24 +252,36 @@ def one_update(
                 pipeline.sigmas, programs.text_null,
             )
         )  # fmt: skip
-    scalars = summarise(scores, learnt, batch.is_dynamic) | timer.collect()
+    scalars = {
+        **summarise(scores, learnt, batch.is_dynamic, run.group_size),
+        "diversity": float(programs.diversity(rolled.trajectory.latents)),
+        "learnt": float(learnt["skipped"] < found.train.epochs * found.train.minibatches),
+        **timer.collect(),
+    }
     return state, Outcome(batch, dict(sorted(shown.items())), scores, scalars)
 
 
-def summarise(scores: Scores, learnt: dict[str, jax.Array], is_dynamic: bool) -> dict[str, float]:
-    """Scalars of one update; rewards are means over the samples that could be scored."""
+def summarise(
+    scores: Scores, learnt: dict[str, jax.Array], is_dynamic: bool, group_size: int
+) -> dict[str, float]:
+    """Scalars of one update; rewards are means over the samples that could be scored, and constant_
+    the share of groups in which one has no spread."""
     valid = arrays.to_host(scores.valid)
     parts = {name: arrays.to_host(part) for name, part in scores.parts.items()}
     values = {"reward": arrays.to_host(scores.total), **parts}
-    means = {
-        name: float(value[valid].mean()) if valid.any() else float("nan")
-        for name, value in values.items()
-    }
+
+    def mean(value: np.ndarray) -> float:
+        return float(value[valid].mean()) if valid.any() else float("nan")
+
+    def constant(value: np.ndarray) -> float:
+        return float((np.ptp(value.reshape(-1, group_size), axis=1) < FLAT).mean())
+
     return {
-        **means,
+        **{name: mean(value) for name, value in values.items()},
         "reward_std": float(values["reward"][valid].std()) if valid.any() else float("nan"),
         "masked": int((~valid).sum()),
         **{f"failed_{name}": int((~np.isfinite(value)).sum()) for name, value in parts.items()},
+        **{f"constant_{name}": constant(parts[name]) for name in scores.counted},
         "dynamic": int(is_dynamic),
         **{name: float(value) for name, value in learnt.items()},
     }

@@ -1,13 +1,14 @@
 """Typed records that cross stages, and the one legend of dimension letters.
 
-    B videos (all samples of a batch)     K videos per prompt        T denoising steps      W window
-    steps F frames                              H W pixels                 C channels             N
-    tokens or Gaussians f h w  latent frames, height, width   V views                    L layers
-    D features
+    B  videos, all samples of a batch          F  frames                 C  channels
+    K  videos per prompt                       H W  pixels               D  features
+    T  denoising steps                         V  views                  L  layers
+    W  window steps                            N  tokens or Gaussians    f h w  sizes of latents
 
-Videos are `[B F H W 3]` float32 in [0, 1]; latents are channels last. Poses are `camtoworld [F 4
-4]` with OpenCV axes (x right, y down, z forward) and the first camera at the identity. Intrinsics
-`[3 3]` are in pixels of the image that they are used with, pixel centres at +0.5.
+Videos are `[B F H W 3]` float32 in [0, 1]; latents are channels last. Poses are `camtoworld
+[F 4 4]` with OpenCV axes (x right, y down, z forward) and the first camera at the identity.
+Intrinsics `[3 3]` are in pixels of the image that they are used with, pixel centres at +0.5.
+Quaternions are wxyz.
 """
 
 from __future__ import annotations
@@ -60,3 +61,4 @@ class Scores:
     parts: dict[str, Float[Array, " B"]]
     total: Float[Array, " B"]
     valid: Bool[Array, " B"]
+    counted: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())  # names of parts

@@ -130,6 +130,107 @@ def test_things_of_the_scene_are_no_movements(text):
         assert commands.scene(text) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "names", "scene"),
+    [
+        ("Camera pans left to right. X", ("pan_right",), "X"),
+        ("Camera orbits from the right to the left. X", ("orbit_left",), "X"),
+        ("Camera moves leftwards. X", ("move_left",), "X"),
+        ("Camera push in; pan left. A cat.", ("push_in", "pan_left"), "A cat."),
+        ("Camera pan left; a cat moves left.", ("pan_left",), "a cat moves left."),
+        ("Camera push in. Then pan left. A cat.", ("push_in", "pan_left"), "A cat."),
+        ("Camera push in... then pan left. A cat.", ("push_in", "pan_left"), "A cat."),
+        ("Camera push in. The camera pans left. Tea", ("push_in", "pan_left"), "Tea"),
+        ("Camera push in. Then a door opens.", ("push_in",), "Then a door opens."),
+        ("Camera push in → pan left & tilt up. X", ("push_in", "pan_left", "tilt_up"), "X"),
+        ("\ufeffCamera pan left. X", ("pan_left",), "X"),
+        ("\u200e\u200bCam\u00adera pan\u200b left. A\u200bB", ("pan_left",), "A\u200bB"),
+        ("Ｃａｍｅｒａ　ｐａｎ　ｌｅｆｔ。 猫", ("pan_left",), "猫"),
+        ("“Camera pan left.” A cat.", ("pan_left",), "A cat."),
+        ("'Camera pan left.' A cat.", ("pan_left",), "A cat."),
+        ("- Camera pan left. X", ("pan_left",), "X"),
+        ("• Camera pan left. X", ("pan_left",), "X"),
+        ("12) Camera pan left. X", ("pan_left",), "X"),
+        ("1. “Camera pan left.” X", ("pan_left",), "X"),
+        ("**Camera**: pan left. X", ("pan_left",), "X"),
+        ("[Camera pan left] A cat on a mat.", ("pan_left",), "A cat on a mat."),
+        ("Camera_pan_left. X", ("pan_left",), "X"),
+        ("Camera push in toward the left door. X", ("push_in",), "X"),
+        ("Camera pan left over a house without 3 windows. X", ("pan_left",), "X"),
+        ("Camera pan left while a cat sleeps. X", ("pan_left",), "X"),
+    ],
+)
+def test_how_clauses_are_written_in_the_wild(text, names, scene):
+    assert commands.parse(text) == names and commands.unknown(text) == ()
+    assert commands.scene(text) == scene
+
+
+@pytest.mark.parametrize(
+    ("text", "moves"),
+    [
+        ("Camera pan left, 30 degrees, slowly. X", [("pan_left", 30, "slowly")]),
+        ("Camera slowly, pan left. X", [("pan_left", None, "slowly")]),
+        ("Camera pan left +30º. X", [("pan_left", 30)]),
+        ("Camera push in toward the slow river. X", [("push_in",)]),
+        ("Camera push in toward the river slowly. X", [("push_in", None, "slowly")]),
+    ],
+)
+def test_how_far_and_how_fast_belong_to_the_command_that_they_stand_by(text, moves):
+    assert commands.understood(text) == tuple(commands.Move(*move) for move in moves)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Camera does not pan left. X",
+        "Camera doesn’t pan left. X",
+        "Camera never pans left. X",
+        "Camera pan not left. X",
+        "Camera stops panning left. X",
+        "Camera pan left, not right. X",
+        "Camera pan left instead of right. X",
+        "Camera pan left or right. X",
+        "Camera pan left/right. X",
+        "Camera pan left and right. X",
+        "Camera pan left after pushing in. X",
+        "Camera push in while panning left. X",
+        "Camera pan left 30 degrees to the right. X",
+        "Camera pan left in reverse. X",
+        "Camera orbit clockwise. X",
+        "Camera pan left -30 degrees. X",
+        "Camera pan left −30°. X",
+        "Camera pan left-30 degrees. X",
+        "Camera pan left 20-30 degrees. X",
+        "Camera pan left 30 degrees 20 degrees. X",
+        "Camera pan left 0 degrees. X",
+        "Camera pan left 1,000 degrees. X",
+        "Camera pan left 30. X",
+        "Camera pan left 0.5 rad. X",
+        "Camera pan left for 3 seconds. X",
+        "Camera pan left twice. X",
+        "Camera pan left by half. X",
+        "Camera slowly quickly pan left. X",
+        "Camera left pan. X",
+        "Camera: cinematic zoom. X",
+        "Camera push in; dolly zoom. X",
+        "Camera push in. Then zoom in. X",
+        "A city at night. Camera pans left.",
+        "A city, the camera slowly pans left.",
+        "Slow motion. Camera pan left. X",
+    ],
+)
+def test_what_moves_do_not_honour_is_never_passed_over(text):
+    assert commands.unknown(text), commands.moves(text)
+    with pytest.raises(
+        ValueError, match=r'^a prompt asks for what the camera cannot ".+" \(it can'
+    ):
+        commands.understood(text)
+
+
+def test_a_negated_movement_is_none():
+    assert commands.moves("Camera does not pan left, push in. X") == (commands.Move("push_in"),)
+
+
 def test_all_prompts_with_unknown_movements_are_named_at_once():
     commands.check_prompts(["Camera pan left. A crane.", "A crane."])
     with pytest.raises(

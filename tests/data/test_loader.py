@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from worldr1_jax.data.loader import Loader
+from worldr1_jax.data.loader import Loader, check_seed
 from worldr1_jax.data.prompts import PromptSets
 
 PROMPTS = PromptSets(
@@ -113,3 +113,12 @@ def test_state_that_is_not_one_is_refused():
 def test_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         _loader(**changes)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 10**26, 1.0, True, None, float("nan")])
+def test_a_seed_that_would_be_cut_is_refused(seed):
+    check_seed(2**32 - 1)
+    with pytest.raises(
+        ValueError, match=r"^seed is .*; it must be a whole number from 0 to 4294967295$"
+    ):
+        check_seed(seed)

@@ -8,6 +8,8 @@ import pytest
 from worldr1_jax import settings
 from worldr1_jax.camera import commands
 from worldr1_jax.data import prompts
+from worldr1_jax.evaluation import scoring
+from worldr1_jax.policies import generate
 
 
 def _folder(tmp_path, **files: bytes):
@@ -39,16 +41,73 @@ def test_jsonl_holds_splits(tmp_path):
 
 
 def test_every_problem_is_named_at_once_in_one_sentence(tmp_path):
-    folder = _folder(tmp_path, train=b"ok\n\n \n\t\nok\n\xff\xfe\n\nok\n", dynamic=b"  \n\n")
+    folder = _folder(tmp_path, train=b"ok\n\n\xff\nok\n\xff\xfe\n\xfe\nok\n", dynamic=b"  \n\n")
     (folder / "test.txt").unlink()
+    (folder / "test.txt").mkdir()
     with pytest.raises(ValueError) as error:
         prompts.read(folder)
     message = str(error.value)
-    assert "train.txt: blank prompt on lines 2-4, 7" in message
-    assert "train.txt: not UTF-8 on line 6" in message
+    assert "train.txt: not UTF-8 on lines 3, 5-6" in message
     assert "dynamic.txt: empty" in message
-    assert "test.txt: missing" in message
-    assert "\n" not in message and message.endswith(".")
+    assert "test.txt is no regular file" in message
+    assert "\n" not in message and not message.endswith(".")
+
+
+def test_what_is_not_asked_for_may_be_missing(tmp_path):
+    folder = _folder(tmp_path)
+    (folder / "dynamic.txt").unlink()
+    (folder / "test.txt").unlink()
+    assert prompts.read(folder) == prompts.PromptSets(("a prompt",))
+    (folder / "train.txt").unlink()
+    with pytest.raises(ValueError, match=r"train\.txt: missing"):
+        prompts.read(folder)
+
+
+LINES = "\ufeffone\n\n  two\u2028three \r\n\t\r\ufefffour\r\n\u200b\n"
+
+
+def test_every_reader_reads_the_same_lines(tmp_path):
+    """Blank lines, ends of lines of three systems, a mark of byte order in the middle."""
+    want = ["one", "two\u2028three", "four"]
+    (tmp_path / "train.txt").write_bytes(LINES.encode())
+    assert list(prompts.read(tmp_path).train) == want
+    assert generate.read_prompts(str(tmp_path / "train.txt")) == want
+    records = "".join(
+        f"{line}{json.dumps({'prompt': prompt, 'video': 'a.mp4'}, ensure_ascii=False)}\n"
+        for line, prompt in zip(("\ufeff", "\r\n \n", ""), want, strict=True)
+    )
+    path = tmp_path / "list.jsonl"
+    path.write_bytes(records.encode())
+    assert list(prompts.read(path).train) == want
+    assert generate.read_prompts(str(path)) == want
+    assert scoring.read_list(path) == [(str(tmp_path / "a.mp4"), prompt) for prompt in want]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": null, "video": "a"}', 'no text under "prompt" on line 2'),
+        ('{"prompt": 3, "video": "a"}', 'no text under "prompt" on line 2'),
+        ('{"video": "a"}', 'no text under "prompt" on line 2'),
+        ('{"prompt": " ", "video": "a"}', "blank prompt on line 2"),
+        ('{"prompt": "\\ud800x", "video": "a"}', "half of a surrogate pair"),
+        ('"prompt"', "not JSON of an object on line 2"),
+        ("[" * 100_000, "not JSON of an object on line 2"),
+        ('{"prompt": NaN, "video": "a"}', "not JSON of an object on line 2"),
+    ],
+)
+def test_every_reader_refuses_the_same_records(tmp_path, line, message):
+    path = tmp_path / "list.jsonl"
+    path.write_text(f'{{"prompt": "a", "video": "b"}}\n{line}\n')
+    for reader in (prompts.read, scoring.read_list, lambda path: generate.read_prompts(str(path))):
+        with pytest.raises(ValueError, match=message):
+            reader(path)
+
+
+def test_a_prompt_that_no_file_could_hold_is_named():
+    prompts.check_texts(["a", ""])
+    with pytest.raises(ValueError, match=r"prompt 2, '.*', has half of a surrogate"):
+        prompts.check_texts(["a", "b\udcff"])
 
 
 def test_jsonl_problems(tmp_path):
@@ -56,7 +115,7 @@ def test_jsonl_problems(tmp_path):
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": " "}\n[1]\n{oops\n{"prompt": "a", "split": "x"}')
     with pytest.raises(ValueError) as error:
         prompts.read(path)
-    for part in ("blank prompt on line 2", '"prompt" on line 3', "not JSON on line 4", "on line 5"):
+    for part in ("blank prompt on line 2", "not JSON of an object on lines 3-4", "on line 5"):
         assert part in str(error.value)
 
 
@@ -89,7 +148,6 @@ def test_prompts_with_unknown_camera_movements_are_named_by_line(tmp_path):
     message = str(error.value)
     assert '"crane up"' in message and "on lines 2, 4" in message
     assert '"dolly zoom"' in message and "on line 5" in message
-    assert "blank prompt on line 3" in message
     lines = tmp_path / "mine.jsonl"
     lines.write_text('{"prompt": "Camera zoom in. X"}\n{"prompt": "fine"}')
     with pytest.raises(ValueError, match=r'"zoom in".* on line 1'):

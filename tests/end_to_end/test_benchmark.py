@@ -11,13 +11,13 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
     "frames": 5, "height": 32, "width": 32, "groups": 2, "group_size": 2, "sample.steps": 3,
-    "sample.window": 1, "sample.window_range": "(0,2)", "rewards.views": 2,
+    "algorithm.window": 1, "algorithm.window_range": "(0,2)", "rewards.recon.views": 2,
 }  # fmt: skip
 
 
 def test_every_stage_is_timed_and_counted(tmp_path):
     weights = tiny.save_weights(tmp_path / "weights")
-    fields = FIELDS | {"policy.weights": weights, "rewards.da3": weights / "da3"}
+    fields = FIELDS | {"policy.weights": weights, "rewards.reconstruct.da3": weights / "da3"}
     command = [
         sys.executable, str(ROOT / "launch" / "benchmark.py"), "--repeats=1",
         f"--config={ROOT / 'configs' / 'world.py'}",
@@ -31,6 +31,6 @@ def test_every_stage_is_timed_and_counted(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert (found["devices"], found["videos"]) == (2, 4)
-    assert list(found["stages"]) == ["rollout", "decode", "reconstruct", "render", "update"]
+    assert list(found["stages"]) == ["rollout", "decode", "reconstruct", "recon", "update"]
     for row in found["stages"].values():
         assert row["seconds"] > 0 and row["matmul_gflop"] > 0

@@ -11,7 +11,7 @@ from configs import world
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 sys.path.insert(0, str(LAUNCH))
-import fields  # noqa: E402
+import config_help  # noqa: E402
 
 
 def devices(divides: str, **environment: str) -> int:
@@ -71,7 +71,7 @@ def helped():
 
 
 def test_help_names_every_field_with_its_value_and_comment(helped):
-    for name, value in fields.fields(world.get_config("nano")):
+    for name, value in config_help.fields(world.get_config("nano")):
         assert f"--config.{name}={value}" in helped
     (line,) = (line for line in helped.splitlines() if "--config.checkpoint_every=" in line)
     assert line.split() == ["--config.checkpoint_every=8", "updates"]
@@ -79,8 +79,8 @@ def test_help_names_every_field_with_its_value_and_comment(helped):
 
 
 def test_every_field_has_a_comment():
-    said = fields.comments(LAUNCH.parent / "configs" / "world.py")
-    known = [name for name, _ in fields.fields(world.get_config("nano"))]
+    said = config_help.comments(LAUNCH.parent / "configs" / "world.py")
+    known = [name for name, _ in config_help.fields(world.get_config("nano"))]
     plain = {"variant", "sample.negative_prompt"}  # whose names say it all
     bare = {n for n in known if not (said.get(n) or said.get(n.rpartition(".")[0]))}
     assert bare <= plain
@@ -89,7 +89,7 @@ def test_every_field_has_a_comment():
 def test_what_a_wrong_flag_may_have_meant():
     config = world.get_config("nano")
     wanted = {"steps": "sample.steps", "config.sample.stepz": "sample.steps", "zzz": ""}
-    assert {word: fields.nearest(word, config) for word in wanted} == wanted
+    assert {word: config_help.nearest(word, config) for word in wanted} == wanted
 
 
 CONFIG = f"--config={LAUNCH.parent / 'configs' / 'world.py'}"

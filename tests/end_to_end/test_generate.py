@@ -1,20 +1,19 @@
 """Prompts to mp4: the same bytes whatever else is asked for, every source of adapters, and what the
 launchers refuse."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests import tiny
 from worldr1_jax import settings
-from worldr1_jax.algorithms import update as grpo
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import dit as wan_dit
@@ -22,26 +21,28 @@ from worldr1_jax.models.wan import lora_files
 from worldr1_jax.nn import lora
 from worldr1_jax.policies import adapters as trained
 from worldr1_jax.policies import generate, wan
+from worldr1_jax.policies.base import POLICY, VAE
+from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.workdir.checkpoint import Checkpointer, check_workdir
 
 ROOT = Path(__file__).parents[2]
+CHANGES = {"sample.guidance": 2.0, "sample.steps": 3, "algorithm.window_range": (0, 2)}
 PROMPTS = ["Camera push in. A red sphere.", "Pan left. A tall blue box.", "A green box."]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Tiny weights whose head is not zero, as it would be fresh, so that text and adapters act."""
-    folder = tiny.save_weights(tmp_path_factory.mktemp("weights"), with_da3=False)
-    dit = wan_dit.load(folder / "transformer")
-    head = dit.proj_out.kernel
-    head[...] = 0.3 * jax.random.normal(jax.random.key(4), head.shape)
-    wan_dit.save(dit, folder / "transformer")
-    return folder
+    return tiny.save_weights(tmp_path_factory.mktemp("weights"), with_da3=False)
 
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return tiny.config(folder, **{"sample.guidance": 2.0, "sample.steps": 3, "rewards.da3": ""})
+    return tiny.config(folder, **CHANGES)
+
+
+@pytest.fixture(scope="module")
+def found(config):
+    return settings.read(config)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +51,12 @@ def mesh():
 
 
 @pytest.fixture(scope="module")
-def pipeline(config, mesh):
-    return settings.build_pipeline(config, mesh, None)
+def pipeline(found, mesh):
+    return settings.build_pipeline(found, mesh, None)
 
 
 def videos(pipeline, prompts, **options):
-    made = generate.generate(pipeline, prompts, **{"batch": 2, "guidance": 2.0} | options)
+    made = generate.generate(pipeline, prompts, **{"batch": 2} | options)
     return {v.name: v.video for v in made}
 
 
@@ -75,10 +76,16 @@ def test_neighbours_and_places_in_the_batch_change_no_bit(pipeline, made):
     assert np.abs(alone[first[:-1] + "1"] - made[first]).max() > 0.05  # its second video
 
 
-def test_seed_and_negative_prompt_act(pipeline, made):
+def test_the_seed_acts(pipeline, made):
     name = next(iter(made))
-    for options in ({"seed": 1}, {"negative_prompt": "a blue box"}):
-        assert np.abs(videos(pipeline, PROMPTS[:1], **options)[name] - made[name]).max() > 1e-3
+    assert np.abs(videos(pipeline, PROMPTS[:1], seed=1)[name] - made[name]).max() > 1e-3
+
+
+def test_the_negative_prompt_acts(pipeline, made, monkeypatch):
+    name = next(iter(made))
+    other = dataclasses.replace(pipeline.sampling, negative_prompt="a blue box")
+    monkeypatch.setattr(pipeline, "sampling", other)
+    assert np.abs(videos(pipeline, PROMPTS[:1])[name] - made[name]).max() > 1e-3
 
 
 def test_names_and_prompt_files(tmp_path):
@@ -89,9 +96,9 @@ def test_names_and_prompt_files(tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffone\n\n  two \n")
     assert generate.read_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="is not UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8 on line 1"):
         generate.read_prompts(str(tmp_path / "prompts.txt"))
-    with pytest.raises(ValueError, match="nowhere cannot be read"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         generate.read_prompts("nowhere")
 
 
@@ -104,11 +111,11 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(pipeline):
 
 
 @pytest.fixture(scope="module")
-def run(folder, config, mesh, tmp_path_factory):
+def run(folder, config, found, mesh, tmp_path_factory):
     """The folder of a run with random adapters, and their average, which is another."""
     workdir = tmp_path_factory.mktemp("run")
-    pipeline = settings.build_pipeline(config, mesh, jax.random.key(0))
-    state = grpo.init_state(pipeline.adapters, settings.make_optimizer(config))
+    pipeline = settings.build_pipeline(found, mesh, jax.random.key(0))
+    state = settings.make_state(found, pipeline)
     rng = np.random.default_rng(0)
 
     def random(leaf):
@@ -117,7 +124,7 @@ def run(folder, config, mesh, tmp_path_factory):
     state = state.replace(
         adapters=jax.tree.map(random, state.adapters), ema=jax.tree.map(random, state.ema)
     )
-    check_workdir(workdir, config.to_json())
+    check_workdir(workdir, json.loads(config.to_json()))
     with Checkpointer(workdir) as checkpoints:
         checkpoints.save(1, state, {}, {})
     return workdir, state
@@ -135,12 +142,12 @@ def test_a_run_an_export_and_a_merge_give_one_network(run, folder, mesh, kind, t
     jax.tree.map(np.testing.assert_array_equal, trained.load(tmp_path / "lora", config), want)
 
 
-def test_a_pipeline_takes_given_adapters(run, config, mesh):
-    adapters = settings.load_adapters(config, str(run[0]))
-    pipeline = settings.build_pipeline(config, mesh, None, adapters)
-    found = lora.from_state(pipeline.adapters, 32.0)
-    jax.tree.map(np.testing.assert_array_equal, found, adapters)
-    assert settings.load_adapters(config, "") is None
+def test_a_pipeline_takes_given_adapters(run, found, mesh):
+    adapters = settings.load_adapters(found, str(run[0]))
+    pipeline = settings.build_pipeline(found, mesh, None, adapters)
+    held = lora.from_state(pipeline.adapters, 32.0)
+    jax.tree.map(np.testing.assert_array_equal, held, adapters)
+    assert settings.load_adapters(found, "") is None
 
 
 def test_a_damaged_run_and_a_wrong_kind_are_named(run, folder, tmp_path):
@@ -169,13 +176,14 @@ def launch(script, *arguments, stdin=""):
 def test_launchers_export_and_generate(folder, run, tmp_path):
     """From standard input, with the exported adapters of a run, by UniPC, without camera."""
     options = [f"--config.policy.weights={folder}", "--config.frames=5", "--config.height=32",
-               "--config.width=32", "--config.sample.steps=2"]  # fmt: skip
+               "--config.width=32", "--config.sample.steps=3",
+               "--config.algorithm.window_range=(0,2)"]  # fmt: skip
     exported = tmp_path / "lora"
     done = launch("export_lora", options[0], f"--adapters={run[0]}", f"--workdir={exported}")
     assert done.returncode == 0, done.stderr[-2000:]
     done = launch(
         "generate", *options, "--prompts=-", f"--adapters={exported}", "--sampler=unipc",
-        "--config.sample.camera=none", f"--workdir={tmp_path / 'videos'}", stdin="a\n\nb\n",
+        "--config.camera.mode=none", f"--workdir={tmp_path / 'videos'}", stdin="a\n\nb\n",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     paths = done.stdout.split()
@@ -193,7 +201,7 @@ def test_a_launcher_refuses_in_one_sentence(folder):
 
 
 def test_a_run_on_encoded_prompts_never_reads_the_encoder(
-    folder, config, mesh, tmp_path, monkeypatch
+    folder, pipeline, mesh, tmp_path, monkeypatch
 ):
     cache = tmp_path / "cache"
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
@@ -201,23 +209,26 @@ def test_a_run_on_encoded_prompts_never_reads_the_encoder(
                "--config.evaluate.prompts=0"]  # fmt: skip
     done = launch("encode_prompts", *options, "--batch=2", f"--workdir={cache}")
     assert done.returncode == 0, done.stderr[-2000:]
-    want = settings.build_pipeline(config, mesh, None).encode(PROMPTS[:2])
-    changes = {"policy.text_cache": str(cache), "prompts": str(tmp_path / "prompts.txt")}
-    cached = tiny.config(folder, **changes | {"evaluate.prompts": 0})
+    want = pipeline.encode(PROMPTS[:2])
+    changes = CHANGES | {"policy.text_cache": str(cache), "prompts": str(tmp_path / "prompts.txt")}
+
+    def cached(**more):
+        return settings.read(tiny.config(folder, **changes | {"evaluate.prompts": 0} | more))
+
+    def check(found):
+        settings.check(found, mesh, settings.load_prompts(found))
+
     with monkeypatch.context() as patch:
         patch.setattr(umt5, "load", None)
-        pipeline = settings.build_pipeline(cached, mesh, None)
-        got = pipeline.encode(PROMPTS[:2])
+        got = settings.build_pipeline(cached(), mesh, None).encode(PROMPTS[:2])
     assert got.dtype == want.dtype and got.sharding.is_equivalent_to(want.sharding, got.ndim)
     np.testing.assert_array_equal(got, want)
-    assert settings.open_text_cache(cached) is not None
-    cached.policy.text_tokens = 16
+    assert settings.open_text_cache(cached()) is not None
     with pytest.raises(ValueError, match="is stale"):
-        settings.check(cached, mesh)
-    cached.policy.text_tokens = config.policy.text_tokens
+        check(cached(**{"policy.text_tokens": 16}))
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(ValueError, match="lacks 1 of the prompts, such as 'a cat'"):
-        settings.check(cached, mesh)
+        check(cached())
     encoder = umt5.load(folder / "text_encoder")
     encoder.norm_out.scale[...] = encoder.norm_out.scale[...] + 1
     other = tmp_path / "other"
@@ -226,16 +237,12 @@ def test_a_run_on_encoded_prompts_never_reads_the_encoder(
             (other / part).parent.mkdir(exist_ok=True)
             (other / part).symlink_to(folder / part)
     umt5.save(encoder, other / "text_encoder")
-    cached.policy.weights = str(other)
     with pytest.raises(ValueError, match="is stale: its text encoder"):
-        settings.open_text_cache(cached)
+        settings.open_text_cache(cached(**{"policy.weights": str(other)}))
 
 
-def test_a_pipeline_without_encoder_needs_a_cache(folder, mesh):
-    from worldr1_jax.camera.injection import Camera
-    from worldr1_jax.policies.stages import Pipeline
-
+def test_a_pipeline_without_encoder_needs_a_cache(folder, found, mesh):
     model = wan.load(folder, mesh=mesh, tokens=8, text=False)
-    assert model.text_encoder is None and isinstance(model.dit, nnx.Module)
+    assert model.networks.keys() == {POLICY, VAE}
     with pytest.raises(ValueError, match="give a text_cache"):
-        Pipeline(model, mesh, size=(5, 32, 32), sigmas=jnp.array([1.0, 0.0]), camera=Camera())
+        Pipeline(model, mesh, size=(5, 32, 32), sampling=found.sample, camera=found.camera)

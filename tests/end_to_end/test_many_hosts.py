@@ -24,8 +24,9 @@ from worldr1_jax.workdir.checkpoint import Checkpointer
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
     "frames": 5, "height": 32, "width": 32, "groups": 2, "group_size": 4, "checkpoint_every": 1,
-    "sample.steps": 3, "sample.window": 1, "sample.window_range": "(0,2)", "rewards.views": 2,
-    "evaluate.prompts": 0, "videos_every": 100, "mesh.data": 4, "mesh.fsdp": 2,
+    "sample.steps": 3, "algorithm.window": 1, "algorithm.window_range": "(0,2)",
+    "rewards.recon.views": 2, "evaluate.prompts": 0, "videos_every": 100, "mesh.data": 4,
+    "mesh.fsdp": 2,
 }  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def _start(weights, workdir, cache, *, updates, processes=1, devices=8, **fields
     """Starts the launcher once a process and returns the processes."""
     port = _free_port()
     settings = {
-        **FIELDS, "policy.weights": weights, "rewards.da3": weights / "da3",
+        **FIELDS, "policy.weights": weights, "rewards.reconstruct.da3": weights / "da3",
         "num_updates": updates, **fields,
     }  # fmt: skip
     started = []
@@ -196,6 +197,7 @@ def test_two_processes_make_the_run_of_one_and_resume_after_one_is_killed(tmp_pa
     outputs = _finish(_start(weights, two, cache, updates=2, processes=2, devices=4, **report))
     assert "update" in "".join(outputs[0])
     assert "reward" not in "".join(outputs[1])  # only process 0 reports
+    assert all(line["grad_norm"] > 0 for line in _metrics(one))
     for here, there in zip(_metrics(one), _metrics(two), strict=True):
         for name in ("reward", "recon", "trajectory", "general", "kl", "grad_norm"):
             # The same programs on the same mesh; sums between processes take another order.

@@ -9,6 +9,7 @@ import pytest
 from worldr1_jax.evaluation import held_out as evaluate
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.rewards.choice import choose
 
 FRAMES, SIDE = 2, 4
 
@@ -20,41 +21,38 @@ class Pipeline:
         self.mesh = make_mesh({"data": parts}, jax.devices()[:parts])
         self.most = 0  # videos that ever existed together
 
-    def paths(self, prompts):
-        return np.tile(np.eye(4, dtype=np.float32), (len(prompts), FRAMES, 1, 1))
-
-    def encode(self, prompts):
-        return np.zeros((len(prompts), 1, 1))
-
-    def rollout(self, adapters, text, paths, keys, *, sampler, text_null):
-        return types.SimpleNamespace(latents=keys)
+    def roll(self, adapters, prompts, keys, *, sampler, text_null):
+        paths = np.tile(np.eye(4, dtype=np.float32), (len(prompts), FRAMES, 1, 1))
+        return types.SimpleNamespace(
+            prompts=prompts, paths=paths, trajectory=types.SimpleNamespace(latents=keys)
+        )
 
     def decode(self, latents):
         self.most = max(self.most, len(latents))
         return jax.vmap(lambda key: jax.random.uniform(key, (FRAMES, SIDE, SIDE, 3)))(latents)
 
 
-def reward_in(turns):
-    """A reward that takes every `turns`-th video at a time; each part is a video's mean."""
+class Reward:
+    """It takes every `turns`-th video at a time; each part is a video's mean."""
 
-    def reward(latents, prompts, paths, *, decode, consistency):
+    def __init__(self, turns):
+        self.turns, self.choice = turns, choose({"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0})
+
+    def __call__(self, latents, prompts, paths, *, decode, off, timer):
         means = np.zeros(len(prompts), np.float32)
-        for turn in range(turns):
-            places = np.arange(turn, len(prompts), turns)
+        for turn in range(self.turns):
+            places = np.arange(turn, len(prompts), self.turns)
             means[places] = np.asarray(decode(latents[places], places)).mean((1, 2, 3, 4))
         parts = {name: jax.numpy.asarray(means) for name in ("recon", "trajectory", "mvcs")}
         return types.SimpleNamespace(parts=parts)
 
-    return reward
-
 
 def measure(parts, turns, samples=2, count=11, batch=4):
     pipeline = Pipeline(parts)
-    options: dict = {"samples": samples, "batch": batch, "at_once": 0}
-    options |= {"guidance": 1.0, "text_null": None}
     prompts = [f"prompt {i}" for i in range(count)]
+    exam = evaluate.Exam(prompts, jax.random.key(0), samples, batch)
     found = evaluate.measure(
-        pipeline, reward_in(turns), None, prompts, key=jax.random.key(0), **options
+        pipeline, Reward(turns), None, exam, guidance=1.0, text_null=None
     )  # fmt: skip
     return *found, pipeline
 
@@ -63,7 +61,7 @@ def test_turns_and_the_mesh_change_no_measure():
     whole, first, _ = measure(1, 1)
     parts, same, pipeline = measure(8, 4)
     assert pipeline.most == 2  # a quarter of the 8 videos of a batch
-    assert set(whole) == {"recon", "trajectory", "mvcs", "total_3d", "diversity"}
+    assert set(whole) == {"recon", "trajectory", "mvcs", "total_3d", "change", "diversity"}
     for name, values in whole.items():
         assert values.shape == (11,) and np.isfinite(values).all()
         np.testing.assert_allclose(parts[name], values, rtol=1e-6)

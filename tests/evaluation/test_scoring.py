@@ -15,7 +15,7 @@ from worldr1_jax import media
 from worldr1_jax.camera import trajectory
 from worldr1_jax.evaluation import scoring
 from worldr1_jax.media import write_mp4
-from worldr1_jax.rewards.scorer import build
+from worldr1_jax.rewards import build
 
 PROMPT = "Camera push in. A red sphere."
 NANO = trajectory.Magnitudes.nano()
@@ -23,7 +23,8 @@ NANO = trajectory.Magnitudes.nano()
 
 @pytest.fixture(scope="module")
 def reward():
-    return build({"recon": 1.0, "trajectory": 1.0, "general": 1.0}, da3="nano")
+    weights = {"recon": 1.0, "trajectory": 1.0, "general": 1.0, "mvcs": 0.0}
+    return build(weights, recon={"likeness": "ssim"})
 
 
 def noise(*shape):
@@ -96,17 +97,19 @@ def test_what_cannot_be_judged_says_why(reward, tmp_path):
     for row, text in zip(found, names.values(), strict=True):
         assert text in row.error and not row.scores
     assert "shows next to nothing" in scoring.table(found, ["total"])
+    (row,) = rows(reward, [(str(tmp_path / "tiny.mp4"), "Camera zoom in. X")])
+    assert 'the camera cannot "zoom in"' in row.error and not row.scores  # as training refuses it
 
 
 def test_lists(tmp_path):
     path = tmp_path / "videos.jsonl"
     path.write_text(json.dumps({"video": "a.mp4", "prompt": "b"}) + "\n\n")
     assert scoring.read_list(path) == [(str(tmp_path / "a.mp4"), "b")]
-    for text, error in (("", "names no video"), ('{"video": 1}', "line 1 is no record")):
+    for text, error in (("", "empty"), ('{"video": 1}', 'no text under "video" on line 1')):
         path.write_text(text)
         with pytest.raises(ValueError, match=error):
             scoring.read_list(path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"none\.jsonl: missing"):
         scoring.read_list(tmp_path / "none.jsonl")
 
 

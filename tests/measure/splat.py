@@ -23,8 +23,8 @@ import numpy as np
 from worldr1_jax.camera import trajectory
 from worldr1_jax.nano import captions, videos, world
 from worldr1_jax.plan import splat_cost
-from worldr1_jax.rewards import likeness, thin
-from worldr1_jax.rewards.scorer import build
+from worldr1_jax.rewards import build, likeness
+from worldr1_jax.rewards.reconstruct import thinned
 from worldr1_jax.splat import exact, tiles
 from worldr1_jax.splat import kernel as tile_kernel
 from worldr1_jax.splat import lists as tile_lists
@@ -74,7 +74,7 @@ def full(size: tuple[int, int], keep: tuple[int, ...]) -> None:
     found, video = full_scene(size)
     whole = {}
     for kept in (FRAMES, *keep):
-        gaussians = jax.tree.map(lambda x: x[0], thin.by_frames(found, kept).gaussians)
+        gaussians = jax.tree.map(lambda x: x[0], thinned(found, kept).gaussians)
         for view in VIEWS:
             pose, matrix = found.camtoworld[0, view], found.intrinsics[0, view]
             start = time.perf_counter()
@@ -95,10 +95,11 @@ def network(count: int = 32, keep: tuple[int, ...] = (9, 5, 3)) -> None:
     """Nano's network on all 17 frames of ground-truth videos, its Gaussians thinned."""
     truth = videos.sample(77, count)
     batch = jnp.asarray(truth.video, jnp.float32) / 255.0
-    reward = build({"recon": 1.0}, da3="nano")
-    found = reward.reconstruct(batch)
+    scorer = build({"recon": 1.0}, recon={"likeness": "ssim"})
+    seen = scorer.look(batch, truth.camtoworld)
     for kept in (batch.shape[1], *keep):
-        parts = reward.geometry(batch, thin.by_frames(found, kept), truth.camtoworld)
+        fewer = seen.replace(reconstruction=thinned(seen.found(), kept))
+        parts = scorer.measure(fewer, truth.captions)
         means = {name: float(jnp.mean(parts[name])) for name in ("recon", "psnr", "coverage")}
         show(frames=kept, **means)
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from configs import world
 from tests.models.test_wan_vae import TINY
+from worldr1_jax import settings
 from worldr1_jax.mesh import arrays, compiler
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.mesh.chips import CHIPS
@@ -18,9 +19,10 @@ from worldr1_jax.models.da3 import model as da3
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.plan import hlo as plan_hlo
-from worldr1_jax.plan import programs as plan_programs
 from worldr1_jax.plan import report as plan
+from worldr1_jax.policies import wan
 from worldr1_jax.policies.stages import COLUMNS
+from worldr1_jax.rewards.reconstruct import Reconstruct, reconstruct
 
 pytest.importorskip("libtpu")
 
@@ -30,14 +32,15 @@ def planned():
     """A small DiT, 8 videos of 5 frames on one host of 8 chips, two devices a video."""
     patch = pytest.MonkeyPatch()
     small = wan_dit.Config(num_attention_heads=2, ffn_dim=512, num_layers=3)
-    patch.setitem(plan.PRESETS, "large", lambda: small)
+    patch.setitem(wan.SIZES, "large", lambda: small)
     config = world.get_config("large")
     with config.unlocked():
         config.frames, config.height, config.width = 5, 64, 64
-        config.groups, config.sample.steps, config.sample.window_range = 1, 6, (0, 4)
+        config.groups, config.sample.steps, config.algorithm.window_range = 1, 6, (0, 4)
         config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, 4, 2
-    mesh = plan.mesh_for(config, plan.topology_devices("v5e:2x4"))
-    programs = plan.plan(config, mesh, only=("rollout", "update"))
+    found = settings.read(config)
+    mesh = plan.mesh_for(found, plan.topology_devices("v5e:2x4"))
+    programs = plan.plan(found, mesh, only=("rollout", "update"))
     yield plan.report("v5e:2x4", mesh, programs), {p.name: p for p in programs}
     patch.undo()
 
@@ -66,9 +69,6 @@ def test_only_weights_and_heads_cross_the_network(planned):
 
 def test_depth_anything_compiles_with_kernels_and_fits():
     """Four layers of heads of 64, 5 frames, 4 videos on 8 chips, two devices a video."""
-    config = world.get_config("large")
-    with config.unlocked():
-        config.rewards.likeness = "ssim"
     net = da3.Config.giant()
     starts = {"alt_start": 1, "qknorm_start": 1, "rope_start": 1}
     small = dataclasses.replace(
@@ -80,10 +80,16 @@ def test_depth_anything_compiles_with_kernels_and_fits():
     ]
     net = dataclasses.replace(net, net=small, head=heads[0], gs_head=heads[1], process_res=224)
     mesh = make_mesh({"fsdp": 4, "context": 2}, plan.topology_devices("v5e:2x4"))
-    reward = plan_programs.abstract_reward(config, mesh, net)
+    look = Reconstruct(frame_stride=1)
+    graph, state = nnx.split(look.described(mesh, "bfloat16", net)["da3"])
+
+    def program(state, videos):
+        return reconstruct(nnx.merge(graph, state), videos)
+
     videos = jax.ShapeDtypeStruct((4, 5, 160, 224, 3), "float32", sharding=arrays.batched(mesh))
     with jax.set_mesh(mesh):
-        compiled = reward._reconstruct.trace(reward._state, videos).lower().compile()
+        made = compiler.Jit(program, mesh, convolutions=True).trace(state, videos)
+        compiled = made.lower().compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < CHIPS["v5e"].hbm
     assert "splash_m" in text  # the kernel, and not attention in XLA

@@ -18,6 +18,7 @@ from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import lora
 from worldr1_jax.policies import wan
+from worldr1_jax.policies.base import POLICY, TEXT, VAE
 from worldr1_jax.weights import convert
 
 
@@ -40,24 +41,24 @@ def model(folder, mesh):
 def original(folder, model, tmp_path, monkeypatch):
     """The same weights in the files of Wan-Video's own release, whose VAE and text encoder have one
     size each, which here is the tiny one."""
-    config = model.dit.config
+    config = model.networks[POLICY].config
     named = {ours: theirs for theirs, ours in wan_dit_config._ORIGINAL_FIELDS.items()}
     fields = {named[k]: v for k, v in config.to_dict().items() if k in named}
     fields |= {"dim": config.dim, "model_type": "t2v", "text_len": 512}
     rows = wan_dit.table(config, "wan")
-    convert.save(model.dit, tmp_path, rows, {"i": config.num_layers}, fields)
-    layers = model.text_encoder.config.num_layers
+    convert.save(model.networks[POLICY], tmp_path, rows, {"i": config.num_layers}, fields)
+    layers = model.networks[TEXT].config.num_layers
     for name, network, rows in (
-        ("Wan2.1_VAE.pth", model.vae, wan_vae.table(model.vae.config, "wan")),
-        ("models_t5_umt5-xxl-enc-bf16.pth", model.text_encoder, umt5.table("wan")),
+        ("Wan2.1_VAE.pth", model.networks[VAE], wan_vae.table(model.networks[VAE].config, "wan")),
+        ("models_t5_umt5-xxl-enc-bf16.pth", model.networks[TEXT], umt5.table("wan")),
     ):
         convert.save(network, tmp_path / "written", rows, {"i": layers})
         tensors = load_file(tmp_path / "written/diffusion_pytorch_model.safetensors")
         (tmp_path / name).write_bytes(torch_archive.pth(tensors, ordered=True))
     (tmp_path / "google").mkdir()
     (tmp_path / "google/umt5-xxl").symlink_to(folder / "tokenizer")
-    monkeypatch.setattr(wan_vae.Config, "wan2_1", lambda: model.vae.config)
-    monkeypatch.setattr(umt5.Config, "xxl", lambda: model.text_encoder.config)
+    monkeypatch.setattr(wan_vae.Config, "wan2_1", lambda: model.networks[VAE].config)
+    monkeypatch.setattr(umt5.Config, "xxl", lambda: model.networks[TEXT].config)
     return tmp_path
 
 
@@ -72,9 +73,9 @@ def assert_equal(got, want):
 
 
 def assert_same_model(got, want):
-    assert_equal(got.dit, want.dit)
-    assert_equal(got.vae, want.vae)
-    assert_equal(got.text_encoder, want.text_encoder)
+    assert got.networks.keys() == want.networks.keys() == {POLICY, VAE, TEXT}
+    for name, network in got.networks.items():
+        assert_equal(network, want.networks[name])
     prompt = ["camera push in. a red sphere"]
     np.testing.assert_array_equal(*(wan.tokenize(m.tokenizer, prompt, 8)[0] for m in (got, want)))
 
@@ -171,19 +172,19 @@ def test_a_stored_model_starts_on_any_mesh_with_the_same_bits(folder, stored, si
 
 def test_a_stored_model_is_cast_as_published_files_are(folder, stored, mesh):
     want = wan.load(folder, mesh=mesh, tokens=8, dtype=jnp.bfloat16)
-    assert want.dit.blocks.attn1.to_q.kernel.dtype == jnp.bfloat16
+    assert want.networks[POLICY].blocks.attn1.to_q.kernel.dtype == jnp.bfloat16
     assert_same_model(wan.load(stored, mesh=mesh, tokens=8, dtype=jnp.bfloat16), want)
 
 
 def test_adapters_are_folded_into_what_is_stored(folder, model, mesh, tmp_path):
     rng = np.random.default_rng(0)
-    kernel = model.dit.blocks.attn1.to_q.kernel[...]
+    kernel = model.networks[POLICY].blocks.attn1.to_q.kernel[...]
     a, b = rng.normal(size=(2, 32, 3)), rng.normal(size=(2, 3, 32))
     adapters = {"blocks.attn1.to_q": lora.Adapter(a, b, 0.5)}
     wan.store(folder, tmp_path / "new", mesh=mesh, dtype=jnp.float32, form="diffusers",
               adapters=adapters)  # fmt: skip
     again = wan.load(tmp_path / "new", mesh=mesh, tokens=8)
-    got = again.dit.blocks.attn1.to_q.kernel[...]
+    got = again.networks[POLICY].blocks.attn1.to_q.kernel[...]
     np.testing.assert_allclose(got, kernel + 0.5 * a @ b, atol=1e-5)  # float32 sums of three
     with pytest.raises(ValueError, match="has transformer/ already"):
         wan.store(folder, tmp_path / "new", mesh=mesh, dtype=jnp.float32)

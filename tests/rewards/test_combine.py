@@ -22,12 +22,6 @@ def test_weighted_sum_and_mask():
     np.testing.assert_allclose(scores.total[jnp.array([0, 3])], [1.05, 0.9], rtol=1e-6)
     assert np.isnan(scores.total[1]) and np.isnan(scores.total[2])
     assert scores.total.dtype == jnp.float32
-    counts = combine.failures(PARTS, weights)
-    assert {name: int(count) for name, count in counts.items()} == {
-        "recon": 1,
-        "trajectory": 1,
-        "general": 0,
-    }
 
 
 def test_dropped_reward_masks_nothing():

@@ -106,7 +106,7 @@ def test_the_frame_that_shows_least_is_found_among_all():
     video, found = ideal()
     _, before = s_recon(video, found, views=1)
     _, after = s_recon(video.at[0, 1].set(0.3), found, views=1)
-    assert float(after["texture_least"][0]) < recon.BLANK < float(before["texture_least"][0])
+    assert float(after["texture_least"][0]) < likeness.BLANK < float(before["texture_least"][0])
     np.testing.assert_array_equal(after["texture"], before["texture"])
     np.testing.assert_array_equal(after["texture_least"][1], before["texture_least"][1])
 

@@ -7,7 +7,7 @@ import pytest
 
 from worldr1_jax.camera import commands, trajectory
 from worldr1_jax.geometry import rotation_angle
-from worldr1_jax.rewards.trajectory import errors, parts, s_traj
+from worldr1_jax.rewards.trajectory import errors, parts, s_traj, s_traj_segments
 
 FRAMES = 17
 NANO = trajectory.Magnitudes.nano()
@@ -166,3 +166,47 @@ def test_parts_say_which_half_is_wrong():
     np.testing.assert_allclose(product, s_traj(asked, turned, depth_scale=DEPTH), rtol=1e-5)
     assert right["translation"][0] > 0.99 and right["rotation"][0] > 0.99
     assert wrong["translation"][0] < 0.3 and wrong["rotation"][0] < 0.3
+
+
+def by_segments(asked, recovered, frames=3):
+    """The path's scores at every fourth frame, as the 3D network sees nano's videos."""
+    pair = (jnp.asarray(x, jnp.float32)[None, ::4] for x in (asked, recovered))
+    return float(s_traj_segments(*pair, depth_scale=DEPTH, frames=frames)[0])
+
+
+def test_one_segment_is_the_whole_path():
+    for name in ("push_in", "orbit_left", "fixed"):
+        for found in (path(name), walk(1), path("move_left")):
+            pair = jnp.asarray(path(name))[None], jnp.asarray(found)[None]
+            whole = s_traj(*pair, depth_scale=DEPTH)
+            one = s_traj_segments(*pair, depth_scale=DEPTH, frames=FRAMES)
+            np.testing.assert_allclose(one, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", commands.PUBLISHED)
+def test_segments_know_right_from_wrong(name):
+    assert by_segments(path(name), path(name)) >= 0.98
+    if name != "fixed":
+        assert by_segments(path(name), path("fixed")) <= 0.25
+        assert by_segments(path(name), opposite(name)) <= 0.25
+        assert by_segments(path("fixed"), path(name)) <= 0.3
+
+
+def test_a_jump_condemns_the_segments_that_contain_it():
+    """All that follows is 20 degrees off: two of three segments hold the jump, or one of
+    four."""
+    asked = path("push_in")
+    jumped = asked.copy()
+    jumped[9:, :3, :3] = turn([0, 1, 0], 20)
+    assert by_segments(asked, jumped, frames=3) == pytest.approx(1 / 3, abs=0.05)
+    assert by_segments(asked, jumped, frames=2) == pytest.approx(3 / 4, abs=0.05)
+    assert score(asked, jumped) < 0.01
+
+
+def test_segments_share_one_scale():
+    """Half the way at once and then none is no even push, however each half is scaled."""
+    asked, found = path("push_in"), path("push_in")
+    found[:, 2, 3] = np.minimum(2 * found[:, 2, 3], found[-1, 2, 3])
+    assert by_segments(asked, found) < 0.7
+    with pytest.raises(ValueError, match="segments are of 9 frames"):
+        by_segments(asked, found, frames=9)

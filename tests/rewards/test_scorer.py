@@ -7,18 +7,20 @@ import pytest
 
 from tests.rewards.test_recon import ideal
 from worldr1_jax.nano import videos as nano_videos
-from worldr1_jax.rewards import recon, thin
-from worldr1_jax.rewards.scorer import build, check
+from worldr1_jax.rewards import build, recon
+from worldr1_jax.rewards.choice import choose
+from worldr1_jax.rewards.reconstruct import thinned
 
 VIDEO = np.zeros((2, 3, 32, 32, 3), np.float32)
 PATHS = np.tile(np.eye(4, dtype=np.float32), (2, 3, 1, 1))
 WEIGHTS = {"recon": 1.0, "trajectory": 1.0, "general": 1.0}
+SSIM = {"likeness": "ssim"}
 PROMPTS = ["Camera push in. A red sphere."] * 2
 
 
 @pytest.fixture(scope="module")
 def reward():
-    return build({"recon": 1.0, "trajectory": 1.0}, da3="nano")
+    return build({"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0}, recon=SSIM)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,9 @@ def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, 
 @pytest.mark.parametrize("at_once", [0, 1, 2])
 def test_videos_may_be_made_as_they_are_scored(at_once):
     """From what stands for them, here their bytes, some at a time; the scores are the same."""
-    reward = build(WEIGHTS, da3="nano", frame_stride=8, videos_at_once=at_once)
+    reward = build(
+        WEIGHTS, recon=SSIM, reconstruct={"frame_stride": 8}, videos_at_once=at_once
+    )  # fmt: skip
     truth = nano_videos.sample(5, 4)
     videos = np.asarray(truth.video, np.float32) / 255
     want = reward(videos, truth.captions, truth.camtoworld)
@@ -58,14 +62,22 @@ def test_videos_may_be_made_as_they_are_scored(at_once):
         reward(truth.video, truth.captions, truth.camtoworld, decode=lambda some, places: some)
 
 
-def test_unknown_rewards_and_modes_are_named():
-    for weights, mode, words in (
-        ({"recon": 1.0, "beauty": 1.0}, "paper", "names 'beauty'"),
-        ({"recon": 0.0}, "paper", "all 0"),
-        ({"recon": 1.0}, "fast", "paper or released"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            check(weights, "nano", mode)
+@pytest.mark.parametrize(
+    ("weights", "options", "words"),
+    [
+        ({"recon": 1.0, "beauty": 1.0}, {}, "names 'beauty'"),
+        ({"recon": 0.0}, {}, "all 0"),
+        ({"recon": 1.0}, {"recon": {"likeness": "mse"}}, "recon.likeness is 'mse'"),
+        ({"recon": 1.0}, {"recon": {"view": 2}}, "rewards.recon has no field 'view'"),
+        ({"recon": 1.0}, {"trajectory": {"mode": "fast"}}, "trajectory.mode is 'fast'"),
+        ({"recon": 1.0}, {"reconstruct": {"frame_stride": 0}}, "reconstruct.frame_stride is 0"),
+        ({"recon": 1.0}, {"beauty": {}}, "names 'beauty'"),
+        ({"general": 1.0}, {"general": {"palette": -1.0}}, "rewards.general is"),
+    ],
+)
+def test_unknown_rewards_fields_and_values_are_named(weights, options, words):
+    with pytest.raises(ValueError, match=words):
+        choose(weights, **options)
 
 
 def test_videos_that_show_nothing_cannot_be_learnt_from(reward):
@@ -73,7 +85,7 @@ def test_videos_that_show_nothing_cannot_be_learnt_from(reward):
     truth = nano_videos.sample(3, 4)
     videos = jnp.asarray(truth.video, jnp.float32) / 255
     videos = videos.at[0].set(0.0).at[1].set(0.5).at[2, 7].set(0.0)
-    scores = reward(videos, truth.captions, truth.camtoworld, consistency=True)
+    scores = reward(videos, truth.captions, truth.camtoworld)
     assert scores.valid.tolist() == [False, False, False, True]
     for name in ("trajectory", "trajectory_rotation", "cam_mc", "mvcs"):
         np.testing.assert_array_equal(np.isfinite(scores.parts[name]), scores.valid, name)
@@ -87,7 +99,9 @@ def test_videos_that_show_nothing_cannot_be_learnt_from(reward):
 def test_half_precision_changes_scores_little():
     truth = nano_videos.sample(3, 2)
     video = jnp.asarray(truth.video, jnp.float32) / 255
-    options = {"frame_stride": 4, "depth_scale": 4.0}
+    options = {
+        "recon": SSIM, "trajectory": {"depth_scale": 4.0}, "reconstruct": {"frame_stride": 4}
+    }  # fmt: skip
     scores = [
         build({"recon": 1.0, "trajectory": 1.0}, dtype=dtype, **options)(
             video, truth.captions, truth.camtoworld
@@ -112,18 +126,18 @@ def numbered(frames, per_frame):
 
 def test_gaussians_of_evenly_spaced_frames_stay():
     found = numbered(5, 3)
-    kept = thin.by_frames(found, 3).gaussians
+    kept = thinned(found, 3).gaussians
     assert kept.opacities.tolist() == [[0.0] * 3 + [2.0] * 3 + [4.0] * 3] * 2
     for leaf, whole in zip(jax.tree.leaves(kept), jax.tree.leaves(found.gaussians), strict=True):
         np.testing.assert_array_equal(leaf[:, 3:6], whole[:, 6:9])
-    assert thin.by_frames(found, None) is found
-    everything = thin.by_frames(found, 9).gaussians  # more than there are: all
+    assert thinned(found, None) is found
+    everything = thinned(found, 9).gaussians  # more than there are: all
     np.testing.assert_array_equal(everything.means, found.gaussians.means)
     with pytest.raises(ValueError, match="gaussian_frames is 0"):
-        thin.by_frames(found, 0)
+        thinned(found, 0)
     odd = jax.tree.map(lambda leaf: leaf[:, :-1], found.gaussians)
     with pytest.raises(ValueError, match="equally many a frame"):
-        thin.by_frames(found.replace(gaussians=odd), 2)
+        thinned(found.replace(gaussians=odd), 2)
 
 
 def test_a_scene_seen_whole_by_each_frame_loses_nothing():
@@ -131,7 +145,7 @@ def test_a_scene_seen_whole_by_each_frame_loses_nothing():
     what a second layer adds where the first is not opaque."""
     video, found = ideal()
     twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf], 1), found.gaussians)
-    half = thin.by_frames(found.replace(gaussians=twice), 1)
+    half = thinned(found.replace(gaussians=twice), 1)
     score, parts = recon.s_recon(video, half)
     np.testing.assert_allclose(score, 1.0, atol=1e-3)
     assert (parts["psnr"] > 60).all()

@@ -3,11 +3,13 @@
 The nine published names are in `PUBLISHED`. Ours, which the published parser reads as no command,
 are `EXTENSIONS`, an angle ("pan left 30 degrees", for what turns), and "slowly" or "quickly". The
 clause is the sentence that opens the prompt with the word "Camera", if it asks for a movement:
-"Camera shop on a corner." is a scene, and so is everything after the clause.
+"Camera shop on a corner." is a scene, and so is everything after the clause. What a clause asks for
+and nobody here can do, such as "does not pan left", is not passed over: see `complaint`.
 """
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 PUBLISHED: tuple[str, ...] = (
@@ -51,9 +53,18 @@ class Move(NamedTuple):
     speed: str = ""
 
 
-# A point inside "7.5 degrees" does not end the clause.
-_CLAUSE = re.compile(
-    r"\s*(?:the\s+)?camera\b(?P<body>(?:[^.!?;\n]|(?<=\d)\.(?=\d))*)(?:[.!?;\n]\s*)?",
+_MARKS = r"""[\s"'“”‘’«»„(\[{*_#>•·‣–—-]"""  # of quotations, lists and headings
+_HEAD = re.compile(
+    rf"(?:{_MARKS}|\(?\d{{1,3}}[.):]\s)*(?:the\s+)?cameras?(?![a-z0-9])[\s:=_\"“'–—-]*",
+    re.IGNORECASE,
+)
+# A point inside "7.5 degrees" does not end a sentence.
+_SENTENCE = re.compile(
+    r"""(?P<body>(?:[^.!?;…。\n"”»)\]}]|(?<=\d)\.(?=\d))*)"""
+    r"""(?P<end>[.!?;…。\n"”»)\]}]*[*_']*\s*)"""
+)
+_GOES_ON = re.compile(  # a sentence behind the first that speaks of the camera still
+    r"(?:and\s+)?(?:then|next|after that|afterwards|finally|lastly|it|(?:the\s+)?camera)\b[\s,:]*",
     re.IGNORECASE,
 )
 _ENDING = "(?:s|es|d|ed|ing|ning|ting)?"  # pushes in, panning left
@@ -66,17 +77,23 @@ def _phrase(name: str) -> str:
     if verb == "move":
         verb = "mov(?:e)?"
     ending = "" if verb == "fixed" else _ENDING
-    if direction and direction[0] in ("left", "right"):  # "pans to the left"
-        direction[0] = rf"(?:to\s+(?:the|its)\s+)?{direction[0]}"
+    for here, there in (("left", "right"), ("right", "left")):
+        if direction == [here]:  # "pans to the left", "pans leftwards", "pans from right to left"
+            across = rf"(?:from{_GAP})?(?:the{_GAP})?{{}}{_GAP}to{_GAP}(?:the{_GAP})?{{}}"
+            one = rf"(?:to\s+(?:the|its)\s+)?{here}(?:wards?)?"
+            other = across.format(here, there)
+            direction = [rf"(?!{other})(?:{across.format(there, here)}|{one})"]
     return _GAP.join([verb + ending, *direction])
 
 
 _COMMANDS = re.compile(
     r"(?<![a-z])(?:" + "|".join(f"(?P<{name}>{_phrase(name)})" for name in NAMES) + r")(?![a-z])"
 )
-_SEPARATOR = re.compile(r",|\bthen\b|\band\b|\btransition(?:s|ing)\b")
-_DEGREES = re.compile(r"(?:\bby\s+)?(?<![\w.])(\d+(?:\.\d+)?)[\s-]*(?:°|deg(?:rees?)?\b)")
+_SEPARATOR = re.compile(r"[,;&+/|]|->|→|\bthen\b|\band\b|\btransition(?:s|ing)\b")
+# A sign or a range before the number, and it is none: "-30 degrees", "20-30 degrees".
+_DEGREES = re.compile(r"(?:\bby\s+)?(?<![\w.−–-])\+?(\d+(?:\.\d+)?)[\s-]*(?:°|º|deg(?:rees?)?\b)")
 _SPEED = re.compile(r"\b(?:(?P<slowly>slow(?:ly)?)|(?P<quickly>quick(?:ly)?|fast|rapid(?:ly)?))\b")
+_NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width letters and signs
 
 
 def _listed(words: str) -> frozenset[str]:
@@ -96,6 +113,7 @@ _VERBS = re.compile(
     r"approach|advance|glid|zigzag|spin|rush|lift|lower|push|pull|mov|pan|tilt|orbit|hover|climb|"
     r"tumbl|plung|soar)(?:e|ing|ning|ming|ping|s|es|ed)?"
 )
+_CAMERAS_OWN = re.compile(r"(?:zoom|pan|tilt|doll(?:y|ie)|orbit)(?:s|ing|ning|ed|ned)?")
 _THINGS = _listed(
     "crane truck track boom jib pedestal arc spiral circle drop shake handheld sweep turn roll "
     "swing rise float drift slide dip bank loop flip walk back jump fall"
@@ -110,6 +128,18 @@ _DIRECTIONS = _listed(
 _PREPOSITIONS = _listed(
     "toward towards past over under through along across from at on with of behind above below "
     "near beside between for by in around"
+)
+# Where what the camera sees begins: "push in toward the left door" asks for no other direction.
+_PLACE = re.compile(
+    r"\b(?:toward|towards|past|over|under|through|along|across|at|on|of|behind|above|below|near|"
+    r"beside|between|around)\b"
+)
+# Words that turn a command beside them into something else.
+_CHANGES = re.compile(
+    r"not|no|nor|never|without|cannot|\w+n['’]?t|avoid\w*|stop\w*|instead|rather|except|unless|"
+    r"until|after|before|or|n?either|but|opposite|revers\w*|backwards?|twice|thrice|again|"
+    r"repeatedly|whil(?:e|st)|as|simultaneously|left|right|up|down|(?:counter|anti)?-?clockwise|"
+    r"half|quarter|full|[-−–+]?\d[\w.%°º]*"
 )
 
 
@@ -156,6 +186,17 @@ def complaint(text: str) -> str:
     """What is wrong with a prompt's camera clause, as part of a sentence; "" when nothing is."""
     phrases = unknown(text)
     return f'the camera cannot "{phrases[0]}" (it can {_LISTED})' if phrases else ""
+
+
+def understood(text: str) -> tuple[Move, ...]:
+    """`moves`, where nothing is left that they do not honour.
+
+    Raises:
+      ValueError: `complaint` has one.
+    """
+    if wrong := complaint(text):
+        raise ValueError(f"a prompt asks for what {wrong}")
+    return moves(text)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -226,47 +267,131 @@ def check(names: Sequence[str | Move]) -> tuple[Move, ...]:
     return asked
 
 
-_LISTED = ", ".join(name.replace("_", " ") for name in NAMES)
+_LISTED = ", ".join(name.replace("_", " ") for name in NAMES) + ", in a sentence that comes first"
+_STRAY = re.compile(
+    r"\bcameras?[\s:]+(?:(?:\w+ly|then|and|also|now|is|to|will|starts?|begins?|slow|fast)\s+){0,3}"
+    rf"(?:{'|'.join(map(_phrase, NAMES[:-1]))})(?![a-z])".replace("fixed|", ""),
+    re.IGNORECASE,
+)
 
 
 def _read(text: str) -> _Clause:
-    match = _CLAUSE.match(text)
-    if not match:
-        return _Clause((), (), text)
+    plain, places = _plain(text)
+    head = _HEAD.match(plain)
+    first = _SENTENCE.match(plain, head.end()) if head else None
+    if first is None:
+        return _Clause((), _strays(plain), text)
+    bodies, end = [first["body"]], first.end()
+    while (more := _goes_on(plain, end, after=first["end"])) is not None:
+        bodies.append(more["body"])
+        first, end = more, more.end()
+    found, wrong = _clause(" then ".join(bodies).lower())
+    if not found and not wrong:
+        return _Clause((), _strays(plain), text)
+    return _Clause(found, (*wrong, *_strays(plain[end:])), text[places[end] :])
+
+
+def _plain(text: str) -> tuple[str, list[int]]:
+    """The text without what cannot be seen (byte order marks, zero-width spaces, directions of
+    writing) and with full-width letters as plain ones; and where each character was, and the
+    end."""
+    if text.isascii():
+        return text, list(range(len(text) + 1))
+    seen = [i for i, c in enumerate(text) if unicodedata.category(c) != "Cf"]
+    return "".join(text[i].translate(_NARROW) for i in seen), [*seen, len(text)]
+
+
+def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
+    """The sentence at `start`, if it goes on with the clause, which ended with `after`."""
+    lead = _GOES_ON.match(plain, start)
+    if not lead and ";" not in after:
+        return None
+    sentence = _SENTENCE.match(plain, lead.end() if lead else start)
+    if sentence is None:
+        return None
+    words = re.findall(r"[\w'’-]+", sentence["body"].lower())
+    while words and (words[0] in _FILLERS or _SPEED.fullmatch(words[0])):
+        del words[0]
+    begins = _COMMANDS.match(" ".join(words)) or (words and _CHANGES.fullmatch(words[0]))
+    return sentence if begins or _asks(words) else None
+
+
+def _strays(plain: str) -> tuple[str, ...]:
+    """A camera that is asked to move where no clause is read; it would stand still."""
+    stray = _STRAY.search(plain)
+    return (f"... {' '.join(stray[0].lower().split())}",) if stray else ()
+
+
+def _clause(body: str) -> tuple[tuple[Move, ...], tuple[str, ...]]:
+    """Moves, and phrases that they do not honour."""
     found: list[Move] = []
     apart: list[list[str]] = []  # words of parts without a command
-    beside: list[list[str]] = []  # words before and after a command in its part
-    for part in _SEPARATOR.split(match["body"].lower()):
+    wrong: list[list[str]] = []
+    for part in _parts(body):
         hits = list(_COMMANDS.finditer(part))
         if not hits:
             apart.append(_words(part))
         for index, hit in enumerate(hits):
             end = hits[index + 1].start() if index + 1 < len(hits) else len(part)
-            around = ("" if index else part[: hit.start()]) + " ; " + part[hit.end() : end]
-            move, rest = _with_angle_and_speed(str(hit.lastgroup), around)
-            found.append(move)
-            beside += [_words(piece) for piece in rest.split(";")]
-    wrong = [words for words in apart + beside if _asks(words)]
-    if found:
-        wrong += [words for words in apart if words and words[0] not in _PREPOSITIONS]
-    kept = dict.fromkeys(" ".join(words) for words in wrong)
-    if not found and not kept:
-        return _Clause((), (), text)
-    return _Clause(tuple(found), tuple(kept), text[match.end() :])
+            before, after = part[: hit.start()] if index == 0 else "", part[hit.end() : end]
+            move, near, refused = _move(str(hit.lastgroup), before, after)
+            joins = before if end == len(part) else f"{before} {after}"  # this one to the others
+            near.append(re.findall(r"\b(?:while|whilst|as|before|after)\b", joins))
+            changed = [words for words in near if any(map(_CHANGES.fullmatch, words))]
+            wrong += changed + refused
+            if not changed:
+                found.append(move)
+    wrong += [words for words in apart if _asks(words)]
+    if found or wrong:
+        wrong += [words for words in apart if words and not _is_scene(words)]
+    return tuple(found), tuple(dict.fromkeys(" ".join(words) for words in wrong))
 
 
-def _with_angle_and_speed(name: str, around: str) -> tuple[Move, str]:
-    """Reads what stands beside a command; returns also what is left of it."""
-    speed = _SPEED.search(around)
-    angle = _DEGREES.search(around)
-    degrees = float(angle[1]) if angle else None
-    if degrees is not None and (name not in TURNS or not 0 < degrees <= 360):
-        return Move(name, None, str(speed.lastgroup) if speed else ""), around
-    return Move(name, degrees, str(speed.lastgroup) if speed else ""), _DEGREES.sub("", around)
+def _parts(body: str) -> Iterator[str]:
+    """The clause between commas and "then"; what says only how far or how fast goes with the
+    command before it, or with the one after it when it comes first."""
+    held = ""
+    for part in _SEPARATOR.split(body):
+        only_how = not _words(_DEGREES.sub(" ", part))
+        if held and not (only_how or not _words(_DEGREES.sub(" ", held))):
+            yield held
+            held = ""
+        held = f"{held} {part}" if held.strip() else part
+    yield held
+
+
+def _move(name: str, before: str, after: str) -> tuple[Move, list[list[str]], list[list[str]]]:
+    """The command with its angle and speed; the words beside it; what it cannot honour of them."""
+    refused: list[list[str]] = []
+    angles = list(_DEGREES.finditer(f"{before};{after}"))
+    degrees = float(angles[0][1]) if len(angles) == 1 else None
+    if angles and not (degrees and name in TURNS and degrees <= 360):
+        degrees = None
+        refused += [angle[0].removeprefix("by ").split() for angle in angles]
+    before, after = _DEGREES.sub(" ", before), _DEGREES.sub(" ", after)
+    place = _PLACE.search(after)
+    near, scene = (after[: place.start()], after[place.start() :]) if place else (after, "")
+    # In what the camera sees, "slow" is a river; "slowly" is the camera.
+    said = f"{before} {near} {' '.join(re.findall(r'[a-z]+ly', scene))}"
+    speeds = list(dict.fromkeys(str(match.lastgroup) for match in _SPEED.finditer(said)))
+    if len(speeds) > 1:
+        refused.append(speeds)
+    pieces = [_words(before), _words(near), _words(scene)]
+    refused += [words for words in pieces if _asks(words)]
+    move = Move(name, degrees, speeds[0] if len(speeds) == 1 else "")
+    return move, pieces[:2], refused
 
 
 def _words(part: str) -> list[str]:
-    return [w for w in re.findall(r"[\w'°.-]+", _SPEED.sub(" ", part)) if w not in _FILLERS]
+    words = re.findall(r"[-−–+]?[^\W_][\w'’°º%.-]*|[°º]", _SPEED.sub(" ", part))
+    return [word for word in words if word not in _FILLERS]
+
+
+def _is_scene(words: Sequence[str]) -> bool:
+    """Whether a part without a command says only where: "past a crane"."""
+    return words[0] in _PREPOSITIONS and (
+        bool(_PLACE.fullmatch(words[0])) or not any(map(_CHANGES.fullmatch, words))
+    )
 
 
 def _asks(words: Sequence[str]) -> bool:
@@ -276,8 +401,10 @@ def _asks(words: Sequence[str]) -> bool:
     first, *rest = words
     if first in _THINGS:
         return not rest or rest[0] in _DIRECTIONS
-    if any(word.startswith(("deg", "°")) for word in words):
+    if any(word.startswith("deg") or set(word) & set("°º") for word in words):
         return True
     if _VERBS.fullmatch(first) or _INFLECTED.fullmatch(first):
+        return True
+    if first not in _PREPOSITIONS and any(map(_CAMERAS_OWN.fullmatch, words)):
         return True
     return len(words) == 2 and rest[0] in ("left", "right", "up", "down")

@@ -19,6 +19,16 @@ from worldr1_jax.data.prompts import PromptSets
 State: TypeAlias = dict[str, int | str]
 
 
+SEEDS = 2**32  # jax.random.key takes 32 bits; it would cut longer ones without a word
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Raises ValueError unless this is an integer from 0 to 2^32 - 1: larger ones would give the
+    keys of smaller ones."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < SEEDS:
+        raise ValueError(f"{name} is {seed!r}; it must be a whole number from 0 to {SEEDS - 1}")
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
     """Prompts of one update on one process.
@@ -37,7 +47,7 @@ class Loader:
 
     Args:
       prompts: prompt sets; `dynamic` is needed only if dynamic_updates > 0.
-      seed: any integer >= 0; the two streams are shuffled apart, and every epoch anew.
+      seed: 0 to 2^32 - 1; the two streams are shuffled apart, and every epoch anew.
       groups: prompts per update, over all processes.
       group_size: K, times each prompt is repeated.
       main_updates, dynamic_updates: lengths of the phases, see `phases.phase`.
@@ -114,7 +124,7 @@ class Loader:
             )
             raise ValueError(
                 f"data state was saved with {found}; resume with the same prompts, seed, groups "
-                "and phases, or start in a new workdir."
+                "and phases, or start in a new workdir"
             )
         self.update = update
 
@@ -141,26 +151,25 @@ def _check(
     process_index: int,
     process_count: int,
 ) -> None:
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must be 0 or more.")
+    check_seed(seed)
     if groups < 1 or group_size < 1:
         raise ValueError(
-            f"groups is {groups} and group_size is {group_size}; both must be 1 or more."
+            f"groups is {groups} and group_size is {group_size}; both must be 1 or more"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(
             f"process_index is {process_index}; it must be 0 or more and less than "
-            f"process_count ({process_count})."
+            f"process_count ({process_count})"
         )
     if groups % process_count:
         raise ValueError(
             f"groups is {groups}, which does not divide over {process_count} processes; it must "
-            "be a multiple of their number, so that no group is split."
+            "be a multiple of their number, so that no group is split"
         )
     if not prompts.train:
-        raise ValueError("there are no train prompts; at least one is needed.")
+        raise ValueError("there are no train prompts; at least one is needed")
     if dynamic_updates and not prompts.dynamic:
         raise ValueError(
             f"dynamic_updates is {dynamic_updates} but there are no dynamic prompts; give some "
-            "in dynamic.txt or set dynamic_updates to 0."
+            "in dynamic.txt or set dynamic_updates to 0"
         )

@@ -1,13 +1,22 @@
-"""Reads prompt files, and says everything that is wrong with them at once."""
+"""Reads prompt files, and says everything that is wrong with them at once.
+
+One reader for all: training, encoding, `launch/generate.py --prompts` and `launch/score.py --list`.
+Lines end at line feeds and carriage returns alone: a prompt may hold characters, such as U+2028,
+at which str.splitlines would also cut. Blank lines and marks of byte order are no prompts.
+"""
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from worldr1_jax import files
 
 SPLITS = ("train", "dynamic", "test")
-_BLANK = "blank prompt"
+_MOST_BYTES = 256 * files.MIB
+_INVISIBLE = " \t\r\n\ufeff\u200b\u2060"  # around a prompt: no part of it
 
 # A prompt -> what is wrong with it, or "".
 Complaint = Callable[[str], str]
@@ -36,16 +45,17 @@ class _Problems:
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    def raise_if_any(self, path: Path) -> None:
+    def raise_if_any(self, source: str) -> None:
         if not self:
             return
-        found = "; ".join(
+        found = [
             f"{file}: {complaint}{_line_ranges(lines)}"
             for (file, complaint), lines in self._lines.items()
-        )
+        ]
+        more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
         raise ValueError(
-            f"prompts at {path} cannot be used ({found}); every prompt file must be UTF-8 text "
-            "with at least one prompt, one a line, and no blank lines."
+            f"prompts at {source} cannot be used ({'; '.join(found[:20])}{more}); every prompt "
+            "file must be UTF-8 text with at least one prompt, one a line"
         )
 
 
@@ -53,51 +63,94 @@ def read(path: str | os.PathLike[str], complaint: Complaint = lambda text: "") -
     """Reads a folder of prompt files, or one file.
 
     Args:
-      path: a folder with train.txt, dynamic.txt and test.txt; or one .txt file, all of it
-        `train`; or one .jsonl file of {"prompt": str, "split": "train" | "dynamic" | "test"},
-        where "split" may be left out and then means "train". Text files hold one prompt a line.
+      path: a folder with train.txt and, where they are wanted, dynamic.txt and test.txt; or one
+        .txt file, all of it `train`; or one .jsonl file of {"prompt": str, "split": "train" |
+        "dynamic" | "test"}, where "split" may be left out and then means "train". Text files hold
+        one prompt a line.
       complaint: says what else is wrong with a prompt, such as `camera.commands.complaint`.
 
     Returns:
-      The prompts of each split in file order, with outer white space removed.
+      The prompts of each split in file order, with outer white space removed; () for a split
+      without a file.
 
     Raises:
-      ValueError: a path or file that is missing or empty, bytes that are not UTF-8, a blank
-        prompt or one to which `complaint` objects; one sentence names every file and line at fault.
+      ValueError: a path or file that is missing or empty, bytes that are not UTF-8, half of a
+        surrogate pair, or a prompt to which `complaint` objects; one sentence names every file and
+        line at fault.
     """
-    path = Path(path)
+    path = files.local(path)
     problems = _Problems()
     sets: dict[str, list[str]] = {split: [] for split in SPLITS}
-    if path.is_dir():
+    if os.path.isdir(path):
         for split in SPLITS:
-            sets[split] = _read_text(path / f"{split}.txt", complaint, problems)
+            file = path / f"{split}.txt"
+            if split == "train" or os.path.lexists(file):
+                sets[split] = _texts(_content(file, problems), file.name, complaint, problems)
     elif path.suffix == ".jsonl":
         _read_jsonl(path, sets, complaint, problems)
     elif path.suffix == ".txt":
-        sets["train"] = _read_text(path, complaint, problems)
-    elif path.exists():
+        sets["train"] = _texts(_content(path, problems), path.name, complaint, problems)
+    elif os.path.exists(path):
         problems.add(path.name, "neither a folder nor a .txt or .jsonl file")
     else:
         problems.add(path.name, "missing")
-    problems.raise_if_any(path)
+    problems.raise_if_any(files.short(str(path)))
     return PromptSets(**{split: tuple(prompts) for split, prompts in sets.items()})
 
 
-def write(folder: str | os.PathLike[str], prompts: PromptSets) -> None:
-    """Writes the folder that `read` reads: one prompt a line, one file a split."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        lines = "".join(f"{prompt}\n" for prompt in getattr(prompts, split))
-        Path(folder, f"{split}.txt").write_text(lines, encoding="utf-8")
+def texts(content: bytes, name: str, complaint: Complaint = lambda text: "") -> list[str]:
+    """The prompts of a text, one a line, whatever it came from; errors as for `read`."""
+    problems = _Problems()
+    found = _texts(content, name, complaint, problems)
+    problems.raise_if_any(name)
+    return found
 
 
-def _read_text(path: Path, complaint: Complaint, problems: _Problems) -> list[str]:
-    prompts = []
-    for number, line in _lines(path, problems):
-        text = line.strip()
-        wrong = complaint(text) if text else _BLANK
+def read_content(path: str | os.PathLike[str]) -> bytes:
+    """What is in a prompt file; ValueError where it cannot be read or is too large to be one."""
+    return files.read_bytes(path, _MOST_BYTES)
+
+
+def check_texts(prompts: Sequence[str]) -> None:
+    """Raises ValueError, naming the first prompt that cannot be written as UTF-8; such come from
+    command lines, of which each byte that is no text becomes half of a surrogate pair."""
+    for number, prompt in enumerate(prompts, start=1):
+        if wrong := prompt and _fault(f"x{prompt}", "prompt"):
+            raise ValueError(f"prompt {number}, '{files.short(prompt)}', has {wrong}")
+
+
+def records(path: str | os.PathLike[str], fields: Sequence[str]) -> list[dict[str, str]]:
+    """The `fields` of each line of a .jsonl file, all of them texts; errors as for `read`."""
+    path, problems = files.local(path), _Problems()
+    found = []
+    for number, values in _parsed(_content(path, problems), path.name, problems):
+        wrong = next(filter(None, (_fault(values.get(name), name) for name in fields)), "")
         if wrong:
             problems.add(path.name, wrong, number)
+        else:
+            found.append({name: values[name].strip(_INVISIBLE) for name in fields})
+    problems.raise_if_any(str(path))
+    return found
+
+
+def write(folder: str | os.PathLike[str], prompts: PromptSets) -> None:
+    """Writes the folder that `read` reads: one prompt a line, one file a split that has any."""
+    for split in SPLITS:
+        path = files.local(folder) / f"{split}.txt"
+        if lines := "".join(f"{prompt}\n" for prompt in getattr(prompts, split)):
+            files.write_atomically(path, lines.encode())
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _texts(
+    content: bytes | None, name: str, complaint: Complaint, problems: _Problems
+) -> list[str]:
+    prompts = []
+    for number, text in _lines(content, name, problems):
+        wrong = _fault(text, "prompt") or complaint(text)
+        if wrong:
+            problems.add(name, wrong, number)
         prompts.append(text)
     return prompts
 
@@ -105,54 +158,75 @@ def _read_text(path: Path, complaint: Complaint, problems: _Problems) -> list[st
 def _read_jsonl(
     path: Path, sets: dict[str, list[str]], complaint: Complaint, problems: _Problems
 ) -> None:
-    for number, text in _lines(path, problems):
-        wrong, split, prompt = _parse_record(text)
-        wrong = wrong or complaint(prompt)
-        if wrong:
+    for number, values in _parsed(_content(path, problems), path.name, problems):
+        prompt, split = values.get("prompt", ""), values.get("split", "train")
+        wrong = _fault(prompt, "prompt")
+        if not wrong and split not in SPLITS:
+            wrong = f'"split" is not one of {", ".join(SPLITS)}'
+        if wrong := wrong or complaint(prompt.strip(_INVISIBLE)):
             problems.add(path.name, wrong, number)
         else:
-            sets[split].append(prompt)
+            sets[split].append(prompt.strip(_INVISIBLE))
     if not sets["train"] and not problems:
         problems.add(path.name, 'no prompt of the split "train"')
 
 
-def _parse_record(text: str) -> tuple[str, str, str]:
-    """One line of a .jsonl file -> (complaint or "", split, prompt)."""
-    if not text.strip():
-        return _BLANK, "", ""
+def _fault(text: object, field: str) -> str:
+    """What is wrong with a value as text, or ""."""
+    if not isinstance(text, str) or not text:
+        return f'no text under "{field}"'
+    if not text.strip(_INVISIBLE):
+        return f"blank {field}"
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError:
-        return "not JSON", "", ""
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        return 'no text under "prompt"', "", ""
-    split = record.get("split", "train")
-    if split not in SPLITS:
-        return f'"split" is not one of {", ".join(SPLITS)}', "", ""
-    prompt = record["prompt"].strip()
-    return ("" if prompt else _BLANK), split, prompt
+        text.encode()
+    except UnicodeEncodeError:
+        return f'half of a surrogate pair in "{field}"'
+    return ""
 
 
-def _lines(path: Path, problems: _Problems) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, text) of the lines that are UTF-8, and notes the others.
-
-    Lines end at newlines only: a prompt may hold characters, such as U+2028, at which
-    str.splitlines would also cut.
-    """
-    if not path.is_file():
+def _content(path: Path, problems: _Problems) -> bytes | None:
+    """Bytes of a file; None where there is none to be had, which is noted."""
+    if not os.path.lexists(path):
         problems.add(path.name, "missing")
+        return None
+    try:
+        return read_content(path)
+    except ValueError as error:
+        problems.add(path.name, str(error))
+        return None
+
+
+def _lines(content: bytes | None, name: str, problems: _Problems) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, text) of the lines that hold any, and notes what cannot be
+    read."""
+    if content is None:
         return
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows editors add this mark
-    if not content.strip():
-        problems.add(path.name, "empty")
-        return
-    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
+    empty = True
+    for number, line in enumerate(re.split(rb"\r\n?|\n", content), start=1):
         try:
-            text = line.decode("utf-8")
+            text = line.decode("utf-8").strip(_INVISIBLE)
         except UnicodeDecodeError:
-            problems.add(path.name, "not UTF-8", number)
-        else:
+            problems.add(name, "not UTF-8", number)
+            text = ""
+            empty = False
+        if text:
+            empty = False
             yield number, text
+    if empty:
+        problems.add(name, "empty")
+
+
+def _parsed(
+    content: bytes | None, name: str, problems: _Problems
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, fields) of the lines that are JSON objects, and notes the others."""
+    for number, text in _lines(content, name, problems):
+        try:
+            values = files.parse_json(text, "line")
+        except ValueError:
+            problems.add(name, "not JSON of an object", number)
+        else:
+            yield number, values
 
 
 def _line_ranges(lines: list[int]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
+from worldr1_jax.geometry import relative_to_first
 from worldr1_jax.rewards import reconstruct, trajectory
 from worldr1_jax.rewards.reconstruct import resize_frames
 from worldr1_jax.splat import render as splat
@@ -76,7 +77,7 @@ def path_plot(
     """
     pair = jnp.asarray(asked, jnp.float32)[None], jnp.asarray(recovered, jnp.float32)[None]
     positions = trajectory.aligned_positions(pair[0], pair[1], depth_scale=depth_scale)
-    looks = [np.asarray(trajectory.relative_to_first(p)[0])[0, :, :, 2] for p in pair]
+    looks = [np.asarray(relative_to_first(p))[0, :, :3, 2] for p in pair]
     lines = [np.asarray(p)[0] for p in positions]
     reach = max(float(np.abs(np.concatenate(lines)).max()), 1e-3)
     picture = Image.new("RGB", (2 * _PANEL, _PANEL), "white")

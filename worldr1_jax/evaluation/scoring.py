@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from worldr1_jax.camera import commands, trajectory
+from worldr1_jax.data import prompts
 from worldr1_jax.evaluation import pictures
 from worldr1_jax.media import read_video
 from worldr1_jax.mesh import arrays, placement
@@ -41,31 +41,13 @@ class Scored:
 
 def read_list(source: str | Path) -> list[tuple[str, str]]:
     """(video, prompt) pairs of a .jsonl file with lines {"video": ..., "prompt": ...}; relative
-    paths are relative to the file.
+    paths are relative to the file. Lines are read by the rules of data/prompts.py.
 
     Raises:
       ValueError: a file that cannot be read, a line that is no such record, or none at all.
     """
-    source = Path(source)
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--list {source} cannot be read: {error}") from error
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            pair = (str(source.parent / record["video"]), str(record["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{source} line {number} is no record {{"video": ..., "prompt": ...}}'
-            ) from error
-        pairs.append(pair)
-    if not pairs:
-        raise ValueError(f"--list {source} names no video")
-    return pairs
+    records = prompts.records(source, ("video", "prompt"))
+    return [(str(Path(source).parent / record["video"]), record["prompt"]) for record in records]
 
 
 def score(
@@ -79,8 +61,8 @@ def score(
     """Scores of (video file, prompt) pairs, in their order, one video at a time.
 
     A video that cannot be judged gets a sentence instead of scores: a file that cannot be read, one
-    with fewer frames than a path needs, or one with a frame that shows nothing (`likeness.BLANK`),
-    whose recovered path would be made up.
+    with fewer frames than a path needs, one whose prompt asks for what no camera here can do, or
+    one with a frame that shows nothing (`likeness.BLANK`), whose recovered path would be made up.
     """
     for path, prompt in pairs:
         try:
@@ -120,7 +102,9 @@ def _asked(
             f"{path} has {len(video)} frame(s), and the 3D network would see {seen}: a camera path "
             "needs 2"
         )
-    return np.asarray(trajectory.path(commands.parse(prompt), len(video), magnitudes=magnitudes))
+    return np.asarray(
+        trajectory.path(commands.understood(prompt), len(video), magnitudes=magnitudes)
+    )
 
 
 def _score_one(

@@ -6,11 +6,9 @@
 The folder holds one model.safetensors with both halves under their makers' names: the trunk is
 torchvision's AlexNet (features.*; classifier.* may be there and is not read), the heads are those
 of the lpips package (lin0.model.1.weight to lin4.model.1.weight). Both are published as torch
-files; with torch and lpips at hand, this writes it:
+files. Where torch and lpips are installed, this writes the folder from them:
 
-    trunk = torch.load("alexnet-owt-7be5be79.pth")
-    heads = torch.load(".../lpips/weights/v0.1/alex.pth")
-    safetensors.torch.save_file(trunk | heads, folder + "/model.safetensors")
+    python -m worldr1_jax.models.lpips_files --trunk=alexnet-owt-7be5be79.pth --folder=weights/lpips
 
 Facts from richzhang/PerceptualSimilarity (lpips 0.1.4) and torchvision's AlexNet.
 """
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax import geometry
 from worldr1_jax.mesh.placement import Rules
 from worldr1_jax.nn.convolution import convolve
 from worldr1_jax.weights import convert
@@ -84,7 +83,7 @@ class LPIPS(nnx.Module):
         maps = self.features(jnp.concatenate([a, b]))
         total = jnp.zeros(a.shape[0])
         for head, both in zip(self.heads, maps, strict=True):
-            length = jnp.sqrt(jnp.sum(both * both, axis=-1, keepdims=True))
+            length = geometry.length(both)[..., None]
             one, other = jnp.split(both / (length + EPS), 2)
             total += jnp.mean(jnp.sum((one - other) ** 2 * head[...][0, 0, :, 0], -1), (1, 2))
         return total

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from worldr1_jax.geometry import length as length_of
 from worldr1_jax.rewards.base import Evidence, Parts, Reward
 
 # Colour words and their sRGB-like values, far apart in hue; white is told by brightness.
@@ -59,7 +60,7 @@ def palette(
     matter, but a pixel has to be saturated (or, for white, bright). A prompt that names no colour
     scores 1: nothing it asked for is missing.
     """
-    length = jnp.linalg.norm(videos, axis=-1, keepdims=True)
+    length = length_of(videos)[..., None]  # 0, without a gradient, where black
     direction = videos / jnp.maximum(length, 1e-3)
     wanted = colors / jnp.maximum(jnp.linalg.norm(colors, axis=-1, keepdims=True), 1e-3)
 

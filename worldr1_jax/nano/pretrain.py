@@ -341,7 +341,7 @@ def camera_terms(raw: da3.Raw, camtoworld: jax.Array) -> dict[str, jax.Array]:
     absolute error the network first learns their median, which is to say nothing. The quaternion is
     compared before normalisation, or its length would grow and its gradient vanish.
     """
-    quaternion = geometry.matrix_to_quaternion(camtoworld[..., :3, :3])
+    quaternion = jnp.roll(geometry.matrix_to_quaternion(camtoworld[..., :3, :3]), -1, -1)  # xyzw
     turn, move = raw.quaternion - quaternion, raw.translation - camtoworld[..., :3, 3]
     fov = 2 * np.arctan(0.5 / world.FOCAL)
     return {

@@ -7,7 +7,6 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from worldr1_jax.camera import commands
+from worldr1_jax.data import prompts as prompt_files
+from worldr1_jax.data.loader import check_seed
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.policies.stages import Pipeline
@@ -39,23 +40,18 @@ class Generated:
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts of a text file, one a line, or of standard input for "-"; blank lines are passed
-    over.
+    """The prompts of a file, or of standard input for "-", by the rules of data/prompts.py: .jsonl
+    records, of whatever split, or text, one prompt a line.
 
     Raises:
-      ValueError: a file that is missing, not UTF-8, or without a prompt.
+      ValueError: a file that cannot be read, or a prompt that is none, named by its line.
     """
-    try:
-        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise ValueError(f"--prompts {source} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {source} is not UTF-8 text: {error.reason}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts {source} holds no prompt: give one a line")
-    return prompts
+    if source.endswith(".jsonl"):
+        sets = prompt_files.read(source, commands.complaint)
+        return [*sets.train, *sets.dynamic, *sets.test]
+    if source == "-":
+        return prompt_files.texts(sys.stdin.buffer.read(), "standard input", commands.complaint)
+    return prompt_files.texts(prompt_files.read_content(source), source, commands.complaint)
 
 
 def generate(
@@ -76,7 +72,7 @@ def generate(
     Args:
       pipeline: the model, its video size, schedule, guidance and camera.
       prompts: any texts; camera commands at their head steer the starting noise.
-      seed: >= 0.
+      seed: 0 to 2^32 - 1.
       samples: videos per prompt, >= 1.
       batch: videos at a time, a multiple of the devices that share a batch; the last batch is
         filled up with repeats, which are dropped.
@@ -84,9 +80,11 @@ def generate(
       solver: UniPC (`unipc.make`); None is Euler on the pipeline's sigmas.
 
     Raises:
-      ValueError: samples or batch below 1, a batch that the mesh does not divide, or prompts that
-        ask for a camera movement that is none.
+      ValueError: a seed out of range, samples or batch below 1, a batch that the mesh does not
+        divide, or prompts that are no texts or ask for a camera movement that is none.
     """
+    check_seed(seed)
+    prompt_files.check_texts([*prompts, pipeline.sampling.negative_prompt])
     commands.check_prompts(prompts)
     parts = sharding.batch_parts(pipeline.mesh)
     if samples < 1 or batch < 1 or batch % parts:

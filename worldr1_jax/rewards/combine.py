@@ -45,4 +45,4 @@ def combine(scores: Mapping[str, Float[Array, " B"]], weights: Mapping[str, floa
     valid = jnp.all(jnp.isfinite(parts), axis=0)
     factors = jnp.asarray([weights[name] for name in counted], jnp.float32)
     total = jnp.sum(factors[:, None] * parts, axis=0)
-    return Scores(dict(scores), jnp.where(valid, total, jnp.nan), valid)
+    return Scores(dict(scores), jnp.where(valid, total, jnp.nan), valid, tuple(counted))

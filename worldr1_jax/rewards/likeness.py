@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from worldr1_jax.geometry import root
 from worldr1_jax.rewards.base import Evidence, Parts
 
 WINDOW, SIGMA = 7, 1.5  # px; SSIM's Gaussian window, 7 instead of 11 because nano frames are small
 C1, C2 = 0.01**2, 0.03**2  # SSIM's stabilisers for a range of 1
 BLANK = 1 / 255  # texture below which a frame shows nothing: one level of 8 bits
 MSE_MIN = 1e-10  # PSNR is at most 100 dB
+ROUNDING = 1e-7  # of a variance in float32; a spread of 0.1 of 255 levels
 
 
 def psnr(
@@ -52,7 +54,7 @@ def texture(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F"]:
     gray = jnp.mean(video, axis=-1, keepdims=True)
     gray = gray - jnp.mean(gray, axis=(2, 3), keepdims=True)  # or rounding looks like texture
     variance = _blur(gray * gray) - _blur(gray) ** 2
-    return jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0)), axis=(2, 3, 4))
+    return jnp.mean(root(jnp.maximum(variance, 0.0), ROUNDING), axis=(2, 3, 4))
 
 
 def _blur(image: Float[Array, "*batch H W C"]) -> Float[Array, "*batch h w C"]:

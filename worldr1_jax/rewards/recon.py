@@ -98,24 +98,13 @@ def s_recon(
     Raises:
         ValueError: shapes that do not belong together, or fewer than 1 or more than F views.
     """
-    if video.ndim != 5 or video.shape[:2] != reconstruction.camtoworld.shape[:2]:
-        raise ValueError(
-            f"video has shape {video.shape}, and the reconstruction is of "
-            f"{reconstruction.camtoworld.shape[:2]} videos and frames: want (B, F, H, W, 3)"
-        )
-    size = reconstruction.depth.shape[2:]
+    _check(video, reconstruction)
+    size = (reconstruction.depth.shape[2], reconstruction.depth.shape[3])
     chosen = frame_indices(video.shape[1], views)
     mine, average = _views_of(chosen, shared)
-    resized = reconstruct.resize_frames(video, (size[0], size[1]))
+    resized = reconstruct.resize_frames(video, size)
     frames = resized[:, mine]
-    rendered = splat.render(
-        reconstruction.gaussians,
-        reconstruction.camtoworld[:, mine],
-        reconstruction.intrinsics[:, mine],
-        (size[0], size[1]),
-        method=method,
-    )
-    image = jnp.clip(rendered.rgb, 0.0, 1.0)
+    image, alpha = _rerendered(reconstruction, mine, size, method)
     similarity = average(ssim(image, frames))
     likeness = similarity if perceptual is None else average(_likeness(image, frames, perceptual))
     judged = likeness
@@ -124,30 +113,61 @@ def s_recon(
         # 0 for a still video; the middle frame is like itself, and so does not count.
         others = len(chosen) / max(len(chosen) - 1, 1)
         change = others * (1.0 - average(_likeness(middle, frames, perceptual)))
-        if change_floor > 0:
-            judged = 1.0 - (1.0 - judged) / (change + change_floor)
-        judged = jnp.clip(judged, 0.0, 1.0)
-        if change_min > 0:
-            judged = judged * jnp.minimum(1.0, change / change_min)
-        judged = judged if moves is None else jnp.where(moves, judged, likeness)
+        judged = _charged(likeness, change, change_floor, change_min, moves)
     shown = texture(resized)
     detail = jnp.mean(shown[:, chosen], axis=1)
     gate = jnp.minimum(1.0, detail / texture_min) if texture_min > 0 else 1.0
-    score = jnp.clip(judged, 0.0, 1.0) * gate
     parts = {
         "psnr": average(psnr(image, frames)),
         "ssim": similarity,
-        "coverage": average(jnp.mean(rendered.alpha, axis=(2, 3))),
+        "coverage": average(jnp.mean(alpha, axis=(2, 3))),
         "texture": detail,
         "texture_least": jnp.min(shown, axis=1),
+        **({} if perceptual is None else {"perceptual": 1.0 - likeness}),
     }
-    if perceptual is not None:
-        parts["perceptual"] = 1.0 - likeness
     # The renderer leaves out a Gaussian that is not finite, which would hide the failure.
     sound = _finite((video, reconstruction))
-    return jnp.where(sound, score, jnp.nan), {
-        name: jnp.where(sound, part, jnp.nan) for name, part in parts.items()
-    }
+    score = jnp.clip(judged, 0.0, 1.0) * gate
+    return jax.tree.map(lambda part: jnp.where(sound, part, jnp.nan), (score, parts))
+
+
+def _check(video: Array, reconstruction: Reconstruction) -> None:
+    if video.ndim != 5 or video.shape[:2] != reconstruction.camtoworld.shape[:2]:
+        raise ValueError(
+            f"video has shape {video.shape}, and the reconstruction is of "
+            f"{reconstruction.camtoworld.shape[:2]} videos and frames: want (B, F, H, W, 3)"
+        )
+
+
+def _rerendered(
+    reconstruction: Reconstruction, frames: Array | np.ndarray, size: tuple[int, int], method: str
+) -> tuple[Float[Array, "B v H W 3"], Float[Array, "B v H W"]]:
+    """The Gaussians seen by the cameras of some frames, in [0, 1], and how opaque they are."""
+    rendered = splat.render(
+        reconstruction.gaussians,
+        reconstruction.camtoworld[:, frames],
+        reconstruction.intrinsics[:, frames],
+        size,
+        method=method,
+    )
+    return jnp.clip(rendered.rgb, 0.0, 1.0), rendered.alpha
+
+
+def _charged(
+    likeness: Float[Array, " B"],
+    change: Float[Array, " B"],
+    change_floor: float,
+    change_min: float,
+    moves: Bool[Array, " B"] | None,
+) -> Float[Array, " B"]:
+    """The likeness as `s_recon`'s two options of change see it, where the path moves."""
+    judged = likeness
+    if change_floor > 0:
+        judged = 1.0 - (1.0 - judged) / (change + change_floor)
+    judged = jnp.clip(judged, 0.0, 1.0)
+    if change_min > 0:
+        judged = judged * jnp.minimum(1.0, change / change_min)
+    return judged if moves is None else jnp.where(moves, judged, likeness)
 
 
 def _views_of(chosen: np.ndarray, shared: tuple[str, ...]) -> tuple[Array | np.ndarray, Average]:

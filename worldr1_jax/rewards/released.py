@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from worldr1_jax.geometry import rotation_angle
-from worldr1_jax.rewards.trajectory import relative_to_first
+from worldr1_jax.geometry import length as length_of
+from worldr1_jax.geometry import relative_to_first, rotation_angle
 
 STILL_UNITS, STILL_DEGREES = 1e-4, 1e-3  # a path below these asks for no translation, no rotation
 EPS = 1e-6
@@ -56,7 +56,11 @@ def _aligned(asked: Float[Array, "F 4 4"], recovered: Float[Array, "F 4 4"]) -> 
     target_mean, source_mean = target.mean(0), source.mean(0)
     centred = source - source_mean
     covariance = jnp.matmul((target - target_mean).T, centred, precision=exact) / len(target)
-    u, spread, vt = jnp.linalg.svd(covariance)
+    # float32: the release tests its float64 covariance for a second direction above rounding.
+    extents = jnp.linalg.svd(lax.stop_gradient(covariance), compute_uv=False)
+    fits = (extents[1] > 1e-6 * extents[0]) & (_length(target) >= STILL_UNITS)
+    # Singular values that are equal, as three zeros are, have a gradient of NaN.
+    u, spread, vt = jnp.linalg.svd(jnp.where(fits, covariance, jnp.diag(jnp.arange(3.0, 0.0, -1))))
     signs = jnp.ones(3).at[2].set(jnp.sign(jnp.linalg.det(u) * jnp.linalg.det(vt)))
     turn = jnp.matmul(u * signs, vt, precision=exact)
     variance = jnp.mean(jnp.sum(centred**2, axis=-1))
@@ -64,10 +68,7 @@ def _aligned(asked: Float[Array, "F 4 4"], recovered: Float[Array, "F 4 4"]) -> 
     position = scale * jnp.matmul(centred, turn.T, precision=exact) + target_mean
     rotation = jnp.matmul(turn, recovered[:, :3, :3], precision=exact)
     fitted = recovered.at[:, :3, :3].set(rotation).at[:, :3, 3].set(position)
-    # float32: the release tests its float64 covariance for a second direction above rounding.
-    planar = spread[1] > 1e-6 * spread[0]
-    moves = _length(target) >= STILL_UNITS
-    return jnp.where(planar & moves, fitted, recovered)
+    return jnp.where(fits, fitted, recovered)
 
 
 def motion_profile(
@@ -84,12 +85,13 @@ def motion_profile(
     or exp(-L / 3) and exp(-T / 5) where nothing of the kind is asked for. The score is their mean,
     or 0.8 and 0.2 where only one is asked for, or their product where none is.
     """
-    turns, positions = (x[0] for x in relative_to_first(asked[None]))
-    found_turns, found = (x[0] for x in relative_to_first(recovered[None]))
+    path, found_path = relative_to_first(asked), relative_to_first(recovered)
+    turns, positions = path[..., :3, :3], path[..., :3, 3]
+    found_turns, found = found_path[..., :3, :3], found_path[..., :3, 3]
     length, found_length = _length(positions), _length(found)
     turning, found_turning = _turning(turns), _turning(found_turns)
 
-    error = jnp.mean(jnp.linalg.norm(found - positions, axis=-1))
+    error = jnp.mean(length_of(found - positions))
     step = jnp.maximum(length / max(len(asked) - 1, 1), 1.0)
     translation = jnp.where(
         length < STILL_UNITS,
@@ -114,7 +116,7 @@ def motion_profile(
 
 
 def _length(positions: Float[Array, "F 3"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.linalg.norm(jnp.diff(positions, axis=0), axis=-1))
+    return jnp.sum(length_of(jnp.diff(positions, axis=0)))
 
 
 def _turning(rotations: Float[Array, "F 3 3"]) -> Float[Array, ""]:
@@ -131,7 +133,7 @@ def _ratio(a: Array, b: Array) -> Array:
 
 def _cosine(a: Float[Array, "F 3"], b: Float[Array, "F 3"]) -> Array:
     """(1 + cosine) / 2 of all positions as one vector; 1 where both are 0, and 0 where one is."""
-    norm_a, norm_b = jnp.linalg.norm(a), jnp.linalg.norm(b)
+    norm_a, norm_b = length_of(a.ravel()), length_of(b.ravel())
     cosine = jnp.sum(a * b) / jnp.maximum(norm_a * norm_b, EPS**2)
     value = 0.5 * (jnp.clip(cosine, -1.0, 1.0) + 1.0)
     value = jnp.where((norm_a < EPS) | (norm_b < EPS), 0.0, value)

@@ -12,11 +12,14 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from worldr1_jax.fields import in_range, one_of
-from worldr1_jax.geometry import rotation_angle
+from worldr1_jax.geometry import length as length_of
+from worldr1_jax.geometry import relative_to_first, root, rotation_angle
+from worldr1_jax.rewards import released
 from worldr1_jax.rewards.base import CAMERAS, Evidence, Parts, Reward
 from worldr1_jax.rewards.likeness import where_shown
 
@@ -76,6 +79,73 @@ def s_traj(
     return jnp.exp(-sharpness * (translation**2 + rotation**2))
 
 
+def s_traj_segments(
+    asked: Float[Array, "B F 4 4"],
+    recovered: Float[Array, "B F 4 4"],
+    *,
+    frames: int = 3,
+    depth_scale: float | Float[Array, " B"] = 1.0,
+    sharpness: float = SHARPNESS,
+) -> Float[Array, " B"]:
+    """`s_traj` of every run of `frames` neighbouring frames, each from its own first one; the mean.
+
+    A jump of the camera condemns the runs that contain it, and not all that follows, and a path
+    that drifts off is judged by how it moves. All runs share one scale, the median of those that
+    fit each alone, or a video could move at any speed at any time. Tolerances are those of the
+    whole path, times the run's share of it; a run in which less is asked for than half of what the
+    others are asked for is judged as if it were half.
+
+    Args:
+        asked, recovered, depth_scale, sharpness: as in `s_traj`.
+        frames: of a run, 2 to F. Short runs are dense, and noisy: a network's error of a pose does
+            not shrink with the distance. F gives `s_traj`.
+
+    Raises:
+        ValueError: shapes that are not two equal [B F 4 4], or a number of frames that F lacks.
+    """
+    _check(asked, recovered)
+    count = asked.shape[1]
+    if not 2 <= frames <= count:
+        raise ValueError(f"segments are of {frames} frames: a path of {count} has 2 to {count}")
+    runs = np.arange(count - frames + 1)[:, None] + np.arange(frames)
+    share = (frames - 1) / (count - 1)
+    depth = share * jnp.broadcast_to(jnp.asarray(depth_scale, jnp.float32), asked.shape[:1])
+    path, found = (
+        relative_to_first(jnp.asarray(x, jnp.float32)[:, runs]) for x in (asked, recovered)
+    )
+    wanted, seen = path[..., :3, 3], found[..., :3, 3]
+    unit = _rms(length_of(wanted))
+    scale, moves = _shared_scale(wanted, seen, unit, frames * (STILL * depth[:, None]) ** 2)
+    typical = jnp.sum(unit, axis=1) / jnp.maximum(jnp.sum(unit > _NO_TRANSLATION, axis=1), 1)
+    unit = jnp.where(moves[:, None], jnp.maximum(unit, 0.5 * typical[:, None]), 1.0)
+    off_path = _rms(length_of(scale[:, None, None, None] * seen - wanted)) / unit
+    drift = _rms(length_of(seen)) / (TRANSLATION_TOLERANCE * depth[:, None])
+    translation = jnp.where(moves[:, None], off_path, drift)
+    between = jnp.einsum(
+        "bsfji,bsfjk->bsfik", path[..., :3, :3], found[..., :3, :3], precision=lax.Precision.HIGHEST
+    )
+    turned = _rms(rotation_angle(path[..., :3, :3]))
+    rotation = _rms(rotation_angle(between))
+    rotation = rotation / jnp.maximum(turned, share * jnp.deg2rad(ROTATION_TOLERANCE))
+    return jnp.mean(jnp.exp(-sharpness * (translation**2 + rotation**2)), axis=1)
+
+
+def _shared_scale(
+    wanted: Float[Array, "B S F 3"],
+    seen: Float[Array, "B S F 3"],
+    unit: Float[Array, "B S"],
+    noise: Float[Array, "B 1"],
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """The median (the lower one of two) over runs that are asked to move of the scale that fits
+    each, and whether any is."""
+    moving = unit > _NO_TRANSLATION
+    fit = jnp.sum(seen * wanted, axis=(2, 3)) / (jnp.sum(seen**2, axis=(2, 3)) + noise)
+    ordered = jnp.sort(jnp.where(moving, jnp.maximum(fit, 0.0), jnp.inf), axis=1)
+    count = jnp.sum(moving, axis=1)
+    middle = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0)[:, None] // 2, axis=1)[:, 0]
+    return jnp.where(count > 0, middle, 0.0), count > 0
+
+
 def parts(
     asked: Float[Array, "B F 4 4"],
     recovered: Float[Array, "B F 4 4"],
@@ -110,7 +180,7 @@ def errors(
     paths = _align(asked, recovered, depth_scale)
     depth = jnp.broadcast_to(jnp.asarray(depth_scale, jnp.float32), asked.shape[:1])
     _, moves = _length(paths)
-    farthest = jnp.max(jnp.linalg.norm(paths.asked, axis=-1), axis=-1)
+    farthest = jnp.max(length_of(paths.asked), axis=-1)
     on_path = (paths.aligned - paths.asked) / jnp.where(moves, farthest, 1.0)[:, None, None]
     drift = paths.recovered / depth[:, None, None]
     offsets = jnp.where(moves[:, None, None], on_path, drift)
@@ -118,20 +188,9 @@ def errors(
     squared = jnp.sum(turns**2, axis=(-2, -1)) + jnp.sum(offsets**2, axis=-1)
     return {
         "rot_err": jnp.sum(paths.angles, axis=-1),
-        "trans_err": jnp.sum(jnp.linalg.norm(offsets, axis=-1), axis=-1),
-        "cam_mc": jnp.sum(jnp.sqrt(squared), axis=-1),
+        "trans_err": jnp.sum(length_of(offsets), axis=-1),
+        "cam_mc": jnp.sum(root(squared), axis=-1),
     }
-
-
-def relative_to_first(
-    camtoworld: Float[Array, "B F 4 4"],
-) -> tuple[Float[Array, "B F 3 3"], Float[Array, "B F 3"]]:
-    """Rotations and positions of a path in the frame of its first camera."""
-    to_first = camtoworld[:, 0, :3, :3].swapaxes(-1, -2)
-    exact = lax.Precision.HIGHEST
-    rotations = jnp.einsum("bij,bfjk->bfik", to_first, camtoworld[..., :3, :3], precision=exact)
-    offsets = camtoworld[..., :3, 3] - camtoworld[:, :1, :3, 3]
-    return rotations, jnp.einsum("bij,bfj->bfi", to_first, offsets, precision=exact)
 
 
 def _relative_errors(
@@ -141,8 +200,8 @@ def _relative_errors(
     paths = _align(asked, recovered, depth_scale)
     depth = jnp.broadcast_to(jnp.asarray(depth_scale, jnp.float32), asked.shape[:1])
     length, moves = _length(paths)
-    off_path = _rms(jnp.linalg.norm(paths.aligned - paths.asked, axis=-1)) / length
-    drift = _rms(jnp.linalg.norm(paths.recovered, axis=-1)) / (TRANSLATION_TOLERANCE * depth)
+    off_path = _rms(length_of(paths.aligned - paths.asked)) / length
+    drift = _rms(length_of(paths.recovered)) / (TRANSLATION_TOLERANCE * depth)
     unit = jnp.maximum(_rms(paths.turned), jnp.deg2rad(ROTATION_TOLERANCE))
     return jnp.where(moves, off_path, drift), _rms(paths.angles) / unit
 
@@ -168,14 +227,19 @@ def aligned_positions(
     return paths.asked, jnp.where(moves[:, None, None], paths.aligned, alone)
 
 
-def _align(asked: Array, recovered: Array, depth_scale: float | Array) -> _Alignment:
+def _check(asked: Array, recovered: Array) -> None:
     if asked.ndim != 4 or asked.shape[-2:] != (4, 4) or asked.shape != recovered.shape:
         raise ValueError(
             f"asked has shape {asked.shape} and recovered {recovered.shape}, "
             "want two equal shapes (B, F, 4, 4)"
         )
-    turns, positions = relative_to_first(jnp.asarray(asked, jnp.float32))
-    found_turns, found = relative_to_first(jnp.asarray(recovered, jnp.float32))
+
+
+def _align(asked: Array, recovered: Array, depth_scale: float | Array) -> _Alignment:
+    _check(asked, recovered)
+    path, found_path = (relative_to_first(jnp.asarray(x, jnp.float32)) for x in (asked, recovered))
+    turns, positions = path[..., :3, :3], path[..., :3, 3]
+    found_turns, found = found_path[..., :3, :3], found_path[..., :3, 3]
     between = jnp.einsum("bfji,bfjk->bfik", turns, found_turns, precision=lax.Precision.HIGHEST)
     noise = asked.shape[1] * (STILL * jnp.asarray(depth_scale, jnp.float32)) ** 2
     scale = jnp.sum(found * positions, axis=(1, 2)) / (jnp.sum(found**2, axis=(1, 2)) + noise)
@@ -186,13 +250,13 @@ def _align(asked: Array, recovered: Array, depth_scale: float | Array) -> _Align
 
 def _length(paths: _Alignment) -> tuple[Float[Array, " B"], Array]:
     """rms displacement asked for (1 where there is none), and whether there is any."""
-    length = _rms(jnp.linalg.norm(paths.asked, axis=-1))
+    length = _rms(length_of(paths.asked))
     moves = length > _NO_TRANSLATION
     return jnp.where(moves, length, 1.0), moves
 
 
-def _rms(values: Float[Array, "B F"]) -> Float[Array, " B"]:
-    return jnp.sqrt(jnp.mean(values**2, axis=-1))
+def _rms(values: Float[Array, "*b F"]) -> Float[Array, "*b"]:
+    return root(jnp.mean(values**2, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,24 +266,28 @@ class Trajectory(Reward):
 
     Attributes:
       depth_scale: typical depth in the 3D network's units; scales the tolerance on still cameras.
-      mode: "paper", or "released" for the formula of World-R1's code.
+      mode: "paper"; "segments", run by run (`s_traj_segments`); or "released", by the formula of
+        World-R1's code.
+      segment: frames of a run, of those that are reconstructed; at most all are taken.
     """
 
     needs = CAMERAS
 
     depth_scale: float = 1.0
     mode: str = "paper"
+    segment: int = 3
 
     def __post_init__(self) -> None:
-        in_range(self, depth_scale=(1e-6, 1e6))
-        one_of(self, mode=("paper", "released"))
+        in_range(self, depth_scale=(1e-6, 1e6), segment=(2, 10_000))
+        one_of(self, mode=("paper", "segments", "released"))
 
     def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:
         path, found = evidence.path, evidence.found().camtoworld
         if self.mode == "released":
-            from worldr1_jax.rewards import released  # which builds on this module
-
             score = released.s_traj(path, found)
+        elif self.mode == "segments":
+            frames = min(self.segment, path.shape[1])
+            score = s_traj_segments(path, found, frames=frames, depth_scale=self.depth_scale)
         else:
             score = s_traj(path, found, depth_scale=self.depth_scale)
         factors = parts(path, found, depth_scale=self.depth_scale)

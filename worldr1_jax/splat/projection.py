@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from worldr1_jax.geometry import harmonics, rotation_matrix
+from worldr1_jax.geometry import harmonics, quaternion_to_matrix
 from worldr1_jax.types import Gaussians
 
 EPS2D = 0.3  # px^2, added to the projected covariance: a low-pass of about half a pixel
@@ -16,6 +17,8 @@ NEAR = 0.01  # world units
 ALPHA_MIN, ALPHA_MAX = 1.0 / 255.0, 0.999  # below, a Gaussian is skipped; above, it is cut off
 TRANSMITTANCE_MIN = 1e-4  # a pixel stops before its transmittance would reach this
 EXTENT_MAX = 3.33  # standard deviations
+LARGEST = 1e15  # numbers of a Gaussian from here on, or not finite: it is not drawn
+WIDEST = 1e9  # px; the same for its standard deviation on the screen, whose fourth power is taken
 # Columns of a projected row.
 MEAN_X, MEAN_Y, CONIC_XX, CONIC_XY, CONIC_YY, OPACITY, FEATURES = 0, 1, 2, 3, 4, 5, 6
 NUM_FEATURES = 4  # red, green, blue, depth
@@ -33,7 +36,7 @@ def covariance(
     quaternions: Float[Array, "*batch 4"], scales: Float[Array, "*batch 3"]
 ) -> Float[Array, "*batch 3 3"]:
     """World covariance R diag(scales^2) R^T of each Gaussian; world units squared."""
-    half = rotation_matrix(quaternions) * scales[..., None, :]
+    half = quaternion_to_matrix(quaternions) * scales[..., None, :]
     return jnp.sum(half[..., :, None, :] * half[..., None, :, :], axis=-1)
 
 
@@ -58,29 +61,61 @@ def _unit(vectors: Float[Array, "*batch 3"]) -> Float[Array, "*batch 3"]:
     return jnp.where(positive, vectors / jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
 
 
+def without_degenerate(gaussians: Gaussians) -> Gaussians:
+    """The Gaussians, transparent and plain where a number of them is NaN, infinite or beyond
+    LARGEST, or the quaternion is zero.
+
+    Such a Gaussian is not drawn either way; left in, its own NaN would become that of every
+    gradient that shares a sum with it.
+    """
+    turn = gaussians.quaternions
+    # False for NaN too.
+    fields = jax.tree.map(lambda leaf: jnp.abs(leaf) < LARGEST, gaussians)
+    sound = fields.opacities & (jnp.sum(turn * turn, axis=-1) > 1.0 / LARGEST**2)
+    for field in (fields.means, fields.quaternions, fields.scales):
+        sound &= jnp.all(field, axis=-1)
+    sound &= jnp.all(fields.sh, axis=(-2, -1))
+
+    def kept(leaf: Array, plain: Array | float) -> Array:
+        shape = sound.shape + (1,) * (leaf.ndim - sound.ndim)
+        return jnp.where(sound.reshape(shape), leaf, plain)
+
+    unturned = jnp.array([1.0, 0.0, 0.0, 0.0], turn.dtype)
+    return jax.tree.map(lambda leaf: kept(leaf, 0.0), gaussians).replace(
+        quaternions=kept(turn, unturned)
+    )
+
+
 def project(
     gaussians: Gaussians,
     camtoworld: Float[Array, "4 4"],
     intrinsics: Float[Array, "3 3"],
     size: tuple[int, int],
+    near: float | Float[Array, ""] = NEAR,
 ) -> Projected:
     """One view's screen-space Gaussians (EWA splatting: the projection is linearised at each mean).
+
+    What lies before `near`, in world units along the optical axis, is not seen.
 
     The point of linearisation is clamped to 15% beyond the image on each side, as gsplat does,
     because the linear model diverges far from the axis; the mean itself is not moved.
     """
     height, width = size
+    gaussians = without_degenerate(gaussians)
     position, to_camera = camtoworld[:3, 3], camtoworld[:3, :3].T
     relative = gaussians.means - position
     x, y, depth = jnp.matmul(to_camera, relative.T, precision=lax.Precision.HIGHEST)
-    in_front = depth > NEAR
+    in_front = depth > near
     z = jnp.where(in_front, depth, 1.0)  # or a culled Gaussian would have a gradient of NaN
     fx, fy, cx, cy = intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]
     slope_x = jnp.clip(x / z, -(cx + 0.15 * width) / fx, (1.15 * width - cx) / fx)
     slope_y = jnp.clip(y / z, -(cy + 0.15 * height) / fy, (1.15 * height - cy) / fy)
 
     # A with A A^T = covariance in the camera, then its image under the projection's Jacobian.
-    half = rotation_matrix(gaussians.quaternions) * gaussians.scales[:, None, :]
+    wide = jnp.maximum(fx, fy) / z * jnp.max(jnp.abs(gaussians.scales), axis=-1)
+    in_front = in_front & (wide < WIDEST)
+    scales = jnp.where(in_front[:, None], gaussians.scales, 0.0)
+    half = quaternion_to_matrix(gaussians.quaternions) * scales[:, None, :]
     half = jnp.einsum("ij,njk->ikn", to_camera, half, precision=lax.Precision.HIGHEST)
     half_x = fx / z * (half[0] - slope_x * half[2])
     half_y = fy / z * (half[1] - slope_y * half[2])

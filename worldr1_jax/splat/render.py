@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from worldr1_jax.splat import exact, tiles
 from worldr1_jax.splat import lists as tile_lists
-from worldr1_jax.splat.projection import Projected, project
+from worldr1_jax.splat.projection import NEAR, Projected, project
 from worldr1_jax.types import Gaussians
 
 
@@ -60,6 +60,7 @@ def _each_view(
     camtoworld: Array,
     intrinsics: Array,
     size: tuple[int, int],
+    near: float | Float[Array, "*batch"],
 ) -> Rendered:
     """Projects every view of every scene and renders them one after the other.
 
@@ -77,14 +78,15 @@ def _each_view(
         raise ValueError(f"intrinsics has shape {intrinsics.shape}, want {(*leading, 3, 3)}")
     scenes = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(batch) :]), gaussians)
 
-    def one_scene(item: tuple[Gaussians, Array, Array]) -> tuple[Array, Array]:
-        scene, poses, matrices = item
+    def one_scene(item: tuple[Gaussians, Array, Array, Array]) -> tuple[Array, Array]:
+        scene, poses, matrices, near = item
         return lax.map(
-            lambda view: one_view(project(scene, view[0], view[1], size)), (poses, matrices)
+            lambda view: one_view(project(scene, view[0], view[1], size, near)), (poses, matrices)
         )
 
     views = (camtoworld.reshape(-1, leading[-1], 4, 4), intrinsics.reshape(-1, leading[-1], 3, 3))
-    image, overflow = lax.map(one_scene, (scenes, *views))
+    nears = jnp.broadcast_to(jnp.asarray(near, jnp.float32), batch).reshape(-1)
+    image, overflow = lax.map(one_scene, (scenes, *views, nears))
     image = image.reshape(*leading, *size, 5)
     depth, alpha = image[..., 3], image[..., 4]
     seen = alpha > 0
@@ -107,6 +109,7 @@ def render(
     pairs: int | None = None,
     rounds: int | None = None,
     interpret: bool = False,
+    near: float | Float[Array, "*batch"] = NEAR,
 ) -> Rendered:
     """Images of every view of every scene; differentiable, whatever the method.
 
@@ -126,6 +129,8 @@ def render(
         rounds: at most so many rounds, for a bound on the time; what is then missing is counted in
             `overflow`. None: until nothing is left, and `overflow` is 0.
         interpret: run the TPU kernel without a TPU, slowly.
+        near: what lies before it, along the optical axis, is not seen; world units, for all scenes
+            or for each.
 
     Raises:
         ValueError: an unknown method, leading axes that disagree, spherical harmonics of degree
@@ -141,7 +146,7 @@ def render(
         one_view = partial(
             _tiled_view, grid=tile_lists.make_grid(size, side, pairs, rounds, kernel)
         )
-    return _each_view(one_view, gaussians, camtoworld, intrinsics, size)
+    return _each_view(one_view, gaussians, camtoworld, intrinsics, size, near)
 
 
 def _tiled_view(view: Projected, grid: tile_lists.Grid) -> tuple[Array, Array]:

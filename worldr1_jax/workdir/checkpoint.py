@@ -9,17 +9,14 @@ import contextlib
 import json
 import math
 import os
-import signal
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, PyTree
 
 from worldr1_jax.files import write_atomically
@@ -327,43 +324,3 @@ def _local(workdir: str | os.PathLike[str]) -> Path:
 
 
 # ---------------------------------------------------------------------------------- stopping
-
-
-class StopSignal:
-    """Turns SIGTERM and ctrl-C into a request that the training loop honours between updates.
-
-        with StopSignal() as stop:
-            for update in ...:
-                ...
-                if stop.agreed():
-                    save, and leave
-
-    Use it in the main thread. After a first ctrl-C a second one interrupts as usual.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._former: dict[int, Any] = {}
-
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop; every process must call it at the same update.
-
-        Saving is collective, so hosts that are told at different times have to stop together.
-        """
-        if jax.process_count() == 1:
-            return self.requested
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.requested))))
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._former[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
-        if number == signal.SIGINT:
-            signal.signal(number, self._former[number])

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from worldr1_jax.geometry import matrix_to_quaternion, multiply, quaternion_to_matrix, rigid_inverse
+from worldr1_jax.geometry import (
+    matrix_to_quaternion,
+    multiply,
+    quaternion_to_matrix,
+    rigid,
+    sh_band,
+)
 from worldr1_jax.types import Gaussians
 
-SH_C0 = 0.28209479177387814
-SH_C1 = 0.4886025119029199
-SH_C2 = (
-    1.0925484305920792,
-    -1.0925484305920792,
-    0.31539156525252005,
-    -1.0925484305920792,
-    0.5462742152960396,
-)
 SCALE_MULTIPLIER = 0.1  # scales are fractions of a tenth of a pixel's footprint at that depth
 
 
@@ -96,8 +92,7 @@ def decode_cameras(
       size: (H, W) of the image in pixels.
     """
     height, width = size
-    upper = jnp.concatenate([quaternion_to_matrix(quaternion), translation[..., None]], axis=-1)
-    last = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], upper.dtype), (*upper.shape[:-2], 1, 4))
+    rotation = quaternion_to_matrix(jnp.roll(quaternion, 1, axis=-1))
     focal = jnp.array([height / 2, width / 2]) / jnp.maximum(jnp.tan(fov / 2), 1e-6)
     zero, one = jnp.zeros_like(focal[..., 0]), jnp.ones_like(focal[..., 0])
     rows = [
@@ -106,12 +101,7 @@ def decode_cameras(
         [zero, zero, one],
     ]
     intrinsics = jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
-    return jnp.concatenate([upper, last], axis=-2), intrinsics
-
-
-def relative_to_first(camtoworld: Float[Array, "*b F 4 4"]) -> Float[Array, "*b F 4 4"]:
-    """The same path with the first camera at the identity."""
-    return jnp.matmul(rigid_inverse(camtoworld[..., :1, :, :]), camtoworld, precision="highest")
+    return rigid(rotation, translation), intrinsics
 
 
 def resample_depth(
@@ -197,7 +187,7 @@ def _world_quaternions(
     length = jnp.sqrt(
         jnp.sum(xyzw * xyzw, axis=-1, keepdims=True) + 1e-16
     )  # finite gradient at zero
-    camera = jnp.roll(matrix_to_quaternion(rotation), 1, axis=-1)[:, :, None, None]
+    camera = matrix_to_quaternion(rotation)[:, :, None, None]
     local = jnp.roll(xyzw / length, 2 if slipped else 1, axis=-1)
     world = multiply(jnp.broadcast_to(camera, local.shape), local)
     world = jnp.where(world[..., :1] < 0, -world, world)
@@ -207,7 +197,7 @@ def _world_quaternions(
 def move(gaussians: Gaussians, rigid: Float[Array, "*b 4 4"]) -> Gaussians:
     """The same Gaussians in other axes: `rigid` maps old world coordinates to new ones."""
     rotation, position = rigid[..., None, :3, :3], rigid[..., None, :3, 3]
-    turn = jnp.roll(matrix_to_quaternion(rotation), 1, axis=-1)
+    turn = matrix_to_quaternion(rotation)
     means = jnp.einsum("...ij,...j->...i", rotation, gaussians.means, precision="highest")
     return gaussians.replace(  # type: ignore[attr-defined]
         means=means + position,
@@ -253,15 +243,3 @@ def _sh_directions(band: int) -> tuple[np.ndarray, np.ndarray]:
     directions = np.stack([radius * np.cos(angle), radius * np.sin(angle), z], axis=-1)
     values = sh_band(band, directions)
     return directions.astype(np.float32), np.linalg.pinv(values).T.astype(np.float32)
-
-
-def sh_band(band: int, d: Float[Array, "*b 3"] | np.ndarray) -> Float[Array, "*b M"]:
-    """Real spherical harmonics of one band (0, 1 or 2), signs as in 3D Gaussian splatting."""
-    xp: Any = np if isinstance(d, np.ndarray) else jnp
-    x, y, z = xp.moveaxis(d, -1, 0)
-    if band == 0:
-        return xp.full((*x.shape, 1), SH_C0, x.dtype)
-    if band == 1:
-        return SH_C1 * xp.stack([-y, z, -x], axis=-1)
-    terms = [x * y, y * z, 2 * z * z - x * x - y * y, x * z, x * x - y * y]
-    return xp.stack([c * t for c, t in zip(SH_C2, terms, strict=True)], axis=-1)

@@ -21,13 +21,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from worldr1_jax.geometry import rigid_inverse
+from worldr1_jax.geometry import relative_to_first, rigid_inverse
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.mesh.make import current
 from worldr1_jax.mesh.placement import COLUMN, ROW, SMALL, Rules, placer
 from worldr1_jax.models.da3.backbone import Backbone, pad_frames
 from worldr1_jax.models.da3.config import Config
-from worldr1_jax.models.da3.gaussians import decode_cameras, gaussians_from, move, relative_to_first
+from worldr1_jax.models.da3.gaussians import decode_cameras, gaussians_from, move
 from worldr1_jax.models.da3.heads import DPT, CameraDecoder
 from worldr1_jax.nn.attention import Implementation, for_mesh
 from worldr1_jax.types import Gaussians, Reconstruction
@@ -334,7 +334,7 @@ def load(
     Raises:
       ValueError: files, fields, keys or shapes that do not fit, named.
     """
-    config = Config.from_dict(convert.read_config(path))
+    config = convert.config_of(Config, path)
     kernel = attention or for_mesh(mesh, config.net.num_heads, dtype)
     model = nnx.eval_shape(lambda: DA3(config, nnx.Rngs(0), dtype=dtype, attention=kernel))
     net = "model.da3" if convert.holds(path, "model.da3.backbone.pretrained.cls_token") else "model"

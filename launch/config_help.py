@@ -26,17 +26,23 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def comments(path: str | Path) -> dict[str, str]:
     """Field -> what the file says of it, or "", in its order; nothing of the file is run.
 
-    A field is an assignment to attributes of a name, `c.sample.steps = 50`. Its comment stands on
-    its own lines, or else on those right above it. Of several assignments the first one counts: the
-    later ones change values for a variant.
+    A field is an assignment to attributes of a name, `c.sample.steps = 50`, or of a name for a
+    section, `g = c.algorithm`. Its comment stands on its own lines, or else on those right above
+    it. Of several assignments the first one with a comment counts: later ones change values for a
+    variant.
     """
     source = Path(path).read_text("utf-8")
     notes, alone = _notes(source)
     found: dict[str, str] = {}
+    sections: dict[str, str] = {}
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Assign):
             continue
-        names = [name for target in node.targets for name in _names(target)]
+        (target,) = node.targets[:1]
+        if isinstance(target, ast.Name) and isinstance(node.value, ast.Attribute):
+            sections[target.id] = ast.unparse(node.value).partition(".")[2] + "."
+            continue
+        names = list(_names(target, sections))
         lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         text = " ".join(notes[line] for line in lines if line in notes)
         first = node.lineno
@@ -98,10 +104,11 @@ def _notes(source: str) -> tuple[dict[int, str], set[int]]:
     return notes, alone
 
 
-def _names(target: ast.expr) -> Iterator[str]:
-    """Dotted names, without the variable's own, that an assignment's left side gives values to."""
+def _names(target: ast.expr, sections: dict[str, str]) -> Iterator[str]:
+    """Dotted names, from the config's root, that an assignment's left side gives values to."""
     if isinstance(target, ast.Tuple):
         for part in target.elts:
-            yield from _names(part)
+            yield from _names(part, sections)
     elif isinstance(target, ast.Attribute):
-        yield ast.unparse(target).partition(".")[2]
+        root, _, name = ast.unparse(target).partition(".")
+        yield sections.get(root, "") + name
