@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 from worldr1_jax import files
 from worldr1_jax.mesh.placement import leaf_path
 from worldr1_jax.weights import orbax as stored
-from worldr1_jax.weights.safetensors import Tensor, open_tensors
+from worldr1_jax.weights.safetensors import Rows, Tensor, open_tensors
 
 Table = Sequence[tuple[str, str, str]]
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -58,7 +58,7 @@ class Source(NamedTuple):
     """A tensor that fills a leaf, or one layer of a stacked leaf (then `layer` is its number)."""
 
     layer: int | None
-    tensor: Tensor
+    tensor: Tensor | Rows
     axes: tuple[int, ...] | None
 
 
@@ -99,6 +99,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     shardings: Shardings | None = None,
     ignore: Sequence[str] = (),
+    split: Mapping[str, Sequence[str]] | None = None,
     skip_leaves: type[nnx.Variable] | None = nnx.LoRAParam,
 ) -> nnx.Module:
     """Fills `model` (arrays or ShapeDtypeStructs) in place from files and returns it.
@@ -115,6 +116,8 @@ def load(
         device.
       shardings: (leaf path, shape) -> sharding, for weights that are sharded as they stream in.
       ignore: regular expressions of publisher's keys that are deliberately not loaded.
+      split: regular expressions of publisher's keys whose tensors hold several of ours below each
+        other, in equal parts -> the parts' names; the table calls them "key.name".
 
     Raises:
       ValueError: a missing, truncated or unreadable file, an unknown or doubled key, an unfilled
@@ -131,7 +134,8 @@ def load(
     if stored.found(path):
         values = stored.restore(path, targets)
     else:
-        sources = _match(Path(path), table, repeats or {}, ignore, targets)
+        tensors = _parts(Path(path), open_tensors(path), split or {})
+        sources = _match(Path(path), tensors, table, repeats or {}, ignore, targets)
         values = {name: _fill(sources[name], target) for name, target in targets.items()}
     for name, variable in found.items():
         variable.set_raw_value(values[name])
@@ -158,7 +162,8 @@ def save(
         value = value if index is None else value[index]
         axes = AXES[kind]
         value = value if axes is None else np.transpose(value, np.argsort(axes))
-        tensors[key] = np.ascontiguousarray(value.astype(dtype) if dtype else value)
+        # not ascontiguousarray, which gives scalars an axis
+        tensors[key] = np.asarray(value.astype(dtype) if dtype else value, order="C")
     write_tensors(tensors, folder / filename, {"format": "pt"})
     if config is not None:
         _write_config(folder, config)
@@ -222,15 +227,36 @@ def _expand(
             yield key, (path.format(**numbers), index, kind)
 
 
+def _parts(
+    path: Path, tensors: Mapping[str, Tensor], split: Mapping[str, Sequence[str]]
+) -> dict[str, Tensor | Rows]:
+    """The tensors, those that hold several of ours in their parts."""
+    found: dict[str, Tensor | Rows] = {}
+    for key, tensor in tensors.items():
+        names = next((names for p, names in split.items() if re.fullmatch(p, key)), None)
+        if names is None:
+            found[key] = tensor
+            continue
+        rows, rest = divmod(tensor.shape[0] if tensor.shape else 0, len(names))
+        if rest or not rows:
+            raise ValueError(
+                f"{path}: '{key}' has shape {list(tensor.shape)}; its first axis has to hold "
+                f"{len(names)} equal parts"
+            )
+        for part, name in enumerate(names):
+            found[f"{key}.{name}"] = Rows(tensor, f"{key}.{name}", part * rows, rows)
+    return found
+
+
 def _match(
     path: Path,
+    tensors: Mapping[str, Tensor | Rows],
     table: Table,
     repeats: Mapping[str, int],
     ignore: Sequence[str],
     targets: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, list[Source]]:
     """What fills each leaf. Everything that can be wrong is found here, from names and headers."""
-    tensors = open_tensors(path)
     for count in repeats.values():
         if count > len(tensors):
             raise ValueError(
@@ -269,7 +295,7 @@ def _match(
     return sources
 
 
-def _check_dtype(path: Path, tensor: Tensor) -> None:
+def _check_dtype(path: Path, tensor: Tensor | Rows) -> None:
     if tensor.dtype not in FLOATS:
         raise ValueError(
             f"{path}: '{tensor.key}' is stored as {dtype_name(tensor)}, not as a float of 16 bits "
@@ -277,13 +303,15 @@ def _check_dtype(path: Path, tensor: Tensor) -> None:
         )
 
 
-def dtype_name(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor | Rows) -> str:
     """A dtype as messages name it."""
     names = {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U8": "uint8"}
     return names.get(tensor.dtype, tensor.dtype)
 
 
-def _check_shape(path: Path, tensor: Tensor, leaf: str, shape: tuple[int, ...], kind: str) -> None:
+def _check_shape(
+    path: Path, tensor: Tensor | Rows, leaf: str, shape: tuple[int, ...], kind: str
+) -> None:
     axes = AXES[kind]
     if axes is not None and len(axes) == len(shape):
         shape = tuple(shape[axes.index(axis)] for axis in range(len(axes)))

@@ -1,4 +1,5 @@
-"""Opens published weights: .safetensors files, shards with an index, and torch's .pth files.
+"""Opens published weights: .safetensors files, shards with an index, and torch's .pth, .pt and
+.bin files.
 
 Names, shapes and dtypes come from the headers; a tensor's bytes are read when `Tensor.read` asks
 for a part of it, through the mapped file.
@@ -72,12 +73,27 @@ class Tensor:
         return handle.get_slice(self.key)[index] if index else handle.get_tensor(self.key)
 
 
+class Rows:
+    """`count` rows of a tensor from row `first`, as a tensor of their own (see Tensor)."""
+
+    def __init__(self, tensor: Tensor, key: str, first: int, count: int):
+        self._tensor, self._first, self.key = tensor, first, key
+        self.shape = (count, *tensor.shape[1:])
+        self.dtype, self.path = tensor.dtype, tensor.path
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """As Tensor.read."""
+        start, stop, _ = index[0].indices(self.shape[0])
+        rows = slice(self._first + start, self._first + stop)
+        return self._tensor.read((rows, *index[1:]))
+
+
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a file or of a folder's shards, by name.
 
     Args:
-      path: a .safetensors or .pth file, an index (*.safetensors.index.json), or a folder with one
-        index or one .safetensors file.
+      path: a .safetensors file, one of torch's (torch_zip.SUFFIXES), an index
+        (*.safetensors.index.json), or a folder with one index or one .safetensors file.
 
     Raises:
       ValueError: a missing, truncated or unreadable file; an index and files that do not agree, as
@@ -102,7 +118,10 @@ def _open(path: Path) -> Any:
         with files.named(path):
             return torch_zip.TorchZip(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is neither a .safetensors nor a .pth file")
+        raise ValueError(
+            f"{path} is neither a .safetensors file nor one of torch's, "
+            f"{', '.join(torch_zip.SUFFIXES)}"
+        )
     return open_safetensors(path)
 
 

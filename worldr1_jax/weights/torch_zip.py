@@ -1,5 +1,5 @@
-"""Reads tensors from torch's .pth files: zip archives whose table of tensors is written as pickle
-opcodes.
+"""Reads tensors from torch's .pth files (and .pt and .bin, which are the same): zip archives whose
+table of tensors is written as pickle opcodes. The table may be an entry "state_dict" of another.
 
 Nothing is unpickled. `_interpret` follows the few opcodes that a table of tensors needs, on a stack
 of plain values; the names in it stand for entries of `_ADMITTED`, and no name is imported or
@@ -24,7 +24,8 @@ import numpy as np
 
 from worldr1_jax.files import short
 
-SUFFIXES = (".pth", ".pt")
+SUFFIXES = (".pth", ".pt", ".bin")
+_NESTED = "state_dict"  # where checkpoints keep their tensors, beside numbers of their training
 
 # Names of dtypes as safetensors has them -> what numpy calls them.
 DTYPES: dict[str, np.dtype] = {
@@ -301,6 +302,8 @@ class TorchZip:
             # genops has ValueError for a broken stream; the others are of a broken stack or memo
             raise ValueError(f"{self._path} is refused: {error}") from error
         tensors = tensors if isinstance(tensors, dict) else {}
+        if isinstance(tensors.get(_NESTED), dict):
+            tensors = tensors[_NESTED]
         wrong = [k for k, v in tensors.items() if not (isinstance(k, str) and type(v) is _Tensor)]
         if wrong or not tensors:
             what = f"'{short(wrong[0])}' is no tensor" if wrong else "it is no table of tensors"
