@@ -129,3 +129,10 @@ def test_a_config_file_that_is_no_python_is_named(tmp_path):
     broken.write_text("x = (\n")
     done = launch("score", f"--config={broken}")
     assert done.returncode == 1 and done.stderr.startswith(f"error: {broken} line 1 is no Python")
+
+
+def test_a_start_on_an_empty_machine_names_all_that_is_missing(tmp_path):
+    done = launch("tpu_train", f"{CONFIG}:small", f"--workdir={tmp_path}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    for field in ("policy.weights", "rewards.recon.lpips", "rewards.reconstruct.da3"):
+        assert field in done.stderr, done.stderr
