@@ -139,6 +139,8 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
         g.window_range = (0, 25)  # steps that the window may cover
         g.window_place = "random"  # or progressive, from noise to data, as MixGRPO; or group
         g.window_interval = 25  # updates at one place, progressive only
+        # what a group has in common before its window: none, noise, or prefix, computed once
+        g.share = "none"
 
     c.advantage = ml_collections.ConfigDict()  # (algorithms/advantage.py: Advantage)
     c.advantage.rewards = "sum"  # or each: every reward by its own std, then the weighted sum

@@ -199,6 +199,13 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
             f"groups x group_size is {found.run.videos} videos, which the mesh's data x fsdp = "
             f"{parts} cannot divide"
         )
+    draw = found.algorithm.draw(jax.random.key(0), 0, found.plan)
+    if draw.prefix and (found.run.groups % parts or found.camera.mode == "step"):
+        raise ValueError(
+            f"algorithm.share is 'prefix' and groups is {found.run.groups}: the mesh's data x fsdp "
+            f"= {parts} has to divide the groups, and camera.mode must not be step; noise has no "
+            "such conditions"
+        )
 
 
 def check_files(found: Settings) -> None:
