@@ -1,6 +1,7 @@
 """The four parts of a Wan2.1 text-to-video model, loaded from one folder in either layout.
 
 diffusers and launch/convert_weights.py:  transformer/  vae/  text_encoder/  tokenizer/
+                          and, of diffusers alone, model_index.json  scheduler/
 Wan-Video's own release:  config.json and diffusion_pytorch_model*.safetensors,  Wan2.1_VAE.pth,
                           models_t5_umt5-xxl-enc-bf16.pth,  google/umt5-xxl/
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from worldr1_jax import files
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import lora_files
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import lora
 from worldr1_jax.weights import convert
@@ -41,6 +46,24 @@ LAYOUTS = {
         "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
         "tokenizer": "google/umt5-xxl",
     },
+}
+# What says that a folder is of another model, of which reading the four parts alone would make
+# something that nobody trained.
+_OTHERS = {
+    "transformer_2": "the second expert of Wan2.2-A14B",
+    "high_noise_model": "the first expert of Wan2.2-A14B",
+    "low_noise_model": "the second expert of Wan2.2-A14B",
+    "Wan2.2_VAE.pth": "the VAE of Wan2.2-TI2V-5B",
+    "image_encoder": "the image encoder of image-to-video",
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "that of image-to-video",
+}
+INDEX = "model_index.json"
+_MOST_TOKENIZER = 256 * files.MIB
+# diffusers' class -> the part that has to be of it.
+_CLASSES = {
+    "transformer": "WanTransformer3DModel",
+    "vae": "AutoencoderKLWan",
+    "text_encoder": "UMT5EncoderModel",
 }
 
 
@@ -78,12 +101,13 @@ def parts(folder: str | Path) -> dict[str, Path]:
     Raises:
       ValueError: no such folder, one of neither layout, or a part that is missing, named.
     """
-    root = Path(folder)
-    if not str(folder) or not root.is_dir():
+    root = files.local(folder)
+    if not str(folder) or not os.path.isdir(root):
         raise ValueError(
-            f"policy.weights '{folder}' is no folder: give one in diffusers' layout or of "
-            "Wan-Video's own release"
+            f"policy.weights '{files.short(str(folder))}' is no folder: give one in diffusers' "
+            "layout or of Wan-Video's own release"
         )
+    _check_model(root)
     places = {name: {p: root / place for p, place in d.items()} for name, d in LAYOUTS.items()}
     there = {
         name: [part for part, path in found.items() if path != root and path.exists()]
@@ -103,6 +127,34 @@ def parts(folder: str | Path) -> dict[str, Path]:
                 f"{wanted}"
             )
     return places[layout]
+
+
+def _check_model(root: Path) -> None:
+    """Raises ValueError for what makes another model of a folder than the four parts do."""
+    for name, what in _OTHERS.items():
+        if os.path.lexists(root / name):
+            raise ValueError(
+                f"policy.weights {root} has {name}, {what}: what is read is Wan2.1's text-to-video "
+                "model"
+            )
+    if not os.path.lexists(root / INDEX):
+        return
+    index = files.read_json(root / INDEX)
+    kind = index.pop("_class_name", None)
+    if kind != "WanPipeline":
+        raise ValueError(
+            f"{root / INDEX} is of {files.short(repr(kind))}: what is read is a 'WanPipeline'"
+        )
+    for name, value in index.items():
+        if name.startswith("_") or name in ("tokenizer", "scheduler"):
+            continue
+        wanted = _CLASSES.get(name)
+        made = value[1] if isinstance(value, list) and len(value) == 2 else value
+        if made != wanted and (wanted or made):  # null, [null, null] and false: not in use
+            raise ValueError(
+                f"{root / INDEX} has '{files.short(name)}' = {files.short(repr(made))}: Wan2.1's "
+                f"text-to-video model needs {repr(wanted) if wanted else 'it null'}"
+            )
 
 
 def read_configs(folder: str | Path) -> tuple[wan_dit.Config, wan_vae.Config]:
@@ -133,7 +185,8 @@ def load(
       dtype: of matmuls and their resting kernels; norms and the VAE stay float32.
       remat: see wan_dit.WanDiT.
       lora_rank, lora_alpha, key: fresh adapters of the DiT; rank 0 for none.
-      adapters: given ones instead, which every device holds.
+      adapters: given ones instead, which every device holds; with a rank, what training starts
+        from (see lora.grown).
       text: False reads neither text encoder nor tokenizer.
 
     Raises:
@@ -150,6 +203,9 @@ def load(
     if lora_rank:
         with jax.set_mesh(mesh):
             lora.add(dit, lora_rank, lora_alpha, nnx.Rngs(key if key is not None else 0))
+        if adapters is not None:
+            adapters = lora.grown(lora.adapters(dit), adapters)
+            lora.detach(dit)
         sharding.place(dit, "wan_dit", mesh)
     if adapters is not None:
         lora.attach(dit, adapters)
@@ -165,13 +221,42 @@ def load_text(
     folder: str | Path, *, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32
 ) -> tuple[umt5.UMT5Encoder, Any]:
     """Text encoder and tokenizer alone; errors as for `load`."""
-    from transformers import AutoTokenizer
-
     found = parts(folder)
+    tokenizer = load_tokenizer(found["tokenizer"])
     encoder = umt5.load(
         found["text_encoder"], dtype=dtype, mesh=mesh, shardings=sharding.placer("umt5", mesh)
     )
-    return encoder, AutoTokenizer.from_pretrained(str(found["tokenizer"]))
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise ValueError(
+            f"{found['tokenizer']} has {len(tokenizer)} tokens, more than the "
+            f"{encoder.config.vocab_size} of the text encoder beside it"
+        )
+    return encoder, tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, of whose own code none is run.
+
+    Raises:
+      ValueError: a folder with code of its own, or without a tokenizer that transformers knows.
+    """
+    from transformers import AutoTokenizer
+
+    for file in files.visible(folder, "*.json"):
+        if "auto_map" in files.read_json(file, _MOST_TOKENIZER):
+            raise ValueError(
+                f"{file} names code to run ('auto_map'): none is run from a folder of weights; use "
+                "a tokenizer that transformers knows"
+            )
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises no narrower type
+        reason = files.short(str(error).strip().split("\n")[0])
+        raise ValueError(
+            f"{folder} holds no tokenizer that transformers can read: {reason}"
+        ) from error
 
 
 def store(
@@ -182,6 +267,8 @@ def store(
     dtype: Any,
     form: str = "orbax",
     adapters: lora.Adapters | None = None,
+    differences: lora_files.Differences | None = None,
+    shift: float = 3.0,
 ) -> None:
     """Converts a folder of either layout, one network after the other; every process of a mesh has
     to call it.
@@ -192,16 +279,19 @@ def store(
       mesh: where each network lies meanwhile.
       dtype: in which matmul kernels are written; norms and the VAE stay float32.
       form: "orbax", which later starts restore onto any mesh, with the bits that `load` gives from
-        `folder` in the same dtype; or "diffusers", its safetensors.
+        `folder` in the same dtype; or "diffusers", its safetensors and what else its
+        WanPipeline.from_pretrained reads.
       adapters: to be folded into the DiT's kernels.
+      differences: of whole weights, to be added to the DiT's (policies/adapters.py, read_all).
+      shift: of the schedule that is written for diffusers where `folder` has none.
 
     Raises:
       ValueError: as for `load`, an unknown form, or `to` holds one of the parts already.
     """
     if form not in ("orbax", "diffusers"):
         raise ValueError(f"the form of weights is '{form}': it is orbax or diffusers")
-    found, to = parts(folder), Path(to)
-    taken = [part for part in LAYOUTS["diffusers"] if (to / part).exists()]
+    found, to = parts(folder), files.local(to)
+    taken = [part for part in LAYOUTS["diffusers"] if os.path.lexists(to / part)]
     if taken:
         raise ValueError(f"{to} has {taken[0]}/ already: write to a new folder")
 
@@ -215,6 +305,8 @@ def store(
     dit = wan_dit.load(
         found["transformer"], dtype=dtype, mesh=mesh, shardings=sharding.placer("wan_dit", mesh)
     )
+    if differences:
+        lora_files.add(dit, differences)
     if adapters is not None:
         lora.merge(lora.attach(dit, adapters))
     write(dit, "transformer", wan_dit.save)
@@ -225,4 +317,47 @@ def store(
     )
     write(text, "text_encoder", umt5.save)
     if jax.process_index() == 0:
-        shutil.copytree(found["tokenizer"], to / "tokenizer")
+        _copy(found["tokenizer"], to / "tokenizer")
+        if form == "diffusers":
+            _write_index(Path(folder), to, shift)
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """Copies the files of a folder, without hidden ones and what is no regular file."""
+    files.make_folder(to)
+    for file in files.visible(folder, "*"):
+        with files.named(to / file.name, "written"):
+            shutil.copyfile(file, to / file.name)
+
+
+def _write_index(folder: Path, to: Path, shift: float) -> None:
+    """What makes a pipeline of the four parts for diffusers: the index, and a scheduler, that of
+    `folder` if it has one."""
+    if (folder / "scheduler").is_dir():
+        _copy(folder / "scheduler", to / "scheduler")
+    else:
+        scheduler = {
+            "_class_name": "UniPCMultistepScheduler",
+            "num_train_timesteps": 1000,
+            "solver_order": 2,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": shift,
+        }
+        _write_json(to / "scheduler" / "scheduler_config.json", scheduler)
+    scheduler_class = files.read_json(to / "scheduler" / "scheduler_config.json")["_class_name"]
+    config = to / "tokenizer" / "tokenizer_config.json"
+    named = files.read_json(config).get("tokenizer_class") if config.is_file() else None
+    index = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", scheduler_class],
+        "text_encoder": ["transformers", _CLASSES["text_encoder"]],
+        "tokenizer": ["transformers", named or "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", _CLASSES["transformer"]],
+        "vae": ["diffusers", _CLASSES["vae"]],
+    }
+    _write_json(to / INDEX, index)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    files.write_atomically(path, f"{json.dumps(values, indent=2)}\n".encode())
