@@ -144,6 +144,13 @@ def to_bytes(image: Float[np.ndarray, ...]) -> np.ndarray:
     return np.round(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
+def marked(video: Float[np.ndarray, "*frames 3"]) -> Float[np.ndarray, "*frames 3"]:
+    """The video with magenta where a pixel is not finite, so that it can be shown."""
+    video = np.asarray(video, np.float32)
+    magenta = np.array([1.0, 0.0, 1.0], np.float32)
+    return np.where(np.isfinite(video).all(-1, keepdims=True), video, magenta)
+
+
 SIDE = 8  # px; smaller pictures have nothing to reconstruct
 _MOST_PIXELS = 2**25  # of a frame: 8K
 _MOST_BYTES = 4 * 2**30  # of a video as it is returned: 81 frames of 2560x1440 take 3.6e9

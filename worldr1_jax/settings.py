@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,8 @@ def _check_dynamic(found: Settings) -> None:
 
 def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.PromptSets) -> None:
     """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
-    check_files(found)
+    check_policy(found)
+    found.rewards.check()
     cache = open_text_cache(found)
     if cache is not None:
         cache.check(texts(found, prompts))
@@ -206,22 +207,6 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
             f"= {parts} has to divide the groups, and camera.mode must not be step; noise has no "
             "such conditions"
         )
-
-
-def check_files(found: Settings) -> None:
-    """Raises one ValueError that names every folder of weights that is missing, not the first."""
-    choice, wrong = found.rewards, []
-    looks: list[Callable[[], None]] = [partial(check_policy, found)]
-    looks += [reward.check for reward in choice.rewards.values()]
-    if choice.needs():
-        looks.append(partial(choice.reconstruct.check, choice.needs()))
-    for look in looks:
-        try:
-            look()
-        except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("; ".join(wrong))
 
 
 def identity(

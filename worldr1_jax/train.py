@@ -76,7 +76,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
     # ---------------------------------------------------------------- what was asked for, checked
     found = settings.read(config)
-    settings.check_files(found)
     run = found.run
     settings.check_files(found)
     prompts = settings.load_prompts(found)
