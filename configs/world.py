@@ -93,8 +93,8 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
         {"recon": 1.0, "trajectory": 1.0, "general": 1.0, "mvcs": 0.0}
     )
     # R_gen: rewards that are "general", averaged with these weights. palette: colours that the
-    # prompt names
-    c.rewards.general = ml_collections.ConfigDict({"palette": 1.0})
+    # prompt names; hps: HPSv2.1 [paper]
+    c.rewards.general = ml_collections.ConfigDict({"palette": 1.0, "hps": 0.0, "pickscore": 0.0})
     c.rewards.reconstruct = ml_collections.ConfigDict()  # (rewards/reconstruct.py: Reconstruct)
     c.rewards.reconstruct.da3 = ""  # folder of Depth Anything 3 with Gaussian head
     c.rewards.reconstruct.frame_stride = 1  # the 3D network sees every so many frames
@@ -116,6 +116,15 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     # "paper"; "segments": run by run; "released": by the formula of World-R1's code
     c.rewards.trajectory.mode = "paper"
     c.rewards.trajectory.segment = 3  # frames of a run, of those that are reconstructed
+
+    for name, fit in (("hps", "pad"), ("pickscore", "crop")):  # (rewards/preference.py)
+        c.rewards[name] = judge = ml_collections.ConfigDict()
+        # HPS_v2.1_compressed.pt, or the folder PickScore_v1; "nano": the one that ships
+        judge.weights = ""
+        judge.tokenizer = ""  # folder of CLIP's tokenizer; "": that of the weights
+        judge.frames = 8  # of a video that are looked at, evenly spaced
+        # to CLIP's square: pad (black bars) or crop, each as published, or squeeze
+        judge.fit = fit
 
     # What learns, with its fields (algorithms/base.py); :nano,nft names another.
     c.algorithm = ml_collections.ConfigDict(base.section(algorithm))

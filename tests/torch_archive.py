@@ -45,3 +45,13 @@ def pth(tensors: dict[str, np.ndarray], ordered: bool = False) -> bytes:
     """The bytes of a .pth file of these tensors."""
     data = {f"data/{i}": np.asarray(v).tobytes() for i, v in enumerate(tensors.values())}
     return pack({"data.pkl": table(tensors, ordered), "byteorder": b"little", **data})
+
+
+def checkpoint(tensors: dict[str, np.ndarray]) -> bytes:
+    """The bytes of a .pt file as trainers write it: the tensors under "state_dict", beside an epoch
+    and a name."""
+    head = b"\x80\x02}(" + text("epoch") + number(3) + text("name") + text("tiny")
+    nested = table(tensors).removeprefix(b"\x80\x02").removesuffix(b".")
+    data = {f"data/{i}": np.ascontiguousarray(v).tobytes() for i, v in enumerate(tensors.values())}
+    records = {"data.pkl": head + text("state_dict") + nested + b"u.", "byteorder": b"little"}
+    return pack({**records, **data})

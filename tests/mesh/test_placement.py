@@ -14,7 +14,7 @@ from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import make as meshes
 from worldr1_jax.mesh import placement as sharding
 from worldr1_jax.mesh.make import AXES, default_sizes, make_mesh
-from worldr1_jax.models import umt5
+from worldr1_jax.models import clip, umt5
 from worldr1_jax.models.da3 import model as da3
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
@@ -25,6 +25,7 @@ NETWORKS = {
     "umt5": lambda: umt5.UMT5Encoder(umt5.Config.nano(), nnx.Rngs(0)),
     "wan_vae": lambda: wan_vae.WanVAE(wan_vae.Config.nano(), nnx.Rngs(0)),
     "da3": lambda: da3.DA3(da3.Config.nano(), nnx.Rngs(0)),
+    "clip": lambda: clip.CLIP(clip.Config.nano(64, 1), nnx.Rngs(0)),
 }
 
 
@@ -33,6 +34,7 @@ PLACES = {
     "umt5": umt5.PLACES,
     "wan_vae": wan_vae.PLACES,
     "da3": da3.PLACES,
+    "clip": clip.PLACES,
 }
 
 

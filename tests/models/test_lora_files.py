@@ -1,9 +1,12 @@
 """LoRA files without torch: what we write we read again, what others name otherwise, and what is
 refused. tests/parity/test_lora_files.py compares with peft and diffusers."""
 
+import json
+import math
 import re
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 from worldr1_jax.models.wan import dit as wan_dit
-from worldr1_jax.models.wan import lora_files
+from worldr1_jax.models.wan import lora_files, lora_names
 from worldr1_jax.nn import lora
+from worldr1_jax.weights import convert
 
 CONFIG = wan_dit.Config(
     num_attention_heads=2, attention_head_dim=8, text_dim=8, freq_dim=8, ffn_dim=24, num_layers=3
@@ -43,6 +47,7 @@ def assert_equal(got, want):
 def test_what_is_written_is_read_again(tmp_path, form):
     want = random() | random((r"blocks\.ffn\..*", "proj_out"), rank=2, alpha=3.0)
     lora_files.save(want, tmp_path, form)
+    (tmp_path / "._x.safetensors").touch()  # as macOS leaves beside a copy
     assert_equal(lora_files.load(tmp_path, CONFIG), want)
 
 
@@ -78,7 +83,14 @@ Q = "diffusion_model.blocks.0.self_attn.q"
     [
         (comfy(dim=24), r"shape \[2, 24\], where this network needs \[r, 16\]; was it trained for"),
         (comfy(blocks=5), "is of block 3; this network has 3 blocks"),
-        (comfy({f"{Q}.diff": np.zeros(2, np.float32)}), "is a full difference of weights"),
+        (
+            comfy({f"{Q}.diff": np.zeros((16, 16), np.float32)}),
+            "changes 'blocks.attn1.to_q.kernel' itself, not by LoRA: fold it",
+        ),
+        (comfy({f"{Q}.diff_b": np.zeros(2, np.float32)}), r"needs \[16\]"),
+        (comfy({f"{Q}.scale_weight": np.zeros(2, np.float32)}), "is the scale of 8-bit weights"),
+        (comfy({f"{Q}.alpha": np.array(1e300)}), "not finite"),
+        (comfy({f"{Q}.alpha": np.array(np.nan, np.float32)}), "not finite"),
         (comfy({f"{Q}.dora_scale": np.zeros(2, np.float32)}), "belongs to DoRA"),
         (comfy({"nothing": np.zeros(2, np.float32)}), "'nothing' is unknown"),
         (comfy({f"{Q}.alpha": np.zeros(3, np.float32)}), r"needs \[\], one number"),
@@ -91,6 +103,188 @@ Q = "diffusion_model.blocks.0.self_attn.q"
 def test_what_does_not_fit_is_named(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
+        lora_files.load(tmp_path, CONFIG)
+
+
+def renamed(pattern, scale=None, blocks=3):
+    """The pairs of two layers under other names, the same for every pattern."""
+    rng, tensors = np.random.default_rng(1), {}
+    for i in range(blocks):
+        for wan, ours in (("self_attn.q", "attn1.to_q"), ("ffn.0", "ffn.net.0.proj")):
+            fan_out = DIM if wan == "self_attn.q" else 24
+            halves = {"A": rng.normal(size=(2, DIM)), "B": rng.normal(size=(fan_out, 2))}
+            for half, value in halves.items():
+                name = {"A": "down", "B": "up"}[half]
+                key = pattern.format(
+                    i=i, wan=wan, flat=wan.replace(".", "_"), ours=ours, half=half, name=name
+                )
+                tensors[key] = value.astype(np.float32)
+    return tensors
+
+
+PATTERNS = (
+    "diffusion_model.blocks.{i}.{wan}.lora_A.weight",
+    "diffusion_model.blocks.{i}.{wan}.lora_{name}.weight",
+    "model.diffusion_model.blocks.{i}.{wan}.lora_{name}.weight",
+    "transformer.blocks.{i}.{ours}.lora_{half}.weight",
+    "transformer.blocks.{i}.{ours}.lora_{half}.my-style.weight",
+    "transformer.blocks.{i}.{ours}.lora.{name}.weight",
+    "transformer.blocks.{i}.{ours}_lora.{name}.weight",
+    "blocks.{i}.{ours}.lora_{half}.default.weight",
+    "blocks.{i}.{wan}.lora_{half}",
+    "pipe.dit.blocks.{i}.{wan}.lora_{half}.weight",
+    "lora_unet_blocks_{i}_{flat}.lora_{name}.weight",
+    "lora_unet__blocks_{i}_{flat}.lora_{name}.weight",
+    "lora_unet_blocks_{i}.{wan}.lora_{name}.weight",
+    "lora_transformer_blocks_{i}_{flat}.lora_{name}.weight",
+    "lycoris_blocks_{i}_{flat}.lora_{name}.weight",
+    "module.blocks.{i}.{wan}.lora_{half}.weight",
+    "_orig_mod.blocks.{i}.{wan}.lora_{half}.weight",
+    "module._orig_mod.diffusion_model.blocks.{i}.{wan}.lora_{half}.weight",
+    "transformer.blocks.{i}._orig_mod.{ours}.lora_{half}.weight",
+)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[1:])
+def test_names_of_the_wild_are_read(tmp_path, pattern):
+    save_file(renamed(pattern), tmp_path / "x.safetensors")
+    found = lora_files.load(tmp_path, CONFIG)
+    save_file(renamed("{wan}{i}{half}"), tmp_path / "plain")
+    plain = load_file(tmp_path / "plain")
+    assert list(found) == ["blocks.attn1.to_q", "blocks.ffn.linear_1"]
+    for leaf, wan in zip(found, ("self_attn.q", "ffn.0"), strict=True):
+        assert found[leaf].scale == 1
+        for i in range(3):
+            np.testing.assert_array_equal(found[leaf].a[i], plain[f"{wan}{i}A"].T)
+            np.testing.assert_array_equal(found[leaf].b[i], plain[f"{wan}{i}B"].T)
+
+
+def test_flat_names_are_of_one_layer_each():
+    """Both layouts without their points, in one table: nothing is in it twice."""
+    for layout in ("diffusers", "wan"):
+        names = lora_names.linears(layout)
+        assert all(lora_names._flat_linears()[n.replace(".", "_")] == names[n] for n in names)
+
+
+def test_ranks_and_alphas_that_differ_by_block_are_one_stack(tmp_path):
+    rng, tensors, want = np.random.default_rng(2), {}, []
+    for i, rank in enumerate((2, 5, 1)):
+        key = f"diffusion_model.blocks.{i}.self_attn.q"
+        a, b = rng.normal(size=(rank, DIM)), rng.normal(size=(DIM, rank))
+        tensors[f"{key}.lora_down.weight"] = a.astype(np.float32)
+        tensors[f"{key}.lora_up.weight"] = b.astype(np.float32)
+        tensors[f"{key}.alpha"] = np.array(3.0, np.float32)
+        want.append((b.astype(np.float32) @ a.astype(np.float32)).T * 3 / rank)
+    save_file(tensors, tmp_path / "x.safetensors")
+    a, b, scale = lora_files.load(tmp_path, CONFIG)["blocks.attn1.to_q"]
+    assert a.shape == (3, DIM, 5) and scale == 1 and not a[2, :, 1:].any() and not b[0, 2:].any()
+    np.testing.assert_allclose(a @ b, want, rtol=1e-5, atol=1e-5)  # float32 sums of five
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_floats_of_eight_bits_are_read(tmp_path, kind):
+    tensors = comfy(dtype=kind)
+    save_file(tensors, tmp_path / "x.safetensors")
+    a = lora_files.load(tmp_path, CONFIG)["blocks.attn1.to_q"].a
+    want = tensors["diffusion_model.blocks.1.self_attn.q.lora_down.weight"].T
+    np.testing.assert_array_equal(a[1], want.astype(np.float32))
+
+
+def test_differences_of_whole_weights_are_added_on_request(tmp_path):
+    rng = np.random.default_rng(3)
+    shapes = {
+        f"{Q}.diff": (DIM, DIM), f"{Q}.diff_b": (DIM,), "diffusion_model.head.head.diff_b": (64,),
+        "diffusion_model.blocks.2.norm3.diff": (DIM,),
+        "diffusion_model.blocks.1.diff_m": (1, 6, DIM),
+        "diffusion_model.blocks.0.modulation.diff_m": (1, 6, DIM),
+        "diffusion_model.patch_embedding.diff": (DIM, 16, 1, 2, 2),
+        "diffusion_model.time_projection.1.diff": (6 * DIM, DIM),
+    }  # fmt: skip
+    added = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    save_file(comfy(added), tmp_path / "x.safetensors")
+    model = tiny.fresh(lambda: wan_dit.WanDiT(CONFIG, nnx.Rngs(0)))
+    before = {k: np.asarray(v.get_raw_value()) for k, v in convert.leaves(model).items()}
+    lora_files.into(model, tmp_path)
+    changed = {
+        k: np.asarray(v.get_raw_value()) - before[k]
+        for k, v in convert.leaves(model).items()
+        if not np.array_equal(v.get_raw_value(), before[k])
+    }
+    for leaf, place, key in (
+        ("blocks.attn1.to_q.kernel", 0, f"{Q}.diff"),
+        ("blocks.attn1.to_q.bias", 0, f"{Q}.diff_b"),
+        ("proj_out.bias", ..., "diffusion_model.head.head.diff_b"),
+        ("blocks.norm2.scale", 2, "diffusion_model.blocks.2.norm3.diff"),
+        ("blocks.scale_shift_table", 1, "diffusion_model.blocks.1.diff_m"),
+        ("time_proj.kernel", ..., "diffusion_model.time_projection.1.diff"),
+    ):
+        want = added[key].T if leaf.endswith("kernel") else added[key]
+        np.testing.assert_allclose(changed[leaf][place], want, atol=1e-6)
+    patch = added["diffusion_model.patch_embedding.diff"].transpose(2, 3, 4, 1, 0)
+    np.testing.assert_allclose(changed["patch_embedding.kernel"], patch, atol=1e-6)
+    assert len(changed) == 7 and model.blocks.attn1.to_q.lora_a is not None
+
+
+def peft_file(folder, **settings):
+    """A pair on each block with peft's config beside it."""
+    tensors = renamed("base_model.model.blocks.{i}.{ours}.lora_{half}.weight")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"r": 2, "lora_alpha": 4, "peft_type": "LORA", **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scales"),
+    [
+        ("attn1.to_q", (3, 3, 3)),
+        (r"blocks\.1\.attn1\.to_q", (2, 3, 2)),
+        (r"^blocks\.\d+\.attn1\.to_q$", (3, 3, 3)),
+        ("blocks.[0-9]+.attn1.to_q", (3, 3, 3)),
+        ("blocks.*to_q", (3, 3, 3)),
+        ("to_v", (2, 2, 2)),
+    ],
+)
+def test_patterns_of_names_give_alphas(tmp_path, pattern, scales):
+    found = lora_files.load(peft_file(tmp_path, alpha_pattern={pattern: 6}), CONFIG)
+    plain = lora_files.load(peft_file(tmp_path, alpha_pattern={}), CONFIG)
+    got, base = found["blocks.attn1.to_q"], plain["blocks.attn1.to_q"]
+    for i in range(3):
+        np.testing.assert_allclose(got.b[i] * got.scale, base.b[i] * scales[i], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rank_pattern": {"(a+)+b": 2}},
+            r"has the pattern '\(a\+\)\+b' in 'rank_pattern'; what is",
+        ),
+        ({"rank_pattern": {"(a|a)*b": 2}}, "has the pattern"),
+        ({"rank_pattern": {".*.*.*x": 2}}, "has the pattern"),
+        ({"rank_pattern": {"a" * 300: 2}}, "has the pattern"),
+        ({"rank_pattern": [1]}, "has no patterns of layers' names"),
+        ({"rank_pattern": {str(i): 2 for i in range(3000)}}, "has no patterns of layers' names"),
+        ({"alpha_pattern": {"to_q": "x"}}, "has no number for 'to_q'"),
+        ({"alpha_pattern": {"to_q": 1e300}}, r"is scaled by 5e\+299, which is no float32"),
+        ({"lora_alpha": math.nan}, "NaN is no number"),
+        ({"lora_alpha": 1e39}, "is scaled by 5e"),
+        ({"lora_alpha": True}, "lacks the number 'lora_alpha'"),
+        ({"r": "2"}, "lacks the number 'r'"),
+        ({"bias": "all"}, "cannot honour"),
+        ({"use_dora": True}, "cannot honour"),
+    ],
+)
+def test_settings_that_are_none_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        lora_files.load(peft_file(tmp_path, **settings), CONFIG)
+
+
+def test_two_adapters_in_a_file_are_refused(tmp_path):
+    tensors = renamed("blocks.{i}.{ours}.lora_{half}.one.weight")
+    tensors |= renamed("blocks.{i}.{ours}.lora_{half}.two.weight")
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="holds two adapters"):
         lora_files.load(tmp_path, CONFIG)
 
 
@@ -135,5 +329,11 @@ def test_an_exported_file_has_the_ecosystems_names(tmp_path):
     assert tensors["transformer.blocks.2.attn2.to_out.0.lora_A.weight"].shape == (4, DIM)
     assert tensors["transformer.blocks.0.attn1.to_q.lora_B.weight"].shape == (DIM, 4)
     assert len(tensors) == 2 * 3 * 8
+    lora_files.save(random(), tmp_path, "comfyui")
+    tensors = load_file(tmp_path / "comfyui_lora.safetensors")
+    key = "diffusion_model.blocks.2.cross_attn.o"
+    assert tensors[f"{key}.lora_A.weight"].shape == (4, DIM) and tensors[f"{key}.alpha"] == 6
+    with pytest.raises(ValueError, match="is a URL"):
+        lora_files.save(random(), "gs://bucket/lora")
     with pytest.raises(ValueError, match="the form of LoRA is 'kohya'"):
         lora_files.save(random(), tmp_path, "kohya")

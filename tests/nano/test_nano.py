@@ -146,3 +146,14 @@ def test_palette_scores_what_is_named_and_not_what_is_missing():
 def test_a_backdrop_is_not_a_thing():
     colors, used = general.targets(["A red box on a tiled floor under a blue sky."])
     assert used.sum() == 1 and np.allclose(colors[0, 0], general.PALETTE["red"])
+
+
+def test_an_altered_caption_is_wrong_in_one_thing():
+    rng = np.random.default_rng(0)
+    known = set(tokenizer.vocabulary())
+    for _ in range(300):
+        scene = captions.sample_spec(rng).scene_text()
+        other = captions.altered(scene, rng)
+        assert other != scene
+        assert set(other[:-1].lower().split()) <= known
+        assert " a orange" not in other.lower()

@@ -61,3 +61,17 @@ def test_distances(size, tmp_path):
     assert got[0] == theirs[0] == 0
     # float32 convolutions in another order of summation
     np.testing.assert_allclose(got, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_the_folder_is_made_of_the_published_files(tmp_path):
+    """The package's own heads, and a trunk in torch's format from before 1.6, as both are."""
+    from worldr1_jax.models import lpips_files
+
+    pytest.importorskip("lpips")
+    trunk = {f"features.{k}": v for k, v in alexnet(0).state_dict().items()}
+    whole = trunk | {"classifier.1.weight": torch.zeros(2, 2)}
+    torch.save(whole, tmp_path / "alexnet.pth", _use_new_zipfile_serialization=False)
+    lpips_files.main([f"--trunk={tmp_path / 'alexnet.pth'}", f"--folder={tmp_path / 'lpips'}"])
+    kernel = ours.load(tmp_path / "lpips").trunk[0].kernel[...]
+    want = trunk["features.0.weight"].numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(np.asarray(kernel), want)

@@ -2,6 +2,7 @@
 place."""
 
 import json
+import os
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -123,6 +124,76 @@ def test_an_index_and_shards_that_disagree_are_refused(folder):
 def test_wrong_files_are_refused(folder, edit, message):
     change(folder, edit)
     with pytest.raises(ValueError, match=message):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("key", ["a.bias", "a.weight", "b.1.weight", "c.1.bias"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_number_that_is_not_finite_is_named(folder, key, value, dtype):
+    """1e300, which is a double, in a leaf of 32 or 16 bits."""
+
+    def edit(tensors):
+        tensors[key] = tensors[key].astype(np.float64)
+        tensors[key].flat[-1] = value
+
+    change(folder, edit)
+    with pytest.raises(
+        ValueError, match=rf"model\.safetensors: '{key}' holds numbers that are not"
+    ):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
+def test_is_finite_sees_the_last_number(dtype):
+    values = np.full(2**18 + 3, -3.0, dtype)
+    values[0] = np.finfo(np.float16).max
+    assert convert.is_finite(values) and convert.is_finite(values.reshape(1, -1)[:, :0])
+    values[-1] = np.inf
+    assert not convert.is_finite(values)
+    values[-1] = np.nan
+    assert not convert.is_finite(values)
+
+
+def test_hidden_files_are_none_and_pipes_are_not_waited_for(folder):
+    (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7")  # as macOS leaves beside a copy
+    convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
+    (folder / "model.safetensors").rename(folder / "x")
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
+    with pytest.raises(ValueError, match="is no regular file"):
+        convert.load(Net(nnx.Rngs(1)), folder / "model.safetensors", TABLE, REPEATS)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ValueError, match="is no regular file"):
+        convert.read_config(folder)
+
+
+def test_more_blocks_than_tensors_are_refused_before_they_are_counted(folder):
+    with pytest.raises(ValueError, match="has 12 tensors, too few for the 10000000 blocks of its"):
+        convert.load(Net(nnx.Rngs(1)), folder, TABLE, {"i": 10**7, "j": 2})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "is not valid JSON: it is nested too deeply"),
+        (b'{"a":' * 100_000, "is not valid JSON: it is nested too deeply"),
+        (b"[]", "has to be a JSON object of fields"),
+        (b'{"a": NaN}', "is not valid JSON: NaN is no number"),
+        (b'{"a": 1e999}', "is not valid JSON: 1e999 is larger"),
+        (b"\xff\xfe{}", "is not valid JSON: .*utf-8"),
+        (b"", "is not valid JSON"),
+        (b" " * (2**24 + 1), "is larger than the 16 MiB"),
+    ],
+)
+def test_a_config_that_is_no_object_of_fields_is_named(folder, content, message):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"config\.json {message}"):
+        convert.read_config(folder)
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"index\.json {message}"):
         convert.load(Net(nnx.Rngs(1)), folder, TABLE, REPEATS)
 
 

@@ -69,6 +69,14 @@ DATA = {"data/0": bytes(16)}
         ({"data.pkl": table(ONE), "data/0": bytes(12)}, "has 12 bytes, not the 16"),
         ({"data.pkl": table(ONE), "byteorder": b"big", **DATA}, "big-endian"),
         ({"weights": b""}, "not one that torch.save wrote"),
+        (
+            {"data.pkl": b"\x80\x02}" + b"(" * 200_000 + b"t" * 200_000 + b"."},
+            "nests tuples deeper",
+        ),
+        ({"data.pkl": b"\x80\x02}" + b"(" * 200_000 + b"."}, "it is no table of tensors"),
+        ({"data.pkl": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s."}, "nests tuples deeper"),
+        ({"data.pkl": b"\x80\x02})K\x01s."}, "a key that is no text"),
+        ({"data.pkl": bytes(2**24 + 1)}, "has a table of 16777217 bytes"),
     ],
 )
 def test_what_is_no_table_of_tensors_is_refused(tmp_path, records, message):

@@ -6,11 +6,9 @@
 The folder holds one model.safetensors with both halves under their makers' names: the trunk is
 torchvision's AlexNet (features.*; classifier.* may be there and is not read), the heads are those
 of the lpips package (lin0.model.1.weight to lin4.model.1.weight). Both are published as torch
-files; with torch and lpips at hand, this writes it:
+files. Where torch and lpips are installed, this writes the folder from them:
 
-    trunk = torch.load("alexnet-owt-7be5be79.pth")
-    heads = torch.load(".../lpips/weights/v0.1/alex.pth")
-    safetensors.torch.save_file(trunk | heads, folder + "/model.safetensors")
+    python -m worldr1_jax.models.lpips_files --trunk=alexnet-owt-7be5be79.pth --folder=weights/lpips
 
 Facts from richzhang/PerceptualSimilarity (lpips 0.1.4) and torchvision's AlexNet.
 """

@@ -19,10 +19,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from worldr1_jax.files import short
 from worldr1_jax.mesh.placement import COLUMN, ROW, SMALL, SPLIT, Rules, placer
 from worldr1_jax.nn import layers
 from worldr1_jax.nn.attention import attention
-from worldr1_jax.weights import convert
+from worldr1_jax.weights import convert, fields
 
 # Where the leaves live (mesh/placement.py).
 PLACES: Rules = (
@@ -34,6 +35,7 @@ PLACES: Rules = (
 
 # Values that transformers' config.json may state and that this network takes for granted.
 _REQUIRED = {"feed_forward_proj": "gated-gelu", "is_gated_act": True, "model_type": "umt5"}
+_LIMITS = {"num_layers": (1, 1000), "layer_norm_epsilon": (0.0, 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +72,14 @@ class Config:
         for name, value in _REQUIRED.items():
             if values.get(name, value) != value:
                 raise ValueError(
-                    f"config field '{name}' is {values[name]!r}; it has to be {value!r}"
+                    f"config field '{name}' is {short(repr(values[name]))}; it has to be {value!r}"
                 )
         # transformers' own defaults are of another size: a field left out would be read wrongly.
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in values]
+        missing = [name for name in fields.names(cls) if name not in values]
         if missing:
             raise ValueError(f"config.json of a UMT5 encoder lacks the field '{missing[0]}'")
-        return cls(**{name: values[name] for name in names})
+        known = {name: values[name] for name in fields.names(cls)}
+        return cls(**fields.checked(cls, known, _LIMITS))
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that transformers' UMT5EncoderModel.from_pretrained reads."""
@@ -303,7 +305,7 @@ def read_config(path: str | Path) -> Config:
     """The config of a folder; a single file has none and is UMT5-XXL, as Wan-Video releases it."""
     if Path(path).is_file():
         return Config.xxl()
-    return Config.from_dict(convert.read_config(path))
+    return convert.config_of(Config, path)
 
 
 def save(model: UMT5Encoder, path: str | Path) -> None:

@@ -9,6 +9,7 @@ or in reinforcement learning.
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 
 import numpy as np
@@ -140,6 +141,27 @@ def parse(prompt: str) -> tuple[Thing, ...]:
             size = words[i - 2] if i > 1 and words[i - 2] in SIZES[word] else ""
             things.append(Thing(words[i - 1], word, size))
     return tuple(things)
+
+
+def altered(scene: str, rng: np.random.Generator) -> str:
+    """The sentence about a scene with one thing in it wrong: a colour, a shape, the side, the floor
+    or the place."""
+    groups = (
+        *(tuple(f"{color} {shape}" for color in COLORS) for shape in SHAPES),
+        *(tuple(f"{color} {shape}" for shape in SHAPES) for color in COLORS),
+        RELATIONS[:2],
+        tuple(f"{floor} floor" for floor in FLOORS),
+        PLACES,
+    )
+    said = [(phrase, group) for group in groups for phrase in group if phrase in scene]
+    phrase, group = said[rng.integers(len(said))]
+    other = str(rng.choice([other for other in group if other not in scene]))
+    changed = scene.replace(phrase, other, 1)
+    return re.sub(r"\b(a)n? (?=(\w))", _article, changed, flags=re.IGNORECASE)
+
+
+def _article(match: re.Match[str]) -> str:
+    return match[1] + ("n " if match[2] in "aeiou" else " ")
 
 
 def prompt_sets(seed: int = 0, train: int = 600, dynamic: int = 100, test: int = 128) -> PromptSets:

@@ -5,6 +5,7 @@ python launch/pretrain_nano.py --stage=check --config=configs/world.py
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from worldr1_jax.camera import commands
 from worldr1_jax.geometry import rotation_angle
+from worldr1_jax.models import clip
 from worldr1_jax.models.wan import vae as wan_vae
-from worldr1_jax.nano import videos
+from worldr1_jax.nano import captions, videos
 from worldr1_jax.rewards import Scorer
+from worldr1_jax.rewards.reconstruct import frame_indices
 
 TURNS = ("pan_left", "pan_right", "orbit_left", "orbit_right")
 MOVES = ("push_in", "pull_out", "move_left", "move_right")
@@ -31,6 +35,36 @@ def vae_psnr(folder: Path, truth: videos.Videos, batch: int = 16) -> float:
         error = jnp.mean((again(video) - video) ** 2, (1, 2, 3, 4))
         values.append(-10 * jnp.log10(error))
     return float(jnp.concatenate(values).mean())
+
+
+def retrieval(
+    folder: Path, truth: videos.Videos, among: int = 32, views: int = 8
+) -> dict[str, Any]:
+    """How well CLIP tells which sentence about a scene belongs to a video, by the mean cosine over
+    `views` frames.
+
+    Returns:
+      retrieval: share of videos whose own sentence beats those of `among - 1` others, exact over
+        every choice of them;
+      altered: the share whose own sentence beats itself with one thing in it wrong.
+    """
+    network = clip.load(folder)
+    words = clip.Tokenizer(folder, network.config.max_position_embeddings)
+    scenes = [commands.scene(caption) for caption in truth.captions]
+    rng = np.random.default_rng(0)
+    wrong = [captions.altered(scene, rng) for scene in scenes]
+    text = network.text(jnp.asarray(words([*scenes, *wrong])))
+    frames = truth.video[:, frame_indices(truth.video.shape[1], views)]
+    frames = frames.reshape(-1, *frames.shape[2:]).astype(np.float32) / 255
+    embed = jax.jit(lambda x: network.image(clip.preprocess(x, network.config, "squeeze")))
+    image = embed(frames).reshape(len(truth), views, -1).mean(1)
+    cosine = np.asarray(image @ text.T)
+    own, others = np.diag(cosine), cosine[:, : len(truth)]
+    better = (others > own[:, None]).sum(1)
+    choices = math.comb(len(truth) - 1, among - 1)
+    found = [math.comb(len(truth) - 1 - int(n), among - 1) / choices for n in better]
+    told = own > np.diag(cosine[:, len(truth) :])
+    return {"retrieval": float(np.mean(found)), "altered": float(np.mean(told))}
 
 
 def reconstruction(scorer: Scorer, truth: videos.Videos, batch: int = 16) -> dict[str, Any]:

@@ -1,14 +1,13 @@
-"""Trains every nano network from nothing: VAE, then policy with its text encoder, and the 3D
-network.
+"""Trains every nano network from nothing: VAE, then policy with its text encoder, the 3D network,
+and CLIP.
 
-Each stage reads ground truth from `nano.videos`, trains with Muon and a cosine schedule, keeps an
-average of the weights, and writes the publisher's files. A stage is a function of its seed.
+Each stage reads ground truth from `nano.videos`, trains (`nano.fit`), and writes the publisher's
+files. A stage is a function of its seed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,13 +23,13 @@ from safetensors.numpy import load_file, save_file
 from worldr1_jax import geometry
 from worldr1_jax.camera import commands
 from worldr1_jax.mesh import arrays
-from worldr1_jax.mesh.make import make_mesh
-from worldr1_jax.models import umt5
+from worldr1_jax.models import clip, umt5
 from worldr1_jax.models.da3 import gaussians as da3_gaussians
 from worldr1_jax.models.da3 import model as da3
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import captions, tokenizer, world
+from worldr1_jax.nano.fit import Batch, Schedule, fit
 from worldr1_jax.nano.videos import Videos
 from worldr1_jax.splat import render as splat
 
@@ -40,20 +39,6 @@ CAPTION_DROPOUT = 0.1
 # from the web, and the policy learns to obey accordingly. It is what RL has to put right.
 CAPTION_ERROR = 0.3
 TURN_SHARE = 3  # pans and orbits, the hardest movements to draw, come so many times as often
-Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How long and how fast one stage learns."""
-
-    steps: int
-    learning_rate: float
-    batch: int
-    average: float = 0.99  # decay of the averaged weights that are saved
-    weight_decay: float = 1e-4
-    clip_norm: float = 1.0
-
 
 # (steps, learning rate, batch) of each stage; the batch of "vae" is in frames. The shipped weights
 # were made in three rounds: AdamW on a sharper world; these stages with `start` at its result, with
@@ -63,6 +48,7 @@ STEPS = {
     "camera": (1100, 1e-3, 10),
     "da3": (650, 8e-4, 6),
     "policy": (2500, 1.5e-3, 48),
+    "clip": (450, 2e-3, 96),
 }
 
 
@@ -91,6 +77,8 @@ def run_stage(
     elif stage == "da3":
         options = {"terms": ("camera", "depth", "render"), "frames": 5, "start": weights / "da3"}
         train_da3(videos, weights / "da3", schedule, seed=seed, log=log, **options)
+    elif stage == "clip":
+        train_clip(videos, weights / "clip", schedule, seed=seed, log=log, start=_in(start, "clip"))
     else:
         train_policy(videos, weights, schedule, seed=seed, log=log, start=start)
 
@@ -111,81 +99,6 @@ def pack(weights: Path, folder: Path) -> None:
             save_file(tensors, target, metadata={"format": "pt"})
         else:
             target.write_bytes(source.read_bytes())
-
-
-def fit(
-    loss: Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
-    params: Any,
-    batches: Iterator[Batch],
-    schedule: Schedule,
-    *,
-    seed: int,
-    log: Callable[[str], None] = print,
-    snapshot: Callable[[Any], None] = lambda params: None,
-    every: int = 200,
-) -> Any:
-    """Minimises `loss(params, batch, key) -> (value, metrics)`; returns the averaged parameters."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, schedule.learning_rate, min(100, schedule.steps // 10), schedule.steps
-    )
-    # Muon orthogonalises the steps of weight matrices and leaves the rest to Adam; with the scale
-    # `consistent_rms` both take one learning rate.
-    muon = optax.contrib.muon(
-        rate, weight_decay=schedule.weight_decay, adam_b2=0.98, consistent_rms=0.2,
-        muon_weight_dimension_numbers=_matrices,
-    )  # fmt: skip
-    optimizer = optax.chain(optax.clip_by_global_norm(schedule.clip_norm), muon)
-
-    @partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(params, average, opt_state, batch, key, count):
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        decay = jnp.minimum(schedule.average, (1.0 + count) / (10.0 + count))
-        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-        return params, average, opt_state, metrics
-
-    mesh = make_mesh({"data": -1})
-    params = jax.device_put(params, arrays.replicated(mesh))
-    average = jax.tree.map(jnp.copy, params)
-    opt_state = optimizer.init(params)
-    base, start, window = jax.random.key(seed), time.time(), []
-    with jax.set_mesh(mesh):
-        for count in range(schedule.steps):
-            key = jax.random.fold_in(base, count)
-            params, average, opt_state, metrics = step(
-                params, average, opt_state, _split(next(batches), mesh), key, count
-            )
-            window.append(metrics)
-            if (count + 1) % 50 == 0 or count + 1 == schedule.steps:
-                means = {k: float(np.mean([m[k] for m in window])) for k in window[0]}
-                text = " ".join(f"{k} {v:.4f}" for k, v in means.items())
-                log(f"step {count + 1}/{schedule.steps} {time.time() - start:.0f} s {text}")
-                window = []
-            if (count + 1) % every == 0 or count + 1 == schedule.steps:
-                snapshot(average)
-    return average
-
-
-def _matrices(params: Any) -> Any:
-    """What Muon takes for a matrix: kernels, with their last axis as output, and the one before as
-    input (linear layers, which may be stacked) or all others (convolutions)."""
-
-    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if "kernel" not in jax.tree_util.keystr(path):
-            return None
-        last = leaf.ndim - 1
-        inputs = (last - 1,) if leaf.ndim <= 3 else tuple(range(last))
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=(last,))
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def _split(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """The batch over all devices, or whole on each where it does not divide."""
-    divides = all(len(array) % mesh.size == 0 for array in batch.values())
-    place = arrays.batched(mesh) if divides else arrays.replicated(mesh)
-    return {name: jax.device_put(array, place) for name, array in batch.items()}
 
 
 def train_vae(
@@ -476,3 +389,57 @@ def mirror_batch(videos: Videos, rows: np.ndarray, instants: np.ndarray, mirrore
         flip = np.diag([-1.0, 1.0, 1.0, 1.0]).astype(np.float32)
         video, depth, camtoworld = video[..., ::-1, :], depth[..., ::-1], flip @ camtoworld @ flip
     return {"video": video, "depth": depth, "camtoworld": camtoworld}
+
+
+def train_clip(
+    videos: Videos,
+    folder: Path,
+    schedule: Schedule,
+    *,
+    seed: int,
+    log: Callable[[str], None] = print,
+    start: Path | None = None,
+) -> None:
+    """Contrast of frames with the sentences about their scenes, camera left out: each frame has to
+    find its own sentence among those of the batch and one that is wrong in a word, each sentence
+    its own frame."""
+    tokenizer.save(folder)
+    vocabulary = tokenizer.vocabulary()
+    config = clip.Config.nano(len(vocabulary), vocabulary.index(tokenizer.END))
+    network = clip.load(start) if start else clip.CLIP(config, nnx.Rngs(seed))
+    words = clip.Tokenizer(folder, config.max_position_embeddings)
+    graph, params = nnx.split(network)
+    scenes = [commands.scene(caption) for caption in videos.captions]
+
+    def loss(params, batch, key):
+        network = nnx.merge(graph, params)
+        frames = batch["frames"].astype(jnp.float32) / 255.0
+        image = network.image(clip.preprocess(frames, network.config, "squeeze"))
+        text, wrong = network.text(batch["ids"]), network.text(batch["wrong"])
+        scale = jnp.exp(jnp.minimum(network.logit_scale[...], np.log(100.0)))
+        logits, spoilt = scale * image @ text.T, scale * jnp.sum(image * wrong, -1, keepdims=True)
+        right = jnp.arange(len(logits))
+        of_frames = jnp.concatenate([logits, spoilt], axis=1)
+        error = optax.softmax_cross_entropy_with_integer_labels
+        value = (error(of_frames, right).mean() + error(logits.T, right).mean()) / 2
+        return value, {
+            "loss": value,
+            "found": jnp.mean(jnp.argmax(logits, 1) == right),
+            "told": jnp.mean(jnp.diag(logits) > spoilt[:, 0]),
+        }
+
+    def batches():
+        rng = np.random.default_rng(seed)
+        while True:
+            rows = rng.integers(0, len(videos), schedule.batch)
+            frames = videos.video[rows, rng.integers(0, videos.video.shape[1], schedule.batch)]
+            texts, flips = [scenes[row] for row in rows], rng.random(schedule.batch) < 0.5
+            frames = np.where(flips[:, None, None, None], frames[:, :, ::-1], frames)
+            texts = [mirror_caption(t) if flip else t for t, flip in zip(texts, flips, strict=True)]
+            wrong = [captions.altered(text, rng) for text in texts]
+            yield {"frames": frames, "ids": words(texts), "wrong": words(wrong)}
+
+    def snapshot(average):
+        clip.save(nnx.merge(graph, average), folder)
+
+    fit(loss, params, batches(), schedule, seed=seed, log=log, snapshot=snapshot)

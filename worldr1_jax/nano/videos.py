@@ -27,11 +27,13 @@ class Videos:
         return len(self.captions)
 
 
-def render_specs(specs: list[captions.Spec], rng: np.random.Generator) -> Videos:
-    """Renders each spec once; what a spec leaves open comes from `rng`."""
+def render_specs(specs: list[captions.Spec], rng: np.random.Generator, every: int = 1) -> Videos:
+    """Renders each spec once, every so many-th frame of it (a divisor of FRAMES - 1); what a spec
+    leaves open comes from `rng`."""
     videos, depths, poses = [], [], []
     for spec in specs:
-        pose = np.asarray(trajectory.path(spec.commands, FRAMES, magnitudes=MAGNITUDES))
+        path = trajectory.path(spec.commands, FRAMES, magnitudes=MAGNITUDES)
+        pose = np.asarray(path)[::every]
         video, depth = world.render(world.build(spec, rng), pose, height=SIZE, width=SIZE)
         videos.append(np.round(np.asarray(video) * 255).astype(np.uint8))
         depths.append(np.asarray(depth, np.float16))
@@ -39,26 +41,32 @@ def render_specs(specs: list[captions.Spec], rng: np.random.Generator) -> Videos
     return Videos(np.stack(videos), np.stack(depths), np.stack(poses), [s.text() for s in specs])
 
 
-def sample(seed: int, count: int, *, held_out: bool = False, dynamic_share: float = 0.0) -> Videos:
+def sample(
+    seed: int, count: int, *, held_out: bool = False, dynamic_share: float = 0.0, every: int = 1
+) -> Videos:
     """Draws specs and renders them; the result is a function of the arguments."""
     rng = np.random.default_rng(seed)
     specs = [
         captions.sample_held_out(rng, held_out, dynamic=bool(rng.random() < dynamic_share))
         for _ in range(count)
     ]
-    return render_specs(specs, rng)
+    return render_specs(specs, rng, every)
 
 
-def cached(folder: str | Path, seed: int, count: int, *, chunk: int = 250, **choices) -> Videos:
+def cached(
+    folder: str | Path, seed: int, count: int, *, chunk: int = 250, every: int = 1, **choices
+) -> Videos:
     """`sample` in chunks that are kept as files in `folder`, so that a second stage reads them
     again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for index in range(0, count, chunk):
-        path = folder / f"videos_{seed}_{index:06d}.npz"
+        kind = "videos" if every == 1 else f"every{every}"
+        path = folder / f"{kind}_{seed}_{index:06d}.npz"
         if not path.is_file():
-            part = sample(hash_seed(seed, index), min(chunk, count - index), **choices)
+            size = min(chunk, count - index)
+            part = sample(hash_seed(seed, index), size, every=every, **choices)
             unfinished = path.with_name(f"unfinished_{path.name}")
             np.savez(
                 unfinished, **{**dataclasses.asdict(part), "captions": np.array(part.captions)}

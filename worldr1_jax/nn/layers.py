@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Stack = tuple[int, ...]
 Block = TypeVar("Block", bound=nnx.Module)
+Carry = TypeVar("Carry")
 
 REMAT_POLICIES = ("none", "dots", "attention", "full", "whole")
 SAVED = "attention"  # the name that what a kernel of attention found goes by
@@ -197,16 +198,16 @@ def times_row(x: Float[Array, "B N d"], row: Float[Array, "B 1 d"]) -> Float[Arr
 
 def scan_layers(
     blocks: Block,
-    x: jax.Array,
-    call: Callable[[Block, jax.Array], jax.Array],
+    x: Carry,
+    call: Callable[[Block, Carry], Carry],
     *,
     remat: str = "none",
-) -> jax.Array:
+) -> Carry:
     """Runs the L layers that `blocks` stacks: x = call(layer 0, x), x = call(layer 1, x), ...
 
     Args:
       blocks: a module whose every leaf has the layers as its leading axis.
-      x: what flows from layer to layer; shape and dtype stay the same.
+      x: what flows from layer to layer, an array or a tree; shapes and dtypes stay the same.
       call: one layer. Whatever else it needs, it closes over.
       remat: what the backward pass recomputes: "none", "full" (all but the inputs of each layer),
         "attention" (as "full", but what kernels of long attention found is kept, which is as large
@@ -221,7 +222,7 @@ def scan_layers(
     check_remat(remat)
     graphdef, stacked = nnx.split(blocks)
 
-    def body(carry: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+    def body(carry: Carry, layer: nnx.State) -> tuple[Carry, None]:
         return call(nnx.merge(graphdef, layer), carry), None
 
     # prevent_cse guards against undoing the remat outside of loops; inside a scan it only costs.
@@ -230,7 +231,7 @@ def scan_layers(
     elif remat in _POLICIES:
         body = jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])
 
-    def run(x: jax.Array) -> jax.Array:
+    def run(x: Carry) -> Carry:
         return jax.lax.scan(body, x, stacked)[0]
 
     return jax.checkpoint(run)(x) if remat == "whole" else run(x)

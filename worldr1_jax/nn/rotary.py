@@ -56,3 +56,11 @@ def rotate_by_product(
     other = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST)
     cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(sin, 2, axis=-1)
     return (x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def rotate_halves(
+    x: Float[Array, "B N H D"], cos: Float[Array, "*b N 1 d"], sin: Float[Array, "*b N 1 d"]
+) -> Float[Array, "B N H D"]:
+    """Rotary embedding of language models: turns the channel pairs (i, i + D / 2), in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

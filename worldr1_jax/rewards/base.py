@@ -30,6 +30,8 @@ REWARDS = {
     "trajectory": "worldr1_jax.rewards.trajectory:Trajectory",
     "mvcs": "worldr1_jax.rewards.consistency:Mvcs",
     "palette": "worldr1_jax.nano.palette:Palette",
+    "hps": "worldr1_jax.rewards.preference:Hps",
+    "pickscore": "worldr1_jax.rewards.preference:PickScore",
 }
 
 Networks = dict[str, nnx.Module]

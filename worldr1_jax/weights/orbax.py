@@ -12,8 +12,10 @@ table of publishers' names, and each host reads only what its devices hold.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +23,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from worldr1_jax.files import write_atomically
+from worldr1_jax import files
+from worldr1_jax.mesh import arrays
 
 LEAVES, INDEX = "leaves", "leaves.json"
 
 
 def found(path: str | Path) -> bool:
     """Whether this is such a folder."""
-    return (Path(path) / INDEX).is_file()
+    return os.path.isfile(Path(path) / INDEX)
 
 
 def save(path: str | Path, leaves: Mapping[str, jax.Array]) -> None:
@@ -37,8 +40,8 @@ def save(path: str | Path, leaves: Mapping[str, jax.Array]) -> None:
     Raises:
       ValueError: the folder holds weights already.
     """
-    path = Path(path).absolute()
-    if (path / LEAVES).exists():
+    path = files.local(path).absolute()
+    if os.path.lexists(path / LEAVES):
         raise ValueError(f"{path} holds weights already: remove it, or write to another folder")
     with ocp.StandardCheckpointer() as writer:
         writer.save(path / LEAVES, dict(leaves))
@@ -47,7 +50,7 @@ def save(path: str | Path, leaves: Mapping[str, jax.Array]) -> None:
             "leaves": {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in leaves.items()},
             "files": _sizes(path),
         }
-        write_atomically(path / INDEX, json.dumps(index).encode())
+        files.write_atomically(path / INDEX, json.dumps(index).encode())
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(str(path))
 
@@ -57,14 +60,11 @@ def restore(path: str | Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> di
     its dtype.
 
     Raises:
-      ValueError: leaves or shapes that are not those of `targets`, or a missing or truncated file.
+      ValueError: leaves or shapes that are not those of `targets`, a missing or truncated file, or
+        numbers that are not finite.
     """
     path = Path(path).absolute()
-    try:
-        index = json.loads((path / INDEX).read_text())
-        there, files = index["leaves"], index["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / INDEX} is damaged: convert the weights again") from error
+    there, written = _index(path)
     for name in sorted(there.keys() ^ targets.keys()):
         where = "no leaf of the network" if name in there else "not in the folder"
         raise ValueError(f"{path}: the leaf '{name}' is {where}; convert the weights again")
@@ -75,11 +75,11 @@ def restore(path: str | Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> di
                 f"{list(target.shape)}"
             )
     sizes = _sizes(path)
-    for file in sorted(files):
-        if sizes.get(file) != files[file]:
+    for file in sorted(written):
+        if sizes.get(file) != written[file]:
             state = f"{sizes[file]} bytes long" if file in sizes else "missing"
             raise ValueError(
-                f"{path / LEAVES / file} is {state}, not {files[file]} bytes as it was written: "
+                f"{path / LEAVES / file} is {state}, not {written[file]} bytes as it was written: "
                 "convert the weights again"
             )
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -92,7 +92,30 @@ def restore(path: str | Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> di
     }
     with ocp.StandardCheckpointer() as reader:
         values = reader.restore(path / LEAVES, wanted)
-    return {name: _cast(values.pop(name), target.dtype) for name, target in targets.items()}
+    cast = {name: _cast(values.pop(name), target.dtype) for name, target in targets.items()}
+    for name, sound in _are_finite(cast).items():
+        if not arrays.to_host(sound):
+            raise ValueError(f"{path}: '{name}' holds numbers that are not finite")
+    return cast
+
+
+@jax.jit
+def _are_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items()}
+
+
+def _index(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Shape and dtype of each leaf, and the size of each file."""
+    index = files.read_json(path / INDEX)
+    try:
+        there, written = index["leaves"], index["files"]
+        for shape, dtype in there.values():
+            jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        if not all(isinstance(size, int) for size in written.values()):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / INDEX} is damaged: convert the weights again") from error
+    return there, written
 
 
 def _cast(value: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -1,4 +1,5 @@
-"""Opens published weights: .safetensors files, shards with an index, and torch's .pth files.
+"""Opens published weights: .safetensors files, shards with an index, and torch's .pth, .pt and
+.bin files.
 
 Names, shapes and dtypes come from the headers; a tensor's bytes are read when `Tensor.read` asks
 for a part of it, through the mapped file.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from worldr1_jax import files
 from worldr1_jax.weights import torch_zip
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -46,6 +49,7 @@ class Tensor:
     """A tensor in a file.
 
     Attributes:
+      path: the file.
       key: the publisher's name.
       shape: in the publisher's axis order.
       dtype: as safetensors names it: F32, BF16, F8_E4M3, I64, ...
@@ -53,36 +57,53 @@ class Tensor:
 
     def __init__(self, mapping: _Mapping, path: Path, key: str):
         header = mapping.handle(path, 0).get_slice(key)
-        self._mapping, self._path, self.key = mapping, path, key
+        self._mapping, self.path, self.key = mapping, path, key
         self.shape: tuple[int, ...] = tuple(header.get_shape())
         self.dtype: str = header.get_dtype()
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """The part `index`, one slice an axis, in the file's dtype; it may be a view of the file,
         so copy what is to be kept."""
+        if self.dtype.startswith("F8"):
+            return _read_fp8(self.path, self.key, torch_zip.DTYPES[self.dtype])[index]
         itemsize = torch_zip.DTYPES[self.dtype].itemsize
         rows = range(*index[0].indices(self.shape[0])) if index else range(1)
         # A part of a row maps the whole row.
-        handle = self._mapping.handle(self._path, len(rows) * math.prod(self.shape[1:]) * itemsize)
+        handle = self._mapping.handle(self.path, len(rows) * math.prod(self.shape[1:]) * itemsize)
         return handle.get_slice(self.key)[index] if index else handle.get_tensor(self.key)
+
+
+class Rows:
+    """`count` rows of a tensor from row `first`, as a tensor of their own (see Tensor)."""
+
+    def __init__(self, tensor: Tensor, key: str, first: int, count: int):
+        self._tensor, self._first, self.key = tensor, first, key
+        self.shape = (count, *tensor.shape[1:])
+        self.dtype, self.path = tensor.dtype, tensor.path
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """As Tensor.read."""
+        start, stop, _ = index[0].indices(self.shape[0])
+        rows = slice(self._first + start, self._first + stop)
+        return self._tensor.read((rows, *index[1:]))
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a file or of a folder's shards, by name.
 
     Args:
-      path: a .safetensors or .pth file, an index (*.safetensors.index.json), or a folder with one
-        index or one .safetensors file.
+      path: a .safetensors file, one of torch's (torch_zip.SUFFIXES), an index
+        (*.safetensors.index.json), or a folder with one index or one .safetensors file.
 
     Raises:
       ValueError: a missing, truncated or unreadable file; an index and files that do not agree, as
         when a name is in two files.
     """
     path = Path(path)
-    files, listed = _files(path)
+    found_files, listed = _files(path)
     tensors: dict[str, Tensor] = {}
     mapping = _Mapping()
-    for file in files:
+    for file in found_files:
         names = list(mapping.handle(file, 0).keys())
         found = {key: Tensor(mapping, file, key) for key in names}
         if listed is not None:
@@ -92,49 +113,75 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _open(path: Path) -> Any:
+    files.check_regular(path)
     if path.suffix in torch_zip.SUFFIXES:
-        return torch_zip.TorchZip(path)
+        with files.named(path):
+            return torch_zip.TorchZip(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is neither a .safetensors nor a .pth file")
+        raise ValueError(
+            f"{path} is neither a .safetensors file nor one of torch's, "
+            f"{', '.join(torch_zip.SUFFIXES)}"
+        )
+    return open_safetensors(path)
+
+
+def open_safetensors(path: Path) -> Any:
+    """The open file, of which nothing but the header is read; ValueError when it is broken."""
+    files.check_regular(path)
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read as safetensors (truncated or not such a file): {error}"
+            f"{path} cannot be read as safetensors (truncated or not such a file): "
+            f"{files.short(str(error))}"
         ) from error
+
+
+def _read_fp8(path: Path, key: str, dtype: np.dtype) -> np.ndarray:
+    """A tensor of 8-bit floats, which safetensors itself cannot give to numpy. The header has been
+    checked when the file was opened."""
+    with files.named(path), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[key]
+        first, last = entry["data_offsets"]
+        file.seek(8 + length + first)
+        return np.frombuffer(file.read(last - first), dtype).reshape(entry["shape"])
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files to read, and key -> file name when an index says so."""
-    if path.is_file():
+    if not os.path.isdir(path):
+        files.check_regular(path)
         return _shards(path) if path.name.endswith(INDEX_SUFFIX) else ([path], None)
-    if not path.is_dir():
-        raise ValueError(f"{path} does not exist: give a folder or a .safetensors file")
-    indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    indexes = files.visible(path, f"*{INDEX_SUFFIX}")
     if len(indexes) > 1:
         raise ValueError(f"{path} has more than one weight index: {_names(indexes)}")
-    if indexes:
-        return _shards(indexes[0])
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no .safetensors file")
-    if len(files) > 1:
+    return _shards(indexes[0]) if indexes else ([only_file(path)], None)
+
+
+def only_file(folder: Path) -> Path:
+    """The one .safetensors file of a folder; ValueError where there are more or none."""
+    found = files.visible(folder, "*.safetensors")
+    if not found:
+        raise ValueError(f"{folder} holds no .safetensors file; other kinds are not read")
+    if len(found) > 1:
         raise ValueError(
-            f"{path} holds {len(files)} .safetensors files but no index; name the one to read"
+            f"{folder} holds {len(found)} .safetensors files but no index; name the one to read"
         )
-    return files, None
+    return found[0]
 
 
 def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
     try:
-        listed = json.loads(index.read_text())["weight_map"]
+        listed = files.read_json(index)["weight_map"]
         names = sorted(set(listed.values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of shards: it needs a weight_map") from error
     if outside:
-        raise ValueError(f"{index} names the shard '{outside[0]}', which is not a file beside it")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+        name = files.short(outside[0])
+        raise ValueError(f"{index} names the shard '{name}', which is not a file beside it")
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         raise ValueError(f"{index.parent} lacks the shard {missing[0]}, which {index.name} names")
     return [index.parent / name for name in names], listed

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from worldr1_jax.files import short
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "nano" / "weights"
 
@@ -14,9 +17,9 @@ def resolve(folder: str | Path, part: str = "") -> Path:
       ValueError: no folder is given, or it does not exist.
     """
     path = WEIGHTS / part if str(folder) == "nano" else Path(folder)
-    if not str(folder) or not path.is_dir():
+    if not str(folder) or not os.path.isdir(path):  # False, too, for names that no system takes
         field = f"rewards.{part}" if part else "policy.weights"
         raise ValueError(
-            f"{field} '{folder}' is no folder: give one of published weights, or 'nano'"
+            f"{field} '{short(str(folder))}' is no folder: give one of published weights, or 'nano'"
         )
     return path

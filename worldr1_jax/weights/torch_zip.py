@@ -1,5 +1,5 @@
-"""Reads tensors from torch's .pth files: zip archives whose table of tensors is written as pickle
-opcodes.
+"""Reads tensors from torch's .pth files (and .pt and .bin, which are the same): zip archives whose
+table of tensors is written as pickle opcodes. The table may be an entry "state_dict" of another.
 
 Nothing is unpickled. `_interpret` follows the few opcodes that a table of tensors needs, on a stack
 of plain values; the names in it stand for entries of `_ADMITTED`, and no name is imported or
@@ -22,7 +22,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-SUFFIXES = (".pth", ".pt")
+from worldr1_jax.files import short
+
+SUFFIXES = (".pth", ".pt", ".bin")
+_NESTED = "state_dict"  # where checkpoints keep their tensors, beside numbers of their training
 
 # Names of dtypes as safetensors has them -> what numpy calls them.
 DTYPES: dict[str, np.dtype] = {
@@ -89,12 +92,12 @@ _ADMITTED: dict[str, _Name] = {
     "torch.storage UntypedStorage": _Name("dtype", _UNTYPED),
     **{f"torch {n}": _Name("dtype", dtype) for n, dtype in (_STORAGES | _NAMED_DTYPES).items()},
 }
-_MARK = object()
 # Opcodes that push a value: what genops gives as the argument, or a constant.
 _PUSH_ARGUMENT = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
-_PUSH: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
+_PUSH: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IDLE = {"PROTO", "FRAME"}
+_MOST_BYTES = 2**24  # of a table: 100,000 tensors
 
 
 def _interpret(data: bytes) -> Any:
@@ -104,6 +107,7 @@ def _interpret(data: bytes) -> Any:
       ValueError: an opcode or a name that a table of tensors does not need, or a broken stream.
     """
     stack: list[Any] = []
+    marks: list[int] = []  # where on the stack they would lie
     memo: dict[int, Any] = {}
     argument: Any
     for opcode, argument, _ in pickletools.genops(data):
@@ -114,10 +118,12 @@ def _interpret(data: bytes) -> Any:
             stack.append(argument)
         elif name in _PUSH:
             stack.append(_PUSH[name])
+        elif name == "MARK":
+            marks.append(len(stack))
         elif name in _TUPLES:
-            stack.append(tuple(_take(stack, _TUPLES[name])))
+            stack.append(_tuple(_take(stack, marks, _TUPLES[name])))
         elif name == "TUPLE":
-            stack.append(tuple(_take_to_mark(stack)))
+            stack.append(_tuple(_take_to_mark(stack, marks)))
         elif name == "EMPTY_DICT":
             stack.append({})
         elif name in ("BINPUT", "LONG_BINPUT"):
@@ -128,16 +134,19 @@ def _interpret(data: bytes) -> Any:
             stack.append(memo[argument])
         elif name == "GLOBAL":
             if argument not in _ADMITTED:
-                asked = argument.replace(" ", ".")
+                asked = short(argument.replace(" ", "."))
                 raise ValueError(f"its table asks for {asked}, which is not part of a tensor")
             stack.append(_ADMITTED[argument])
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop()))
         elif name == "REDUCE":
-            callee, arguments = _take(stack, 2)
+            callee, arguments = _take(stack, marks, 2)
             stack.append(_make(callee, arguments))
         elif name in ("SETITEM", "SETITEMS"):
-            items = _take(stack, 2) if name == "SETITEM" else _take_to_mark(stack)
+            one = name == "SETITEM"
+            items = _take(stack, marks, 2) if one else _take_to_mark(stack, marks)
+            if not all(isinstance(key, str) for key in items[::2]):
+                raise ValueError("its table has a key that is no text")
             _dict(stack[-1]).update(zip(items[::2], items[1::2], strict=True))
         elif name == "BUILD":
             stack.pop()  # attributes of an OrderedDict: versions of modules, which are no tensors
@@ -147,22 +156,31 @@ def _interpret(data: bytes) -> Any:
     raise ValueError("its table ends without an end")
 
 
-def _take(stack: list[Any], count: int) -> list[Any]:
+def _take(stack: list[Any], marks: list[int], count: int) -> list[Any]:
     """Pops the last `count` values, in the order in which they were pushed."""
-    taken = stack[len(stack) - count :] if 0 < count <= len(stack) else []
-    if len(taken) != count or any(value is _MARK for value in taken):
+    first = len(stack) - count
+    if first < (marks[-1] if marks else 0):
         raise ValueError("its table is broken: values are missing")
-    del stack[len(stack) - count :]
+    taken = stack[first:]
+    del stack[first:]
     return taken
 
 
-def _take_to_mark(stack: list[Any]) -> list[Any]:
-    places = [i for i, value in enumerate(stack) if value is _MARK]
-    if not places:
+def _take_to_mark(stack: list[Any], marks: list[int]) -> list[Any]:
+    if not marks or marks[-1] > len(stack):
         raise ValueError("its table is broken: a mark is missing")
-    taken = stack[places[-1] + 1 :]
-    del stack[places[-1] :]
+    first = marks.pop()
+    taken = stack[first:]
+    del stack[first:]
     return taken
+
+
+def _tuple(values: list[Any]) -> tuple[Any, ...]:
+    """A tuple, in which no tuple may hold another: comparing deep ones would overflow the stack,
+    and a table's arguments hold a shape and no more."""
+    if any(type(part) is tuple for value in values if type(value) is tuple for part in value):
+        raise ValueError("its table nests tuples deeper than tensors need")
+    return tuple(values)
 
 
 def _dict(value: Any) -> dict[Any, Any]:
@@ -264,7 +282,13 @@ class TorchZip:
         order = entries.get(f"{roots[0]}byteorder")
         if order is not None and archive.read(order) != b"little":
             raise ValueError(f"{self._path} was written on a big-endian machine: save it anew")
-        tensors = self._table(archive.read(f"{roots[0]}data.pkl"))
+        table = entries[f"{roots[0]}data.pkl"]
+        if table.file_size > _MOST_BYTES:
+            raise ValueError(
+                f"{self._path} has a table of {table.file_size} bytes; those of tensors have at "
+                f"most {_MOST_BYTES}"
+            )
+        tensors = self._table(archive.read(table))
         data = f"{roots[0]}data/"
         records = {n.removeprefix(data): i for n, i in entries.items() if n.startswith(data)}
         for key, tensor in tensors.items():
@@ -278,9 +302,11 @@ class TorchZip:
             # genops has ValueError for a broken stream; the others are of a broken stack or memo
             raise ValueError(f"{self._path} is refused: {error}") from error
         tensors = tensors if isinstance(tensors, dict) else {}
+        if isinstance(tensors.get(_NESTED), dict):
+            tensors = tensors[_NESTED]
         wrong = [k for k, v in tensors.items() if not (isinstance(k, str) and type(v) is _Tensor)]
         if wrong or not tensors:
-            what = f"'{wrong[0]}' is no tensor" if wrong else "it is no table of tensors"
+            what = f"'{short(wrong[0])}' is no tensor" if wrong else "it is no table of tensors"
             raise ValueError(f"{self._path} has to hold named tensors and nothing else, but {what}")
         return tensors
 

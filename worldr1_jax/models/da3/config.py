@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from worldr1_jax.files import short
 from worldr1_jax.models.da3.backbone import VIT_SIZES, BackboneConfig
 from worldr1_jax.models.da3.gaussians import GaussianConfig
 from worldr1_jax.models.da3.heads import HeadConfig
+from worldr1_jax.weights import fields
 
 # Published name -> size of the backbone, its taps, first layer of the alternation, channels of the
 # heads and of their pyramid.
@@ -22,6 +24,18 @@ SIZES: dict[str, tuple[str, tuple[int, ...], int, int, tuple[int, ...]]] = {
     "da3-large": ("vitl", (11, 15, 19, 23), 8, 256, (256, 512, 1024, 1024)),
     "da3-giant": ("vitg", (19, 27, 33, 39), 13, 256, (256, 512, 1024, 1024)),
     "da3nested-giant-large": ("vitg", (19, 27, 33, 39), 13, 256, (256, 512, 1024, 1024)),
+}
+_LIMITS = {
+    "out_layers": (0, 1000),
+    "alt_start": (-1, 1000),
+    "qknorm_start": (-1, 1000),
+    "rope_start": (-1, 1000),
+    "depth": (1, 1000),
+    "patch_size": (1, 256),
+    "mlp_ratio": (0.1, 64.0),
+    "sh_degree": (0, 2),
+    "gaussian_scale_min": (0.0, 1e6),
+    "gaussian_scale_max": (0.0, 1e6),
 }
 _OWN_FIELDS = ("model_name", "ref_view_strategy", "process_res", "frame_chunk")
 _SIZE_FIELDS = ("embed_dim", "depth", "num_heads", "ffn")
@@ -64,9 +78,9 @@ class Config:
         Raises:
           ValueError: another name.
         """
-        if name not in SIZES:
+        if not isinstance(name, str) or name not in SIZES:
             raise ValueError(
-                f"model_name is '{name}': the models with cameras are {', '.join(SIZES)}"
+                f"model_name is {short(repr(name))}: the models with cameras are {', '.join(SIZES)}"
             )
         size, taps, start, features, channels = SIZES[name]
         sizes: dict[str, Any] = dict(zip(_SIZE_FIELDS, VIT_SIZES[size], strict=True))
@@ -139,8 +153,8 @@ class Config:
           ValueError: a part or field that is missing or that this network does not have, or an
             unknown name.
         """
-        parts = values.get("config", values)
-        parts = parts.get("anyview", parts)
+        parts = fields.mapping(values.get("config", values), "config")
+        parts = fields.mapping(parts.get("anyview", parts), "anyview")
         if "net" not in parts and "model_name" in values:
             return cls.published(values["model_name"])
         for part in ("net", "head", *(("gs_adapter",) if parts.get("gs_head") else ())):
@@ -150,12 +164,12 @@ class Config:
         if net.get("name", "vitg") in VIT_SIZES:
             size = VIT_SIZES[net.get("name", "vitg")]
             net = {**dict(zip(_SIZE_FIELDS, size, strict=True)), **net}
-        adapter = dict(parts.get("gs_adapter") or {})
+        adapter = dict(fields.mapping(parts.get("gs_adapter") or {}, "gs_adapter"))
         if adapter.pop("pred_color", False):
             raise ValueError(
                 "gs_adapter.pred_color is true; only spherical harmonics (false) are built"
             )
-        extra = {k: values[k] for k in _OWN_FIELDS if k in values}
+        extra = fields.checked(cls, {k: values[k] for k in _OWN_FIELDS if k in values})
         head, gs_head = (
             HeadConfig(**_fields(parts[name], name, HeadConfig, ("dim_in",)))
             if parts.get(name)
@@ -179,21 +193,19 @@ class Config:
         return {"config": parts, **{k: getattr(self, k) for k in _OWN_FIELDS}}
 
 
-def _fields(
-    values: Mapping[str, Any], part: str, cls: type, skip: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(cls)}
+def _fields(values: Any, part: str, cls: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     kept = {
-        k: tuple(v) if isinstance(v, list) else v
-        for k, v in values.items()
-        if k not in ("__object__", *skip)
+        name: value
+        for name, value in fields.mapping(values, part).items()
+        if name not in ("__object__", *skip)
     }
     for name in kept:
-        if name not in known:
+        if name not in fields.names(cls):
             raise ValueError(
-                f"config.json has the field '{part}.{name}', which this network does not know"
+                f"config.json has the field '{part}.{short(name)}', which this network does not "
+                "know"
             )
-    return kept
+    return fields.checked(cls, kept, _LIMITS, f"{part}.")
 
 
 def flops(config: Config, frames: int, size: tuple[int, int]) -> float:

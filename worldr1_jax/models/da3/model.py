@@ -334,7 +334,7 @@ def load(
     Raises:
       ValueError: files, fields, keys or shapes that do not fit, named.
     """
-    config = Config.from_dict(convert.read_config(path))
+    config = convert.config_of(Config, path)
     kernel = attention or for_mesh(mesh, config.net.num_heads, dtype)
     model = nnx.eval_shape(lambda: DA3(config, nnx.Rngs(0), dtype=dtype, attention=kernel))
     net = "model.da3" if convert.holds(path, "model.da3.backbone.pretrained.cls_token") else "model"

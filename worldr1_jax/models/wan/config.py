@@ -8,7 +8,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from worldr1_jax.files import short
+from worldr1_jax.weights import fields
+
+CLASS = "WanTransformer3DModel"
 QK_NORM = "rms_norm_across_heads"
+_LIMITS = {"num_layers": (1, 1000), "num_attention_heads": (1, 1024), "eps": (0.0, 1.0)}
 
 # config.json of Wan-Video's own release -> names here.
 _ORIGINAL_FIELDS = {
@@ -93,26 +98,29 @@ class Config:
         Raises:
           ValueError: a field with a value that this network cannot honour, such as image_dim.
         """
+        kind = values.get("_class_name", CLASS)
+        if kind not in (CLASS, "WanModel"):  # the second is in Wan-Video's own release
+            raise ValueError(f"_class_name is {short(repr(kind))}; this network is a {CLASS}")
         values = _from_original(values) if "dim" in values else dict(values)
-        names = {field.name for field in dataclasses.fields(cls)}
         known: dict[str, Any] = {}
         for name, value in values.items():
             if name.startswith("_"):  # diffusers' notes on the file: class and version
                 continue
-            if name in names and value is not None:
-                known[name] = tuple(value) if name == "patch_size" else value
-            elif name not in names and value is not None:
+            if name in fields.names(cls):
+                known[name] = value
+            elif value is not None:
                 raise ValueError(
-                    f"config field '{name}' is {value!r}; the text-to-video network needs it null"
+                    f"config field '{short(name)}' is {short(repr(value))}; the text-to-video "
+                    "network needs it null"
                 )
-        return cls(**known)
+        return cls(**fields.checked(cls, known, _LIMITS))
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that diffusers' WanTransformer3DModel would write to config.json."""
         values = dataclasses.asdict(self)
         values["patch_size"] = list(self.patch_size)
         nulls = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
-        return {"_class_name": "WanTransformer3DModel", **values, **nulls}
+        return {"_class_name": CLASS, **values, **nulls}
 
 
 def _from_original(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,13 +128,21 @@ def _from_original(values: Mapping[str, Any]) -> dict[str, Any]:
     values = {k: v for k, v in values.items() if not k.startswith("_")}
     dim, model_type = values.pop("dim"), values.pop("model_type", "t2v")
     if model_type != "t2v":
-        raise ValueError(f"model_type is '{model_type}'; this is the text-to-video network ('t2v')")
+        raise ValueError(
+            f"model_type is {short(repr(model_type))}; this is the text-to-video network ('t2v')"
+        )
     values.pop("text_len", None)  # length to which the pipeline pads the text, not a shape here
     unknown = sorted(set(values) - set(_ORIGINAL_FIELDS))
     if unknown:
-        raise ValueError(f"config field '{unknown[0]}' is unknown in a Wan config.json")
+        raise ValueError(f"config field '{short(unknown[0])}' is unknown in a Wan config.json")
     named = {_ORIGINAL_FIELDS[name]: value for name, value in values.items()}
-    return {**named, "attention_head_dim": dim // named["num_attention_heads"]}
+    heads = named.get("num_attention_heads")
+    if not all(type(n) is int and n > 0 for n in (dim, heads)) or dim % heads:
+        raise ValueError(
+            f"config field 'dim' is {short(repr(dim))} and 'num_heads' {short(repr(heads))}; dim "
+            "has to be a multiple of num_heads, both above 0"
+        )
+    return {**named, "attention_head_dim": dim // heads}
 
 
 def tokens(config: Config, size: tuple[int, int, int]) -> int:

@@ -385,7 +385,7 @@ def load(
 
 def read_config(path: str | Path) -> Config:
     """The config of a folder, of either layout."""
-    return Config.from_dict(convert.read_config(path))
+    return convert.config_of(Config, path)
 
 
 def save(model: WanDiT, path: str | Path) -> None:

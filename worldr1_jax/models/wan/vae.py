@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from worldr1_jax.files import short
 from worldr1_jax.mesh import placement
 from worldr1_jax.mesh.placement import Rules, placer
 from worldr1_jax.models.wan.vae_layers import (
@@ -34,7 +35,7 @@ from worldr1_jax.models.wan.vae_layers import (
     patchify,
     unpatchify,
 )
-from worldr1_jax.weights import convert
+from worldr1_jax.weights import convert, fields
 
 # Where the leaves live (mesh/placement.py): 0.5 GB at full size are whole on each device, and the
 # work is split over samples.
@@ -49,7 +50,14 @@ _WAN_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-
+_LIMITS = {
+    "dim_mult": (1, 64),
+    "num_res_blocks": (1, 16),
+    "z_dim": (1, 1024),
+    "attn_scales": (0.0, 1.0),
+    "dropout": (0.0, 1.0),
+    "latents_std": (1e-6, 1e6),
+}
 
 Chunk = Callable[[Array, Stream], Array]  # frames, and the frames before them -> what they give
 
@@ -97,6 +105,8 @@ class Config:
                 "is_residual is true (the Wan2.2 VAE), which is not supported: give a Wan2.1 VAE"
             )
         levels = len(self.dim_mult)
+        if not 1 <= levels <= 8:
+            raise ValueError(f"dim_mult has {levels} levels; it has to have 1 to 8")
         if len(self.temperal_downsample) != levels - 1:
             raise ValueError(
                 f"temperal_downsample has {len(self.temperal_downsample)} entries, "
@@ -150,20 +160,20 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """From the publisher's config.json. Raises ValueError for an unknown field."""
-        known = {field.name for field in dataclasses.fields(cls)}
         # The scale factors only steer the publisher's tiling; ours follow from the levels.
         ignored = {"scale_factor_temporal", "scale_factor_spatial"}
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
+        known: dict[str, Any] = {
+            name: value
             for name, value in values.items()
             if not name.startswith("_") and name not in ignored
         }
-        unknown = sorted(set(fields) - known)
+        unknown = sorted(set(known) - set(fields.names(cls)))
         if unknown:
             raise ValueError(
-                f"config.json has the field '{unknown[0]}', which the Wan2.1 VAE does not know"
+                f"config.json has the field '{short(unknown[0])}', which the Wan2.1 VAE does not "
+                "know"
             )
-        return cls(**fields)
+        return cls(**fields.checked(cls, known, _LIMITS))
 
     def to_dict(self) -> dict[str, Any]:
         """The publisher's config.json."""
@@ -476,7 +486,7 @@ def read_config(path: str | Path) -> Config:
     it."""
     if Path(path).is_file():
         return Config.wan2_1()
-    return Config.from_dict(convert.read_config(path))
+    return convert.config_of(Config, path)
 
 
 def save(model: WanVAE, path: str | Path) -> None:
