@@ -150,7 +150,9 @@ def thinned(reconstruction: Reconstruction, keep: int | None) -> Reconstruction:
         framed = leaf.reshape(leaf.shape[0], frames, count // frames, *leaf.shape[2:])
         return framed[:, chosen].reshape(leaf.shape[0], -1, *leaf.shape[2:])
 
-    return dataclasses.replace(reconstruction, gaussians=jax.tree.map(kept, gaussians))
+    return dataclasses.replace(
+        reconstruction, gaussians=jax.tree.map(kept, gaussians), gaussian_frames=len(chosen)
+    )
 
 
 def reconstruct(
