@@ -26,7 +26,7 @@ GRPO = toy.make("grpo")
 def drawn(algorithm, guidance=1.0):
     """A policy that has moved, and a rollout of it."""
     start = toy.params(moved=0.3)
-    roll = jax.jit(functools.partial(toy.rollout, algorithm=algorithm, guidance=guidance))
+    roll = toy.jit(functools.partial(toy.rollout, algorithm=algorithm, guidance=guidance))
     return start, roll(*start, jax.random.key(3))[0]
 
 
@@ -180,7 +180,7 @@ def test_ema_every_other_step():
 
 
 def test_bad_input():
-    for bad in ({"epochs": 0}, {"microbatches": 0}, {"ema_decay": 1.0}):
+    for bad in ({"epochs": 0}, {"minibatches": 0}, {"ema_decay": 1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             update.Rules(**bad)
     (adapters, frozen), batch = drawn(GRPO)
@@ -190,13 +190,19 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize(
-    "algorithm", [toy.make("grpo", clip=0.2, kl_weight=0.0), toy.make("nft")], ids=["grpo", "nft"]
+    "algorithm",
+    [
+        toy.make("grpo", clip=0.2, kl_weight=0.0),
+        toy.make("nft", decay=0.5, advantage_max=2.0),
+        toy.make("awm", clip=0.2),
+    ],
+    ids=["grpo", "nft", "awm"],
 )
 def test_reward_rises(algorithm):
     """Mean reward with the same prompts and noise, before and after 20 updates on others."""
     state, _ = toy.train(20, algorithm=algorithm)
     start, frozen = toy.params()
-    judge = jax.jit(functools.partial(toy.rollout, algorithm=algorithm))
+    judge = toy.jit(functools.partial(toy.rollout, algorithm=algorithm))
     before, after, average = (
         float(judge(adapters, frozen, jax.random.key(99))[1].mean())
         for adapters in (start, state.adapters, state.ema)
@@ -207,8 +213,8 @@ def test_reward_rises(algorithm):
 
 
 def compare_meshes():
-    """For each algorithm: the largest difference of the state after three updates of 1 device and
-    of data 4 x fsdp 2, how far the adapters moved, and the least gradient."""
+    """Prints for each algorithm: the largest difference of the state after three updates of 1
+    device and of data 4 x fsdp 2, how far the adapters moved, and the least gradient."""
     for name in base.ALGORITHMS:
         results = []
         for shape in ((1, 1), (4, 2)):
@@ -217,11 +223,8 @@ def compare_meshes():
                 shape, ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:count]
             )
             with jax.set_mesh(mesh):
-                results.append(
-                    toy.train(
-                        3, algorithm=toy.make(name), mesh=mesh, microbatches=2, learning_rate=1e-2
-                    )
-                )
+                settings = {"mesh": mesh, "microbatches": 2, "learning_rate": 1e-2}
+                results.append(toy.train(3, algorithm=toy.make(name), **settings))
         states = [(s.adapters, s.ema, s.algorithm) for s, _ in results]
         assert results[1][0].adapters["a"].sharding.num_devices == 8
         differences = jax.tree.map(
@@ -245,7 +248,7 @@ def test_eight_devices_agree_with_one():
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == list(base.ALGORITHMS)
-    for name, difference, moved, grad in rows:
+    for name, difference, moved, least in rows:
         assert float(moved) > 1e-2, name  # three updates at rate 1e-2 did something
-        assert float(grad) > 1e-4, name
+        assert float(least) > 1e-4, name
         assert float(difference) <= 1e-5, name  # the project's bound

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from worldr1_jax.algorithms import base, update
 from worldr1_jax.algorithms.advantage import group_advantage
+from worldr1_jax.algorithms.flash import Flash
 from worldr1_jax.algorithms.optimizer import Optimizer, make_optimizer
 from worldr1_jax.rollout import schedule
 from worldr1_jax.rollout.sample import sample, sample_keys
@@ -18,6 +19,8 @@ from worldr1_jax.rollout.sample import sample, sample_keys
 COUNT, GROUP, SHAPE, HIDDEN = 16, 4, (2, 2, 2, 4), 16
 SIGMAS = schedule.sigmas(6, 3.0)
 NULL = jnp.full((3, 4), 0.2)
+# Programs this small spend their time in LLVM's optimiser.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SGD = Optimizer(*optax.sgd(1.0))  # shows the gradient itself
 
 
@@ -76,7 +79,7 @@ def plan(guidance=1.0):
 @functools.cache
 def step_fn(algorithm, optimizer=SGD, guidance=1.0, **rules):
     """The compiled update."""
-    return jax.jit(
+    return jit(
         functools.partial(
             update.train_step, algorithm=algorithm, velocity=velocity, optimizer=optimizer,
             rules=update.Rules(**rules), guidance=guidance,
@@ -118,7 +121,7 @@ def train(updates, *, algorithm, mesh=None, learning_rate=3e-2, **rules):
     adapters, frozen = params()
     optimizer = make_optimizer(learning_rate)
     state = update.init_state(adapters, optimizer, algorithm)
-    roll = jax.jit(functools.partial(rollout, algorithm=algorithm))
+    roll = jit(functools.partial(rollout, algorithm=algorithm))
     step = step_fn(algorithm, optimizer, **rules)
     if mesh is not None:
         whole = NamedSharding(mesh, P())
@@ -126,12 +129,8 @@ def train(updates, *, algorithm, mesh=None, learning_rate=3e-2, **rules):
         sharded = {"in": columns, "out": rows, "text": columns, "time": rows}
         frozen = jax.device_put(frozen, sharded)
         state = jax.device_put(state, jax.tree.map(lambda _: whole, state))
-        made, _ = jax.eval_shape(roll, adapters, frozen, jax.random.key(0))
-        places = jax.tree.map(functools.partial(_place, mesh), made)
-        roll = jax.jit(
-            functools.partial(rollout, algorithm=algorithm), out_shardings=(places, None)
-        )
-        step = jax.jit(step.__wrapped__, out_shardings=(whole, whole), donate_argnums=0)
+        roll = _roll_on(mesh, "flash" if type(algorithm) is Flash else "grpo")  # few programs
+        step = jit(step.__wrapped__, out_shardings=(whole, whole), donate_argnums=0)
     history = []
     for key in jax.random.split(jax.random.key(11), updates):
         drawing = algorithm.drawing(state.adapters, state.algorithm)
@@ -141,7 +140,14 @@ def train(updates, *, algorithm, mesh=None, learning_rate=3e-2, **rules):
     return state, history
 
 
-def _place(mesh, leaf):
-    """Over the devices by the first axis that is as long as there are samples."""
-    axes = [("data", "fsdp") if n == COUNT else None for n in leaf.shape]
-    return NamedSharding(mesh, P(*axes))
+@functools.cache
+def _roll_on(mesh, name):
+    """The rollout over the mesh, by whatever axis is as long as there are samples."""
+
+    def place(leaf):
+        axes = [("data", "fsdp") if n == COUNT else None for n in leaf.shape]
+        return NamedSharding(mesh, P(*axes))
+
+    roll = functools.partial(rollout, algorithm=make(name))
+    made, _ = jax.eval_shape(roll, *params(), jax.random.key(0))
+    return jit(roll, out_shardings=(jax.tree.map(place, made), None))

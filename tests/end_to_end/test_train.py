@@ -179,6 +179,8 @@ def wrong_prompts(tmp_path, content):
         ({"algorithm.sde": "ddim"}, "sde is 'ddim'"),
         ({"camera.mode": "sometimes"}, "camera.mode is 'sometimes'"),
         ({"algorithm.clip": 0.0}, "clip is 0.0"),
+        ({"train.learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"advantage.std": "median"}, "advantage.std is 'median'"),
         ({"num_updates": 0}, "num_updates is 0"),
         ({"idle_on_host": ("dit",)}, "idle_on_host names 'dit'"),
         ({"rewards.general": {"beauty": 1.0}}, "'beauty'"),

@@ -12,7 +12,7 @@ from worldr1_jax.rollout.sample import (
     sample,
     sample_keys,
     step_noise,
-    step_outputs,
+    stochastic_step,
 )
 
 SHAPE = (3, 2, 2, 2)
@@ -25,6 +25,15 @@ def velocity(latents, timestep, text):
     shift = jnp.mean(text, axis=(1, 2))[:, None, None, None, None]
     level = timestep[:, None, None, None, None] / 1000
     return jnp.tanh(latents * 0.7 + shift) + 0.3 * level * latents
+
+
+def step_outputs(trajectory, i, text, sampler):
+    """Step and log-probability of window step i, recomputed."""
+    before, after = trajectory.window_latents[i], trajectory.window_latents[i + 1]
+    index = trajectory.window_start + i
+    v = guided(velocity, 1.0, before, SIGMAS[index], text, None)
+    step = stochastic_step(sampler, before, v, SIGMAS, index)
+    return step, sde.log_prob(after, step.mean, step.std)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +94,26 @@ def test_window_is_the_plain_loop(inputs, sampler, start):
 
 
 @pytest.mark.parametrize("sampler", [FLOW, Sampler("cps", 0.5)], ids=["flow", "cps"])
+def test_each_sample_may_have_its_own_window(inputs, sampler):
+    """As if each had been drawn with the others at its place."""
+    starts = np.array([0, 2, 2, 3])
+    got = run(inputs, sampler, (jnp.array(starts), 2))
+    np.testing.assert_array_equal(got.window_start, starts)
+    np.testing.assert_array_equal(jax.random.key_data(got.keys), jax.random.key_data(inputs[0]))
+    for start in set(starts):
+        alone, mine = run(inputs, sampler, (start, 2)), starts == start
+        for name in ("window_latents", "log_prob_old"):
+            theirs = getattr(alone, name)[:, mine]
+            np.testing.assert_allclose(getattr(got, name)[:, mine], theirs, atol=1e-6)
+        np.testing.assert_allclose(got.latents[mine], alone.latents[mine], atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [FLOW, Sampler("cps", 0.5)], ids=["flow", "cps"])
 def test_recomputed_log_prob(inputs, sampler):
     got = run(inputs, sampler, (1, 3))
     text = inputs[2]
     for i in range(3):
-        _, log_prob = jax.jit(
-            lambda t, i: step_outputs(velocity, sampler, t, i, text, None, SIGMAS)
-        )(got, i)
+        _, log_prob = jax.jit(lambda t, i: step_outputs(t, i, text, sampler))(got, i)
         # the project's bound on the first ratio
         np.testing.assert_allclose(jnp.exp(log_prob - got.log_prob_old[i]), 1, atol=1e-6)
 
@@ -104,7 +126,7 @@ def test_drawn_steps_have_the_stated_mean_and_variance(sampler):
     text = jnp.zeros((count, 1, 1))
     keys = sample_keys(jax.random.key(5), count)
     got = sample(velocity, keys, noise, SIGMAS, text, sampler=sampler, window=(2, 1))
-    step, _ = step_outputs(velocity, sampler, got, 0, text, None, SIGMAS)
+    step, _ = step_outputs(got, 0, text, sampler)
     drawn = np.asarray(got.window_latents[1]).reshape(count, 3)
     mean, std = np.asarray(step.mean[0]).ravel(), float(step.std)
     assert (np.abs(drawn.mean(0) - mean) < 5 * std / count**0.5).all()
@@ -147,12 +169,12 @@ def test_group_members_differ_only_by_noise(inputs):
 def test_guidance_hand_numbers(inputs):
     _, noise, text = inputs
     null = jnp.ones((5, 3))
-    got = guided(velocity, Sampler(guidance=4.0), noise, SIGMAS[1], text, null)
+    got = guided(velocity, 4.0, noise, SIGMAS[1], text, null)
     t = jnp.full(4, SIGMAS[1] * 1000)
     cond, uncond = velocity(noise, t, text), velocity(noise, t, jnp.ones_like(text))
     np.testing.assert_allclose(got, 4 * cond - 3 * uncond, atol=1e-5)
     with pytest.raises(ValueError, match="text_null"):
-        guided(velocity, Sampler(guidance=4.0), noise, SIGMAS[1], text, None)
+        guided(velocity, 4.0, noise, SIGMAS[1], text, None)
 
 
 def test_guidance_one_runs_one_forward(inputs):
@@ -162,7 +184,7 @@ def test_guidance_one_runs_one_forward(inputs):
         calls.append(args)
         return velocity(*args)
 
-    guided(counted, Sampler(guidance=1.0), inputs[1], SIGMAS[0], inputs[2], jnp.ones((5, 3)))
+    guided(counted, 1.0, inputs[1], SIGMAS[0], inputs[2], jnp.ones((5, 3)))
     assert len(calls) == 1
 
 

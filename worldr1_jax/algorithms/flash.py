@@ -5,7 +5,8 @@ one step did. How strongly the log-probability of step i sees the velocity is it
 
     c_i = |d mean_i / d v| / std_i = sqrt(D) / s + s sqrt(D) (1 - sigma) / (2 sigma)   (flow-SDE)
 
-and with a large shift it falls so much along the schedule that late steps do not learn. So
+and it doubles within the first half of a shifted schedule: what a prompt teaches would depend on
+the step that it drew. So
 
     loss = w_i clipped loss + kl_weight KL,    w_i = (1 / c_i) / mean over window_range of 1 / c
 

@@ -7,6 +7,7 @@ the window; the tables of `unipc.make` mean UniPC, which has no stochastic steps
 the update recomputes exactly the transitions that were drawn (`stochastic_step`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,13 +48,15 @@ class Sampler:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"sampler kind {self.kind!r} is unknown; use {', '.join(KINDS)}.")
+            raise ValueError(f"sampler kind {self.kind!r} is unknown; use {', '.join(KINDS)}")
         if self.level not in sde.LEVELS:
-            raise ValueError(f"noise level {self.level!r} is unknown; use {', '.join(sde.LEVELS)}.")
-        if self.kind != "none" and self.eta <= 0:
-            raise ValueError(f"eta is {self.eta}; a stochastic step needs eta > 0.")
+            raise ValueError(f"noise level {self.level!r} is unknown; use {', '.join(sde.LEVELS)}")
+        if self.kind != "none" and not 0 < self.eta < math.inf:
+            raise ValueError(f"eta is {self.eta}; a stochastic step needs a finite eta above 0")
         if self.kind == "cps" and self.eta > 1:
-            raise ValueError(f"eta is {self.eta}; CPS needs eta in (0, 1].")
+            raise ValueError(f"eta is {self.eta}; CPS needs eta in (0, 1]")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; it must be finite")
 
 
 def in_parts(function: Callable[..., Array], parts: int) -> Callable[..., Array]:
@@ -270,26 +273,26 @@ def _check(keys, noise, sigmas, sampler: Sampler, start, width: int, on_step) ->
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != noise.shape[:1]:
         raise ValueError(
             f"keys are {keys.dtype}{list(keys.shape)}; they must be one jax.random.key for each of "
-            f"the {noise.shape[0]} samples (see sample_keys)."
+            f"the {noise.shape[0]} samples (see sample_keys)"
         )
     if isinstance(sigmas, unipc.UniPC):
         if width or sampler.kind != "none":
             raise ValueError(
                 f"UniPC is deterministic and has no place for sampler kind {sampler.kind!r} with a "
-                f"window of {width} steps; sample these on sigmas (schedule.sigmas)."
+                f"window of {width} steps; sample these on sigmas (schedule.sigmas)"
             )
         if on_step is not None:
             raise ValueError(
                 "UniPC's corrector starts again from the state before each step and would undo "
-                "what on_step changes; use sigmas (schedule.sigmas) with on_step."
+                "what on_step changes; use sigmas (schedule.sigmas) with on_step"
             )
     if (width == 0) != (sampler.kind == "none"):
         raise ValueError(
             f'a window of {width} steps and sampler kind {sampler.kind!r} disagree; kind "none" '
-            "goes with 0 steps, the others with at least 1."
+            "goes with 0 steps, the others with at least 1"
         )
     if width and isinstance(start, int) and not 0 <= start <= sigmas.shape[0] - 2 - width:
         raise ValueError(
             f"window steps {start} .. {start + width - 1} do not lie within the first "
-            f"{sigmas.shape[0] - 2} of the {sigmas.shape[0] - 1} steps."
+            f"{sigmas.shape[0] - 2} of the {sigmas.shape[0] - 1} steps"
         )

@@ -4,6 +4,8 @@ A schedule is the array `sigmas [T+1]`: step `i` takes the state from `sigmas[i]
 `sigmas[i + 1]`. Flow matching: `x_sigma = (1 - sigma) x0 + sigma eps`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def sigmas(steps: int, shift: float, *, sigma_max: float = 1.0) -> Float[Array, 
       ValueError: when an argument is out of its range.
     """
     if not 0 < sigma_max <= 1:
-        raise ValueError(f"sigma_max is {sigma_max}; it must lie in (0, 1].")
+        raise ValueError(f"sigma_max is {sigma_max}; it must lie in (0, 1]")
     # float64: the differences are used as well
     return jnp.asarray(_shifted(steps, shift, sigma_max, 0.0), jnp.float32)
 
@@ -68,9 +70,9 @@ def unipc_sigmas(
 def _shifted(steps: int, shift: float, top: float, bottom: float) -> Float[np.ndarray, " T+1"]:
     """`s` even from `top` to `bottom`, shifted, in float64."""
     if steps < 1:
-        raise ValueError(f"steps is {steps}; the sampler needs at least 1 step.")
-    if shift <= 0:
-        raise ValueError(f"shift is {shift}; it must be positive (Wan2.1: 3 for 480p, 5 for 720p).")
+        raise ValueError(f"steps is {steps}; the sampler needs at least 1 step")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift is {shift}; it must be positive (Wan2.1: 3 for 480p, 5 for 720p)")
     even = np.linspace(top, bottom, steps + 1)
     return shift * even / (1 + (shift - 1) * even)
 
@@ -81,16 +83,16 @@ def check_window(steps: int, width: int, first: int, last: int) -> None:
     The last step stays out: its noise would remain in the video, and CPS has std 0 there.
     """
     if width < 1:
-        raise ValueError(f"the window has {width} steps; it needs at least 1.")
+        raise ValueError(f"the window has {width} steps; it needs at least 1")
     if not 0 <= first < last <= steps - 1:
         raise ValueError(
             f"window range [{first}, {last}) does not lie within steps [0, {steps - 1}); the last "
-            f"of the {steps} steps must stay deterministic."
+            f"of the {steps} steps must stay deterministic"
         )
     if width > last - first:
         raise ValueError(
             f"a window of {width} steps does not fit into range [{first}, {last}), which has "
-            f"{last - first}."
+            f"{last - first}"
         )
 
 
@@ -122,6 +124,6 @@ def progressive_window(
       stride: steps by which it then moves.
     """
     if interval < 1 or stride < 1:
-        raise ValueError(f"interval {interval} and stride {stride} must both be at least 1.")
+        raise ValueError(f"interval {interval} and stride {stride} must both be at least 1")
     places = (last - width - first) // stride + 1
     return jnp.asarray(first + stride * ((update // interval) % places), jnp.int32)

@@ -48,7 +48,7 @@ def noise_level(
         return eta * sigma_clamp * sigma
     if name == "constant":
         return jnp.full_like(sigma, eta)
-    raise ValueError(f"noise level {name!r} is unknown; it must be one of {', '.join(LEVELS)}.")
+    raise ValueError(f"noise level {name!r} is unknown; it must be one of {', '.join(LEVELS)}")
 
 
 def flow_sde(

@@ -74,13 +74,13 @@ def tables(
         more: at 1 the log-SNR is infinite.
     """
     if order not in ORDERS:
-        raise ValueError(f"UniPC's order is {order}; it has to be 1, 2 or 3.")
+        raise ValueError(f"UniPC's order is {order}; it has to be 1, 2 or 3")
     # The rounded sigmas are the schedule: 1 - 0.999999 is 1.3 percent larger in float32.
     levels = np.asarray(sigmas, np.float32).astype(np.float64)
     if levels[0] >= 1 or levels[-1] < 0 or not (np.diff(levels) < 0).all():
         raise ValueError(
             f"UniPC's sigmas run from {levels[0]:g} to {levels[-1]:g}; they have to descend "
-            "strictly, from below 1 to 0 or more (see schedule.unipc_sigmas)."
+            "strictly, from below 1 to 0 or more (see schedule.unipc_sigmas)"
         )
     count = len(levels) - 1
     # Not of the last level, 0: the step to it is of order 1, which asks for none.
