@@ -30,6 +30,7 @@ from worldr1_jax.weights.needed import Needed
 REWARDS = {
     "recon": "worldr1_jax.rewards.recon:Recon",
     "trajectory": "worldr1_jax.rewards.trajectory:Trajectory",
+    "meta_view": "worldr1_jax.rewards.meta_view:MetaView",
     "mvcs": "worldr1_jax.rewards.consistency:Mvcs",
     "palette": "worldr1_jax.nano.palette:Palette",
     "hps": "worldr1_jax.rewards.preference:Hps",
