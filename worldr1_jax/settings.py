@@ -408,7 +408,7 @@ def make_update(found: Settings, pipeline: Pipeline, state: Any, *, donate: bool
     step = partial(
         learning.train_step, algorithm=found.algorithm, velocity=pipeline.velocity,
         optimizer=found.train.optimizer(), rules=rules_on(found, pipeline.mesh),
-        guidance=found.sample.guidance,
+        guidance=found.sample.guidance, group_size=found.run.group_size,
     )  # fmt: skip
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     donated = 0 if donate else ()

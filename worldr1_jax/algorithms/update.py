@@ -131,6 +131,7 @@ def train_step(
     optimizer: Optimizer,
     rules: Rules,
     guidance: float = 1.0,
+    group_size: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """All optimizer steps of one rollout.
 
@@ -146,6 +147,7 @@ def train_step(
       optimizer: from `make_optimizer`.
       rules: settings of the update.
       guidance: the rollout's.
+      group_size: K; members of a group, which are neighbours, share the noise of their losses.
 
     Returns:
       The state after, and metrics, float32 scalars. Means over optimizer steps: loss, the
@@ -159,7 +161,7 @@ def train_step(
     Raises:
       ValueError: when the samples do not divide into minibatches and microbatches.
     """
-    samples = _samples(batch, algorithm)
+    samples = _samples(batch, algorithm, group_size)
     parts = _split(samples, rules.minibatches, rules.microbatches)
     drawing = algorithm.drawing(state.adapters, state.algorithm)
 
@@ -248,9 +250,13 @@ def _apply(state, grads, any_valid, optimizer, rules):
     return state, {"grad_norm": grad_norm, "skipped": 1.0 - taken, "eps_share": share}
 
 
-def _samples(batch: Batch, algorithm: Algorithm) -> Samples:
+def _samples(batch: Batch, algorithm: Algorithm, group_size: int) -> Samples:
     """What the algorithm keeps, with zeros instead of what invalid samples hold: a NaN times a
-    weight of 0 would still be NaN."""
+    weight of 0 would still be NaN.
+
+    Members of a group have one key. Their advantages sum to 0, so that where a loss puts noise on
+    them, what the noise alone does to the gradient cancels, and what they differ in is left.
+    """
 
     def clean(x):
         if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -260,7 +266,9 @@ def _samples(batch: Batch, algorithm: Algorithm) -> Samples:
     kept, text, advantages = jax.tree.map(
         clean, (algorithm.keep(batch.trajectory), batch.text, batch.advantages)
     )
-    return Samples(kept, text, advantages, batch.valid, batch.trajectory.keys)
+    leaders = batch.trajectory.keys[::group_size]
+    keys = jnp.repeat(leaders, group_size, total_repeat_length=batch.valid.shape[0])
+    return Samples(kept, text, advantages, batch.valid, keys)
 
 
 def _split(samples: Samples, *parts: int) -> Samples:
