@@ -88,8 +88,8 @@ def guided(
 
     The two branches are two calls of one batch shape, not one call of twice the batch: memory stays
     that of one branch, and samples stay on the devices that hold them. The model is told
-    `timestep`, which is `sigma * 1000` unless given. A guidance that is an array runs both branches,
-    whatever it is.
+    `timestep`, which is `sigma * 1000` unless given. A guidance that is an array runs both
+    branches, whatever it is.
     """
     told = sigma * 1000.0 if timestep is None else timestep
     timestep = jnp.full(latents.shape[:1], told, jnp.float32)
