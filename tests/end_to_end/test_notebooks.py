@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,18 @@ def test_every_cell_runs(name, monkeypatch):
     for number, source in enumerate(sources):
         exec(compile(source, f"{name}.ipynb, code cell {number}", "exec"), space)
     assert Path(os.getcwd()) == ROOT
+
+
+@pytest.mark.parametrize("name", ["rewards", "world"])
+def test_the_first_cell_finds_the_package_beside_a_plain_clone(name, tmp_path):
+    """As on Colab: the folder above the clone, in which the clone's name hides the package."""
+    (tmp_path / "worldr1_jax").symlink_to(ROOT)
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = f"{first}\nimport worldr1_jax\nprint(worldr1_jax.__file__)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert Path(done.stdout.strip()).resolve() == ROOT / "worldr1_jax" / "__init__.py"

@@ -231,6 +231,8 @@ def test_refusals_of_files(golden, published, tmp_path):
     refused("hidden_act is 'relu'", vision_config={**VISION, "hidden_act": "relu"})
     refused("multiple of num_attention_heads 5", vision_config={**VISION, "num_attention_heads": 5})
     refused("image_size 3 is smaller than a patch", vision_config={**VISION, "image_size": 3})
+    refused("'vision_config.hidden_size' is '24'", vision_config={**VISION, "hidden_size": "24"})
+    refused("no fields under 'text_config'", text_config=[3])
     refused("holds no .safetensors")
     refused("unknown keys, such as 'extra'", {**weights, "extra": np.zeros(3, np.float32)})
     refused("shape", {**weights, "logit_scale": np.zeros(3, np.float32)})

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from worldr1_jax.models import lpips
 
@@ -27,7 +26,7 @@ def convert_published(trunk: str | Path, heads: str | Path, folder: str | Path) 
     import torch
     from safetensors.torch import save_file
 
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in (trunk, heads):
         tensors |= dict(torch.load(path, map_location="cpu", weights_only=True))
     kept = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("classifier.")}

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from worldr1_jax.weights import fields
+
 ACTIVATIONS = ("gelu", "quick_gelu")
 # transformers writes only the fields that differ from its defaults, which are these.
 _TOWERS: dict[str, dict[str, Any]] = {
@@ -33,6 +35,11 @@ _TOWERS: dict[str, dict[str, Any]] = {
     },
 }
 _PROJECTION = 512
+_LIMITS: fields.Limits = {
+    "num_hidden_layers": (1, 256),
+    "layer_norm_eps": (1e-12, 1),
+    "eos_token_id": (0, 2**20),
+}
 # What configs of before 2023 say for "the prompt ends at its largest token id".
 _LARGEST = 2
 
@@ -119,18 +126,19 @@ class Config:
         vision, text = (_section(values, name) for name in _TOWERS)
         if vision["num_channels"] != 3:
             raise ValueError(
-                f"config field 'num_channels' is {vision['num_channels']}; it has to be 3"
+                f"config field 'num_channels' is {vision['num_channels']!r}; it has to be 3"
             )
         end = text["eos_token_id"]
+        own = {
+            "projection_dim": values.get("projection_dim", _PROJECTION),
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "vocab_size": text["vocab_size"],
+            "max_position_embeddings": text["max_position_embeddings"],
+            "eos_token_id": None if end == _LARGEST else end,
+        }
         return cls(
-            _tower(vision),
-            _tower(text),
-            values.get("projection_dim", _PROJECTION),
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            vocab_size=text["vocab_size"],
-            max_position_embeddings=text["max_position_embeddings"],
-            eos_token_id=None if end == _LARGEST else end,
+            _tower(vision, "vision"), _tower(text, "text"), **fields.checked(cls, own, _LIMITS)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,12 +162,12 @@ class Config:
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """One tower's fields. Older files have them twice; what ends in _dict then counts."""
-    stated = {
-        **(values.get(f"{name}_config") or {}),
-        **(values.get(f"{name}_config_dict") or {}),
-    }
+    stated: dict[str, Any] = {}
+    for key in (f"{name}_config", f"{name}_config_dict"):
+        stated |= fields.mapping(values.get(key) or {}, key)
     return {field: stated.get(field, default) for field, default in _TOWERS[name].items()}
 
 
-def _tower(section: Mapping[str, Any]) -> Tower:
-    return Tower(**{field.name: section[field.name] for field in dataclasses.fields(Tower)})
+def _tower(section: Mapping[str, Any], name: str) -> Tower:
+    known = {field: section[field] for field in fields.names(Tower)}
+    return Tower(**fields.checked(Tower, known, _LIMITS, f"{name}_config."))
