@@ -191,6 +191,37 @@ def sample(
     scale = sampler.guidance if guidance is None else guidance
     if isinstance(sigmas, unipc.UniPC):
         return _sample_unipc(velocity, keys, noise, sigmas, text, text_null, scale, start)
+    return _sample_steps(
+        velocity,
+        keys,
+        noise,
+        sigmas,
+        text,
+        text_null,
+        sampler,
+        scale,
+        start,
+        width,
+        on_step,
+        shared_by,
+    )
+
+
+def _sample_steps(
+    velocity: Velocity,
+    keys: PRNGKeyArray,
+    noise: Float[Array, "B f h w C"],
+    sigmas: Float[Array, " T+1"],
+    text: Float[Array, "B N D"],
+    text_null: Float[Array, "N D"] | None,
+    sampler: Sampler,
+    scale: float | Float[Array, ""],
+    start: Int[Array, ""] | Int[Array, " B"],
+    width: int,
+    on_step: OnStep | None,
+    shared_by: int,
+) -> Trajectory:
+    """`sample` by Euler and stochastic steps."""
 
     def ode_step(x, v, index):
         x_next = sde.ode(x, v, sigmas[index], sigmas[index + 1])
@@ -232,13 +263,7 @@ def sample(
         carry = jax.lax.fori_loop(first, steps, lambda i, carry: body(carry, i)[0], carry)
     else:
         carry, _ = jax.lax.scan(body, carry, jnp.arange(steps))
-    return Trajectory(
-        latents=carry[0],
-        window_latents=carry[1],
-        log_prob_old=carry[2],
-        window_start=start,
-        keys=keys,
-    )
+    return Trajectory(*carry, window_start=start, keys=keys)
 
 
 def _sample_unipc(
