@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import fnmatch
 import io
 import textwrap
 import tokenize
@@ -27,7 +28,8 @@ def comments(path: str | Path) -> dict[str, str]:
     """Field -> what the file says of it, or "", in its order; nothing of the file is run.
 
     A field is an assignment to attributes of a name, `c.sample.steps = 50`, or of a name for a
-    section, `g = c.algorithm`. Its comment stands on its own lines, or else on those right above
+    section, `g = c.algorithm`; of one for several sections, `c.rewards[name] = judge = ...`, the
+    field is "rewards.*.weights". Its comment stands on its own lines, or else on those right above
     it. Of several assignments the first one with a comment counts: later ones change values for a
     variant.
     """
@@ -38,11 +40,8 @@ def comments(path: str | Path) -> dict[str, str]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Assign):
             continue
-        (target,) = node.targets[:1]
-        if isinstance(target, ast.Name) and isinstance(node.value, ast.Attribute):
-            sections[target.id] = ast.unparse(node.value).partition(".")[2] + "."
-            continue
-        names = list(_names(target, sections))
+        sections |= _sections(node)
+        names = [name for target in node.targets for name in _names(target, sections)]
         lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         text = " ".join(notes[line] for line in lines if line in notes)
         first = node.lineno
@@ -54,6 +53,14 @@ def comments(path: str | Path) -> dict[str, str]:
     return found
 
 
+def key(name: str, said: dict[str, str]) -> str:
+    """Where `comments` has what is said of a field: under its name, under one that stands for it
+    and others, or under its section's; or ""."""
+    shared = [pattern for pattern in said if "*" in pattern and fnmatch.fnmatch(name, pattern)]
+    candidates = (name, *shared, name.rpartition(".")[0])
+    return next((found for found in candidates if said.get(found)), "")
+
+
 def describe(path: str | Path, config: Any) -> str:
     """A flag a line, in the order of the file: its name, its value, and its comment."""
     said = comments(path)
@@ -61,11 +68,11 @@ def describe(path: str | Path, config: Any) -> str:
 
     def place(field: tuple[str, Any]) -> int:
         name = field[0]  # or that of its section, where that is first given values as a whole
-        section = name.rpartition(".")[0]
-        return min(places.get(name, len(places)), places.get(section, len(places)))
+        known = (name, key(name, said), name.rpartition(".")[0])
+        return min(places.get(one, len(places)) for one in known)
 
     return "\n".join(
-        line(f"--config.{name}={value}", said.get(name) or said.get(name.rpartition(".")[0], ""))
+        line(f"--config.{name}={value}", said.get(key(name, said), ""))
         for name, value in sorted(fields(config), key=place)
     )
 
@@ -102,6 +109,17 @@ def _notes(source: str) -> tuple[dict[int, str], set[int]]:
             if not token.line[: token.start[1]].strip():
                 alone.add(token.start[0])
     return notes, alone
+
+
+def _sections(node: ast.Assign) -> dict[str, str]:
+    """Names that an assignment makes for sections -> their fields' prefix."""
+    names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+    several = [target for target in node.targets if isinstance(target, ast.Subscript)]
+    if isinstance(node.value, ast.Attribute):
+        return dict.fromkeys(names, ast.unparse(node.value).partition(".")[2] + ".")
+    if several:
+        return dict.fromkeys(names, ast.unparse(several[0].value).partition(".")[2] + ".*.")
+    return {}
 
 
 def _names(target: ast.expr, sections: dict[str, str]) -> Iterator[str]:

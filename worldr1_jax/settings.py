@@ -41,6 +41,8 @@ from worldr1_jax.policies.stages import Pipeline, Sampling
 from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards import scorer as scoring
 from worldr1_jax.rewards.choice import Choice, choose
+from worldr1_jax.weights import needed
+from worldr1_jax.weights.needed import Needed
 from worldr1_jax.weights.shipped import resolve
 from worldr1_jax.workdir.watch import Watch
 
@@ -198,6 +200,13 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
             f"groups x group_size is {found.run.videos} videos, which the mesh's data x fsdp = "
             f"{parts} cannot divide"
         )
+    draw = found.algorithm.draw(jax.random.key(0), 0, found.plan)
+    if draw.prefix and (found.run.groups % parts or found.camera.mode == "step"):
+        raise ValueError(
+            f"algorithm.share is 'prefix' and groups is {found.run.groups}: the mesh's data x fsdp "
+            f"= {parts} has to divide the groups, and camera.mode must not be step; noise has no "
+            "such conditions"
+        )
 
 
 def identity(
@@ -219,6 +228,15 @@ def identity(
         "version of worldr1_jax and jax": f"{worldr1_jax.__version__} {jax.__version__}",
         "files of weights": repr(files),
     }
+
+
+def check_files(found: Settings) -> None:
+    """Raises ValueError that names every network that is missing, where to get it and its size; to
+    be called first, for the mesh already asks for the policy's shape."""
+    sizes = {"large": ("Wan-AI/Wan2.1-T2V-14B", "69 GB")}
+    what, size = sizes.get(found.run.variant, ("Wan-AI/Wan2.1-T2V-1.3B", "18 GB"))
+    policy = Needed("policy.weights", found.policy.weights, what, size, "Apache-2.0")
+    needed.check((policy, *found.rewards.needed()))
 
 
 def check_policy(found: Settings) -> None:

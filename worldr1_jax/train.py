@@ -77,6 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     # ---------------------------------------------------------------- what was asked for, checked
     found = settings.read(config)
     run = found.run
+    settings.check_files(found)
     prompts = settings.load_prompts(found)
     mesh = settings.make_mesh(found)
     settings.check(found, mesh, prompts)

@@ -82,7 +82,7 @@ def test_every_field_has_a_comment():
     said = config_help.comments(LAUNCH.parent / "configs" / "world.py")
     known = [name for name, _ in config_help.fields(world.get_config("nano"))]
     plain = {"variant", "sample.negative_prompt"}  # whose names say it all
-    bare = {n for n in known if not (said.get(n) or said.get(n.rpartition(".")[0]))}
+    bare = {name for name in known if not config_help.key(name, said)}
     assert bare <= plain
 
 
@@ -114,7 +114,7 @@ def test_wrong_input_is_one_sentence(arguments, environment, message):
     [
         ("open('/nowhere/at/all')", "/nowhere/at/all: No such file or directory"),
         ("open('/dev/null/x', 'w')", "/dev/null/x: Not a directory"),
-        ("int('9' * 5000 + 'x')", "Exceeds the limit"),
+        ("(_ for _ in ()).throw(ValueError('long ' * 10**5))", "long long"),
     ],
 )
 def test_what_a_path_or_value_raises_is_one_short_sentence(body, message, tmp_path):
@@ -129,3 +129,10 @@ def test_a_config_file_that_is_no_python_is_named(tmp_path):
     broken.write_text("x = (\n")
     done = launch("score", f"--config={broken}")
     assert done.returncode == 1 and done.stderr.startswith(f"error: {broken} line 1 is no Python")
+
+
+def test_a_start_on_an_empty_machine_names_all_that_is_missing(tmp_path):
+    done = launch("tpu_train", f"{CONFIG}:small", f"--workdir={tmp_path}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    for field in ("policy.weights", "rewards.recon.lpips", "rewards.reconstruct.da3"):
+        assert field in done.stderr, done.stderr

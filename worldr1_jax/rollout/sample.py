@@ -153,6 +153,7 @@ def sample(
     sampler: Sampler,
     window: tuple[int | Int[Array, ""] | Int[Array, " B"], int] = (0, 0),
     on_step: OnStep | None = None,
+    shared_by: int = 1,
 ) -> Trajectory:
     """Denoises a batch: ODE steps, and stochastic ones inside the window.
 
@@ -172,13 +173,17 @@ def sample(
         `schedule.check_window` says what fits. W is 0 exactly when the sampler's kind is "none".
       on_step: applied to the state after each step outside the window (the released World-R1 adds
         its camera warp so). Inside, it would change the state whose probability was taken.
+      shared_by: so many neighbours have one noise and one text. Up to the first window of the batch
+        they are one and are denoised as one; needs a window.
 
     Raises:
       ValueError: when keys are not one a sample, or the window and the sampler's kind disagree, or
-        UniPC is given a window or on_step.
+        UniPC is given a window or on_step, or samples are shared without a window or with on_step.
     """
     start, width = window
     _check(keys, noise, sigmas, sampler, start, width, on_step)
+    if shared_by > 1 and (width == 0 or on_step is not None):
+        raise ValueError("samples that share their steps need a window to part in, and no on_step")
     start = jnp.asarray(start, jnp.int32)
     if isinstance(sigmas, unipc.UniPC):
         return _sample_unipc(velocity, keys, noise, sigmas, text, text_null, sampler, start)
@@ -209,10 +214,20 @@ def sample(
             log_probs = _put(log_probs, log_prob, place)
         return (x_next, _put(states, x_next, place + 1), log_probs), None
 
-    x = noise.astype(jnp.float32)
+    def shared_step(index, x):
+        v = guided(velocity, sampler.guidance, x, sigmas[index], text[::shared_by], text_null)
+        return ode_step(x, v, index)[0]
+
+    x, first, steps = noise.astype(jnp.float32), start.min(), sigmas.shape[0] - 1
+    if shared_by > 1:
+        x = jax.lax.fori_loop(0, first, shared_step, x[::shared_by])
+        x = jnp.broadcast_to(x[:, None], (len(x), shared_by, *x.shape[1:])).reshape(noise.shape)
     states = jnp.zeros((width + 1, *x.shape), jnp.float32).at[0].set(x)  # right when start is 0
-    log_probs = jnp.zeros((width, x.shape[0]), jnp.float32)
-    carry, _ = jax.lax.scan(body, (x, states, log_probs), jnp.arange(sigmas.shape[0] - 1))
+    carry = x, states, jnp.zeros((width, x.shape[0]), jnp.float32)
+    if shared_by > 1:
+        carry = jax.lax.fori_loop(first, steps, lambda i, carry: body(carry, i)[0], carry)
+    else:
+        carry, _ = jax.lax.scan(body, carry, jnp.arange(steps))
     return Trajectory(
         latents=carry[0],
         window_latents=carry[1],

@@ -18,7 +18,7 @@ def resolve(folder: str | Path, part: str = "") -> Path:
     """
     path = WEIGHTS / part if str(folder) == "nano" else Path(folder)
     if not str(folder) or not os.path.isdir(path):  # False, too, for names that no system takes
-        field = f"rewards.{part}" if part else "policy.weights"
+        field = f"rewards.reconstruct.{part}" if part else "policy.weights"
         raise ValueError(
             f"{field} '{short(str(folder))}' is no folder: give one of published weights, or 'nano'"
         )
