@@ -33,7 +33,6 @@ REWARDS = {
     "meta_view": "worldr1_jax.rewards.meta_view:MetaView",
     "mvcs": "worldr1_jax.rewards.consistency:Mvcs",
     "palette": "worldr1_jax.nano.palette:Palette",
-    "brightness": "worldr1_jax.rewards.brightness:Brightness",
     "hps": "worldr1_jax.rewards.preference:Hps",
     "pickscore": "worldr1_jax.rewards.preference:PickScore",
 }
