@@ -27,7 +27,6 @@ ALGORITHMS = {
     "dppo": "worldr1_jax.algorithms.dppo:Dppo",
     "nft": "worldr1_jax.algorithms.nft:Nft",
     "awm": "worldr1_jax.algorithms.awm:Awm",
-    "copy": "worldr1_jax.algorithms.copy:Copy",
 }
 
 
