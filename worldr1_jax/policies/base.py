@@ -24,7 +24,6 @@ from worldr1_jax.weights.convert import read_config
 
 FAMILIES = {
     "WanTransformer3DModel": "worldr1_jax.policies.wan",
-    "ToyDenoiser": "worldr1_jax.policies.toy",
     "WanModel": "worldr1_jax.policies.wan",  # in Wan-Video's own release
 }
 
