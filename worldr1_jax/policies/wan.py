@@ -113,7 +113,14 @@ class Wan:
 def read(folder: str | Path) -> Shape:
     """The shapes of DiT and VAE, from the small files alone; errors as for `load`."""
     found = parts(folder)
-    return Shape(wan_dit.read_config(found["transformer"]), wan_vae.read_config(found["vae"]))
+    dit, vae = wan_dit.read_config(found["transformer"]), wan_vae.read_config(found["vae"])
+    if not dit.in_channels == dit.out_channels == vae.z_dim:
+        raise ValueError(
+            f"policy.weights {folder}: the transformer has {dit.in_channels} channels in and "
+            f"{dit.out_channels} out, and the latents of the VAE {vae.z_dim}; text-to-video needs "
+            "all equal"
+        )
+    return Shape(dit, vae)
 
 
 def text_files(folder: str | Path) -> list[Path]:
