@@ -126,7 +126,7 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
         judge.fit = fit
 
     c.rewards.meta_view = ml_collections.ConfigDict()  # (rewards/meta_view.py: MetaView)
-    c.rewards.meta_view.angle = 13.0  # degrees, between the path and where the exam is held
+    c.rewards.meta_view.angle = 9.0  # degrees, between the path and where the exam is held
     c.rewards.meta_view.split = "alternate"  # of the frames that have to agree; or halves
 
     # What learns, with its fields (algorithms/base.py); :nano,nft names another.
