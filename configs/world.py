@@ -90,11 +90,11 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.rewards = ml_collections.ConfigDict()  # (rewards/base.py: a section for each reward)
     # 0 measures a reward and does not learn from it
     c.rewards.weights = ml_collections.ConfigDict(
-        {"recon": 1.0, "trajectory": 1.0, "general": 1.0, "mvcs": 0.0}
+        {"recon": 1.0, "trajectory": 1.0, "meta_view": 1.0, "general": 1.0, "mvcs": 0.0}
     )
-    # R_gen: rewards that are "general", averaged with these weights. palette: colours that the
-    # prompt names; hps: HPSv2.1 [paper]
-    c.rewards.general = ml_collections.ConfigDict({"palette": 1.0, "hps": 0.0, "pickscore": 0.0})
+    # R_gen: rewards that are "general", averaged with these weights: hps (HPSv2.1) [paper],
+    # pickscore, and palette, the colours that a prompt names, which stands in for them in nano
+    c.rewards.general = ml_collections.ConfigDict({"hps": 1.0, "pickscore": 0.0, "palette": 0.0})
     c.rewards.reconstruct = ml_collections.ConfigDict()  # (rewards/reconstruct.py: Reconstruct)
     c.rewards.reconstruct.da3 = ""  # folder of Depth Anything 3 with Gaussian head
     c.rewards.reconstruct.frame_stride = 1  # the 3D network sees every so many frames
@@ -116,7 +116,6 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     # "paper"; "segments": run by run; "released": by the formula of World-R1's code
     c.rewards.trajectory.mode = "paper"
     c.rewards.trajectory.segment = 3  # frames of a run, of those that are reconstructed
-
     for name, fit in (("hps", "pad"), ("pickscore", "crop")):  # (rewards/preference.py)
         c.rewards[name] = judge = ml_collections.ConfigDict()
         # HPS_v2.1_compressed.pt, or the folder PickScore_v1; "nano": the one that ships
@@ -125,6 +124,10 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
         judge.frames = 8  # of a video that are looked at, evenly spaced
         # to CLIP's square: pad (black bars) or crop, each as published, or squeeze
         judge.fit = fit
+
+    c.rewards.meta_view = ml_collections.ConfigDict()  # (rewards/meta_view.py: MetaView)
+    c.rewards.meta_view.angle = 9.0  # degrees, between the path and where the exam is held
+    c.rewards.meta_view.split = "alternate"  # of the frames that have to agree; or halves
 
     # What learns, with its fields (algorithms/base.py); :nano,nft names another.
     c.algorithm = ml_collections.ConfigDict(base.section(algorithm))
@@ -139,6 +142,8 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
         g.window_range = (0, 25)  # steps that the window may cover
         g.window_place = "random"  # or progressive, from noise to data, as MixGRPO; or group
         g.window_interval = 25  # updates at one place, progressive only
+        # what a group has in common before its window: none, noise, or prefix, computed once
+        g.share = "none"
 
     c.advantage = ml_collections.ConfigDict()  # (algorithms/advantage.py: Advantage)
     c.advantage.rewards = "sum"  # or each: every reward by its own std, then the weighted sum
@@ -164,7 +169,7 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     # periodic decoupled training [paper]
     c.dynamic.main_updates, c.dynamic.dynamic_updates = 100, 50
     # rewards that the dynamic phase turns off [paper: R_3D]
-    c.dynamic.off = ("recon", "trajectory")
+    c.dynamic.off = ("recon", "trajectory", "meta_view")
 
     c.watch = ml_collections.ConfigDict()  # (workdir/watch.py: Watch)
     # end the run when a prompt's videos differ by less than this share of what they did; 0: never
@@ -199,6 +204,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     # one frame for each latent frame
     c.rewards.reconstruct.da3, c.rewards.reconstruct.frame_stride = "nano", 4
     c.rewards.trajectory.depth_scale = 4.0
+    c.rewards.general.hps, c.rewards.general.palette = 0.0, 1.0
     c.rewards.recon.likeness = "ssim"  # LPIPS means little at 64 pixels
     # Within a group S_recon spreads by 0.03, S_traj by 0.22 and R_gen by 0.09: with equal weights
     # S_recon would be 2% of the variance that the policy learns from.

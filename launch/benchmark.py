@@ -31,6 +31,7 @@ def main() -> None:
     config = cli.CONFIG.value
     cli.use_cpu_well_for(config)
     found = settings.read(config)
+    settings.check_files(found)
     prompts, mesh = settings.load_prompts(found), settings.make_mesh(found)
     settings.check(found, mesh, prompts)
     programs, state = train.build(found, mesh)

@@ -67,10 +67,10 @@ def fresh(make: Callable[[], nnx.Module]) -> nnx.Module:
     return nnx.merge(graph, jax.jit(lambda: nnx.split(make())[1], compiler_options=options)())
 
 
-def config(folder: Path, **changes):
+def config(folder: Path, variant: str = "nano", **changes):
     """nano's configuration on these weights, with few and small videos; `changes` are dotted
     fields."""
-    c = world.get_config("nano")
+    c = world.get_config(variant)
     settings = {
         "policy.weights": str(folder), "rewards.reconstruct.da3": str(folder / "da3"),
         "frames": 5, "height": 32, "width": 32, "groups": 2, "group_size": 4, "num_updates": 4,
@@ -79,6 +79,8 @@ def config(folder: Path, **changes):
         "evaluate.samples": 4, "evaluate.guidances": (), "dynamic.main_updates": 2,
         "dynamic.dynamic_updates": 1, "mesh.data": 1,
     }  # fmt: skip
+    if "window_range" not in c.algorithm:
+        settings.pop("algorithm.window_range")
     for name, value in (settings | changes).items():
         part, field = c, name
         while "." in field:

@@ -38,7 +38,7 @@ def write_mp4(path: PathLike, video: Float[np.ndarray, "F H W 3"], fps: float) -
         raise ValueError(f"fps is {fps}; it must be above 0 and finite")
     frames = to_bytes(video)
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"video has shape {frames.shape}; it must be [F H W 3] and not empty.")
+        raise ValueError(f"video has shape {frames.shape}; it must be [F H W 3] and not empty")
     enlarge = math.ceil(_SMALLEST_SIDE / min(frames.shape[1:3]))
     frames = frames.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     odd = [side % 2 for side in frames.shape[1:3]]  # yuv420p halves both sides
@@ -88,7 +88,7 @@ def video_grid(
     """Lays videos out in rows of `columns` (>= 1), in reading order; the rest is black."""
     videos = np.asarray(videos)
     if columns < 1:
-        raise ValueError(f"columns is {columns}; it must be 1 or more.")
+        raise ValueError(f"columns is {columns}; it must be 1 or more")
     count, frames, height, width, channels = videos.shape
     rows = math.ceil(count / columns)
     cells = np.zeros((rows * columns, *videos.shape[1:]), videos.dtype)
@@ -114,7 +114,7 @@ def contact_sheet(
     """
     videos = np.asarray(videos)
     if captions is not None and len(captions) != len(videos):
-        raise ValueError(f"there are {len(captions)} captions for {len(videos)} videos.")
+        raise ValueError(f"there are {len(captions)} captions for {len(videos)} videos")
     chosen = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
     enlarge = max(1, _SMALLEST_SIDE // 2 // min(videos.shape[2:4]))
     rows = []
@@ -140,8 +140,15 @@ def to_bytes(image: Float[np.ndarray, ...]) -> np.ndarray:
     """[0, 1] floats -> 0 ... 255, rounded; values outside are clipped."""
     image = np.asarray(image, np.float32)
     if not np.isfinite(image).all():
-        raise ValueError("video has values that are not finite; they must be in [0, 1].")
+        raise ValueError("video has values that are not finite; they must be in [0, 1]")
     return np.round(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def marked(video: Float[np.ndarray, "*frames 3"]) -> Float[np.ndarray, "*frames 3"]:
+    """The video with magenta where a pixel is not finite, so that it can be shown."""
+    video = np.asarray(video, np.float32)
+    magenta = np.array([1.0, 0.0, 1.0], np.float32)
+    return np.where(np.isfinite(video).all(-1, keepdims=True), video, magenta)
 
 
 SIDE = 8  # px; smaller pictures have nothing to reconstruct

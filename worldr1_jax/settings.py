@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from worldr1_jax.policies.stages import Pipeline, Sampling
 from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards import scorer as scoring
 from worldr1_jax.rewards.choice import Choice, choose
+from worldr1_jax.weights import needed
+from worldr1_jax.weights.needed import Needed
 from worldr1_jax.weights.shipped import resolve
 from worldr1_jax.workdir.watch import Watch
 
@@ -187,7 +189,8 @@ def _check_dynamic(found: Settings) -> None:
 
 def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.PromptSets) -> None:
     """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
-    check_files(found)
+    check_policy(found)
+    found.rewards.check()
     cache = open_text_cache(found)
     if cache is not None:
         cache.check(texts(found, prompts))
@@ -197,22 +200,13 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
             f"groups x group_size is {found.run.videos} videos, which the mesh's data x fsdp = "
             f"{parts} cannot divide"
         )
-
-
-def check_files(found: Settings) -> None:
-    """Raises one ValueError that names every folder of weights that is missing, not the first."""
-    choice, wrong = found.rewards, []
-    looks: list[Callable[[], None]] = [partial(check_policy, found)]
-    looks += [reward.check for reward in choice.rewards.values()]
-    if choice.needs():
-        looks.append(partial(choice.reconstruct.check, choice.needs()))
-    for look in looks:
-        try:
-            look()
-        except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("; ".join(wrong))
+    draw = found.algorithm.draw(jax.random.key(0), 0, found.plan)
+    if draw.prefix and (found.run.groups % parts or found.camera.mode == "step"):
+        raise ValueError(
+            f"algorithm.share is 'prefix' and groups is {found.run.groups}: the mesh's data x fsdp "
+            f"= {parts} has to divide the groups, and camera.mode must not be step; noise has no "
+            "such conditions"
+        )
 
 
 def identity(
@@ -234,6 +228,15 @@ def identity(
         "version of worldr1_jax and jax": f"{worldr1_jax.__version__} {jax.__version__}",
         "files of weights": repr(files),
     }
+
+
+def check_files(found: Settings) -> None:
+    """Raises ValueError that names every network that is missing, where to get it and its size; to
+    be called first, for the mesh already asks for the policy's shape."""
+    sizes = {"large": ("Wan-AI/Wan2.1-T2V-14B", "69 GB")}
+    what, size = sizes.get(found.run.variant, ("Wan-AI/Wan2.1-T2V-1.3B", "18 GB"))
+    policy = Needed("policy.weights", found.policy.weights, what, size, "Apache-2.0")
+    needed.check((policy, *found.rewards.needed()))
 
 
 def check_policy(found: Settings) -> None:
@@ -405,7 +408,7 @@ def make_update(found: Settings, pipeline: Pipeline, state: Any, *, donate: bool
     step = partial(
         learning.train_step, algorithm=found.algorithm, velocity=pipeline.velocity,
         optimizer=found.train.optimizer(), rules=rules_on(found, pipeline.mesh),
-        guidance=found.sample.guidance,
+        guidance=found.sample.guidance, group_size=found.run.group_size,
     )  # fmt: skip
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     donated = 0 if donate else ()

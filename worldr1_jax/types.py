@@ -39,6 +39,8 @@ class Reconstruction:
     intrinsics: Float[Array, "B F 3 3"]  # pixels of the processed image
     # Leading axis [B], N = F x Gaussians per frame; None from a network without Gaussian head.
     gaussians: Gaussians | None
+    # Frames whose Gaussians these are, evenly spaced, both ends among them; None: all.
+    gaussian_frames: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

@@ -45,6 +45,8 @@ def test_noise_levels_are_stratified():
     assert (halves[0].sigma >= middle).all() and (halves[1].sigma <= middle).all()
     assert halves[0].sigma.max() > 0.99 and halves[1].sigma.min() < SIGMAS[5] + 0.01
     assert halves[1].sigma.min() >= SIGMAS[5]
+    high = toy.make("nft", draws=1, levels=(0.8, 0.9)).noised(keys, x0, SIGMAS, jnp.int32(0)).sigma
+    assert high.min() < 0.805 and high.max() > 0.895 and ((high >= 0.8) & (high <= 0.9)).all()
     t = halves[1].sigma[:, None, None, None, None]
     np.testing.assert_allclose(halves[1].latents, (1 - t) * x0 + t * halves[1].noise, atol=1e-6)
     np.testing.assert_allclose(jnp.std(halves[0].noise), 1, atol=0.05)
@@ -125,8 +127,9 @@ def test_any_solver():
     "name,field,value",
     [
         ("nft", "draws", 0), ("nft", "beta", 0.0), ("nft", "decay", 1.0), ("nft", "solver", "heun"),
-        ("nft", "kl_weight", -1.0), ("nft", "advantage_max", 0.0), ("awm", "power", 0.0),
-        ("awm", "clip", 2.0), ("awm", "average_weight", -1.0),
+        ("nft", "kl_weight", -1.0), ("nft", "levels", (0.5, 0.2)),
+        ("nft", "advantage_max", 0.0), ("awm", "power", 0.0), ("awm", "clip", 2.0),
+        ("awm", "average_weight", -1.0),
     ],
 )  # fmt: skip
 def test_refuses(name, field, value):

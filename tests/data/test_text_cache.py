@@ -5,6 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from worldr1_jax.data import text_cache
 
@@ -84,6 +85,82 @@ def test_a_cache_cut_short_is_none(tmp_path):
     (folder / text_cache.INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="holds 4 records for 5 prompts"):
         text_cache.TextCache(folder, made_by="x")
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path):
+    def broken(prompts):
+        text, lengths = encode(prompts)
+        text[-1, 0, -1] = np.inf
+        return text, lengths
+
+    with pytest.raises(ValueError, match="embedding of '' holds numbers that are not finite"):
+        text_cache.write(tmp_path, PROMPTS[:3], broken, made_by="x", tokens=TOKENS, batch=3)
+    with pytest.raises(ValueError, match="no complete cache"):
+        text_cache.TextCache(tmp_path, made_by="x")
+
+
+def rewritten(folder, change):
+    """The cache with other records: `change` of each record's bytes."""
+    write(folder, "x")
+    old = ArrayRecordReader(str(folder / text_cache.RECORDS))
+    records = [change(record) for record in old.read_all()]
+    writer = ArrayRecordWriter(str(folder / text_cache.RECORDS), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return text_cache.TextCache(folder, made_by="x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: b"\x80\x7f" + r[2:], "embedding of 'a red sphere' holds numbers that are not"),
+        (lambda r: b"\xc0\xff" + r[2:], "embedding of 'a red sphere' holds numbers that are not"),
+        (lambda r: r[:-1], r"is damaged \('a red sphere' has 31 bytes\)"),
+        (lambda r: r * 9, r"is damaged \('a red sphere' has 288 bytes\)"),
+    ],
+)
+def test_embeddings_are_checked_before_a_run_and_as_they_are_read(tmp_path, change, message):
+    """Infinity and NaN of bfloat16, and records of other lengths."""
+    cache = rewritten(tmp_path, change)
+    for read in (cache.check, cache):
+        with pytest.raises(ValueError, match=message):
+            read(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: None} for name in ("tokens", "width", "dtype", "prompts")),
+        *({"width": width} for width in (0, -1, 10**12, 1.5, "4")),
+        *({"dtype": dtype} for dtype in ("int8", "O", "x", 3)),
+        {"prompts": [["a"], ["b"], ["c"], ["d"]]},
+    ],
+    ids=str,
+)
+def test_an_index_of_nonsense_is_one_sentence(tmp_path, change):
+    write(tmp_path, "x")
+    path = tmp_path / text_cache.INDEX
+    index = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in index.items() if v is not None}))
+    with pytest.raises(ValueError, match=r"is damaged \("):
+        text_cache.TextCache(tmp_path, made_by="x")
+
+
+def test_records_of_nonsense_are_one_sentence(tmp_path):
+    write(tmp_path, "x")
+    (tmp_path / text_cache.RECORDS).write_bytes(b"nonsense" * 1000)
+    with pytest.raises(ValueError, match=r"holds 0 records for 4 prompts"):
+        text_cache.TextCache(tmp_path, made_by="x").check(PROMPTS)
+    (tmp_path / text_cache.INDEX).write_text("[")
+    with pytest.raises(ValueError, match=r"index\.json is not valid JSON"):
+        text_cache.TextCache(tmp_path, made_by="x")
+
+
+def test_hidden_files_are_no_part_of_an_encoder(encoder):
+    made_by = text_cache.fingerprint([encoder], TOKENS)
+    (encoder / "._model.safetensors").write_bytes(b"x")
+    assert text_cache.fingerprint([encoder], TOKENS) == made_by
 
 
 def test_a_missing_encoder_is_named(tmp_path):

@@ -20,7 +20,7 @@ from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import lora_files
 from worldr1_jax.nn import lora
 from worldr1_jax.policies import adapters as trained
-from worldr1_jax.policies import generate, wan
+from worldr1_jax.policies import generate, wan, wan_folder
 from worldr1_jax.policies.base import POLICY, VAE
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.workdir.checkpoint import Checkpointer, check_workdir
@@ -232,7 +232,7 @@ def test_a_run_on_encoded_prompts_never_reads_the_encoder(
     encoder = umt5.load(folder / "text_encoder")
     encoder.norm_out.scale[...] = encoder.norm_out.scale[...] + 1
     other = tmp_path / "other"
-    for part in wan.LAYOUTS["diffusers"]:
+    for part in wan_folder.LAYOUTS["diffusers"]:
         if part != "text_encoder":
             (other / part).parent.mkdir(exist_ok=True)
             (other / part).symlink_to(folder / part)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.measure.truth_of_rewards import jitter
+from tests.measure.corruptions import jitter
 from worldr1_jax.nano import videos
 from worldr1_jax.rewards.scorer import build
 

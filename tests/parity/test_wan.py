@@ -4,8 +4,10 @@ torch writes them, on tiny random weights in float32."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -111,6 +113,35 @@ def test_videos_match_diffusers_pipeline(folder):
     print(f"with the prompts exchanged {decibels(expected.std(), other):.1f} dB")
     assert expected.std() > 0.05 and decibels(expected.std(), other) < 40
     assert psnr >= 50 and of_deviation >= 50
+
+
+def test_diffusers_reads_what_is_converted(folder, tmp_path):
+    """WanPipeline.from_pretrained of our folder, with and without a scheduler to copy, gives the
+    latents of the pipeline that it came from: the same float32 weights, so the same bits."""
+    shutil.copytree(folder, tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare/scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    mesh = make_mesh({}, jax.devices()[:1])
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 16, 2, 4, 6))).float()
+
+    def latents(path):
+        pipeline = diffusers.WanPipeline.from_pretrained(path)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            PROMPTS, negative_prompt=NEGATIVE, height=32, width=48, num_frames=5,
+            num_inference_steps=2, guidance_scale=GUIDANCE, max_sequence_length=TOKENS,
+            latents=noise.clone(), output_type="latent",
+        ).frames  # fmt: skip
+
+    want = latents(folder)
+    for source in (folder, tmp_path / "bare"):
+        to = tmp_path / f"new_{source.name}"
+        wan.store(source, to, mesh=mesh, dtype=jnp.float32, form="diffusers", shift=SHIFT)
+        written = json.loads((to / "model_index.json").read_text())
+        for part in ("transformer", "vae", "text_encoder", "scheduler"):
+            assert written[part] == index[part]
+        assert torch.equal(latents(to), want)
+        assert wan.read(to) == wan.read(folder)
 
 
 def rename(state, rows, original, layers):

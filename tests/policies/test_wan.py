@@ -1,6 +1,8 @@
 """A whole model from a folder: both published layouts, what is refused, and the Orbax folder that
 later starts restore."""
 
+import io
+import json
 import shutil
 
 import jax
@@ -17,7 +19,8 @@ from worldr1_jax.models.wan import config as wan_dit_config
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import lora
-from worldr1_jax.policies import wan
+from worldr1_jax.policies import adapters as trained
+from worldr1_jax.policies import wan, wan_folder
 from worldr1_jax.policies.base import POLICY, TEXT, VAE
 from worldr1_jax.weights import convert
 
@@ -117,7 +120,7 @@ def test_names_of_the_original_vae_at_its_published_size():
     ],
 )
 def test_a_missing_part_is_named(folder, tmp_path, gone, message):
-    for part in wan.LAYOUTS["diffusers"]:
+    for part in wan_folder.LAYOUTS["diffusers"]:
         if part != gone:
             (tmp_path / part).symlink_to(folder / part)
     with pytest.raises(ValueError, match=message):
@@ -144,6 +147,171 @@ def test_a_truncated_file_of_the_original_release_is_named(original, mesh):
         wan.load(original, mesh=mesh, tokens=8)
 
 
+# -- folders of other models, and code in folders
+
+T2V = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": "0.35.0",
+    "boundary_ratio": None,
+    "expand_timesteps": False,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def linked(folder, to):
+    for part in wan_folder.LAYOUTS["diffusers"]:
+        (to / part).symlink_to(folder / part)
+    return to
+
+
+def test_the_index_of_a_text_to_video_pipeline_is_read(folder, tmp_path):
+    linked(folder, tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps(T2V))
+    assert wan.parts(tmp_path)["vae"] == tmp_path / "vae"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "'transformer_2' = "),
+        ({"boundary_ratio": 0.875}, "'boundary_ratio' = 0.875: Wan2.1's .* needs it null"),
+        ({"expand_timesteps": True}, "'expand_timesteps' = True"),
+        ({"image_encoder": ["transformers", "CLIPVisionModel"]}, "'image_encoder' = 'CLIPVision"),
+        ({"vae": ["diffusers", "AutoencoderKLQwenImage"]}, "'vae' = .* needs 'AutoencoderKLWan'"),
+        ({"transformer": ["diffusers", "WanVACETransformer3DModel"]}, "'transformer' = 'WanVACE"),
+        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "needs 'UMT5EncoderModel'"),
+        ({"_class_name": "WanImageToVideoPipeline"}, "is of 'WanImageToVideoPipeline': what is"),
+        ({"_class_name": "WanVACEPipeline"}, "is of 'WanVACEPipeline'"),
+        ({"something_new": 3}, "'something_new' = 3"),
+    ],
+)
+def test_the_index_of_another_pipeline_is_refused_by_name(folder, tmp_path, change, message):
+    linked(folder, tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps(T2V | change))
+    with pytest.raises(ValueError, match=message):
+        wan.parts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer_2", "high_noise_model", "low_noise_model", "Wan2.2_VAE.pth"]
+)
+def test_a_part_of_another_model_is_refused_by_name(folder, tmp_path, name):
+    linked(folder, tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"has {name}, the .* of Wan2\.2-"):
+        wan.parts(tmp_path)
+
+
+def test_a_transformer_of_more_channels_than_latents_is_refused(folder, tmp_path):
+    """As of Wan2.2's image-to-video, which has no other field that text-to-video has not."""
+    linked(folder, tmp_path)
+    (tmp_path / "transformer").unlink()
+    (tmp_path / "transformer").mkdir()
+    config = json.loads((folder / "transformer/config.json").read_text()) | {"in_channels": 36}
+    (tmp_path / "transformer/config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="has 36 channels in and 16 out, and the latents of the VAE"
+    ):
+        wan.read_configs(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizers_own_code_is_not_run(folder, tmp_path, monkeypatch, file):
+    """Whatever stands on standard input."""
+    tokenizer = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    path = tokenizer / file
+    values = json.loads(path.read_text()) if path.exists() else {"model_type": "mine"}
+    values |= {"auto_map": {"AutoTokenizer": ["own.Own", None], "AutoConfig": "own.C"}}
+    path.write_text(json.dumps(values | {"tokenizer_class": "Own"}))
+    (tokenizer / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    with pytest.raises(ValueError, match=rf"{file} names code to run \('auto_map'\)"):
+        wan_folder.load_tokenizer(tokenizer)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", "[" * 100_000, r"tokenizer\.json is not valid JSON: it is nested too"),
+        ("tokenizer.json", "{}", "holds no tokenizer that transformers can read"),
+        ("tokenizer.json", None, "holds no tokenizer that transformers can read"),
+    ],
+)
+def test_a_broken_tokenizer_is_named(folder, tmp_path, file, content, message):
+    tokenizer = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    (tokenizer / file).unlink()
+    if content is not None:
+        (tokenizer / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        wan_folder.load_tokenizer(tokenizer)
+
+
+# -- several adapters, and training that starts from one
+
+
+def test_adapters_are_joined_by_strength_and_grown_for_training(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def adapter(rank, scale):
+        halves = rng.normal(size=(2, 6, rank)), rng.normal(size=(2, rank, 5))
+        return lora.Adapter(*(half.astype(np.float32) for half in halves), scale)
+
+    def product(found):
+        return found.scale * np.asarray(found.a) @ np.asarray(found.b)
+
+    one, two = {"x": adapter(3, 0.5), "y": adapter(1, 1.0)}, {"x": adapter(2, 4.0)}
+    both = lora.joined([(one, 0.7), (two, -2.0)])
+    want = 0.7 * product(one["x"]) - 2 * product(two["x"])
+    np.testing.assert_allclose(product(both["x"]), want, atol=1e-5)  # float32 sums of five
+    np.testing.assert_allclose(product(both["y"]), 0.7 * product(one["y"]), atol=1e-6)
+
+    fresh = {"x": adapter(4, 2.0), "y": adapter(4, 2.0), "z": adapter(4, 2.0)}
+    fresh = {path: found._replace(b=0 * found.b) for path, found in fresh.items()}
+    grown = lora.grown(fresh, one)
+    for path in ("x", "y"):
+        np.testing.assert_allclose(product(grown[path]), product(one[path]), atol=1e-5)
+        assert grown[path].a.shape == (2, 6, 4) and grown[path].scale == 2
+    np.testing.assert_array_equal(grown["x"].a[..., 3], fresh["x"].a[..., 3])  # can be trained
+    assert not np.any(product(grown["z"]))
+    with pytest.raises(ValueError, match=r"have rank 3 on 'x': policy\.lora_rank is 2"):
+        lora.grown({"x": adapter(2, 1.0), "y": adapter(1, 1.0)}, one)
+    with pytest.raises(ValueError, match="have 'y', which is not trained"):
+        lora.grown({"x": fresh["x"]}, one)
+
+
+def test_the_strength_of_an_adapter(tmp_path):
+    (tmp_path / "a:3").mkdir()
+    for spec, want in (
+        ("a.safetensors", ("a.safetensors", 1)),
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("runs/b:-1", ("runs/b", -1)),
+        (f"{tmp_path}/a:3", (f"{tmp_path}/a:3", 1)),
+        (f"{tmp_path}/a:3:0.5", (f"{tmp_path}/a:3", 0.5)),
+        ("C:x", ("C:x", 1)),
+    ):
+        assert trained.strength_of(spec) == want
+    for text in ("nan", "inf", "-inf", "1e999"):
+        with pytest.raises(ValueError, match="it has to be finite"):
+            trained.strength_of(f"a:{text}")
+
+
+def test_training_can_start_from_adapters(folder, one):
+    """In the config's rank and scale, with the function that they had."""
+    given = {"blocks.attn1.to_q": lora.Adapter(np.ones((2, 32, 1)), np.ones((2, 1, 32)), 0.5)}
+    model = wan.load(folder, mesh=one, tokens=8, lora_rank=4, lora_alpha=8.0, adapters=given)
+    found = lora.adapters(model.dit)
+    assert len(found) == 8 and {a.scale for a in found.values()} == {2.0}
+    q = found["blocks.attn1.to_q"]
+    np.testing.assert_allclose(2 * q.a @ q.b, np.full((2, 32, 32), 0.5), rtol=1e-6)
+    assert not np.any(found["blocks.attn2.to_k"].b) and np.any(found["blocks.attn2.to_k"].a)
+
+
 # -- the Orbax folder
 
 
@@ -167,7 +335,7 @@ def test_a_stored_model_starts_on_any_mesh_with_the_same_bits(folder, stored, si
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     want = wan.load(folder, mesh=mesh, tokens=8)
     assert_same_model(wan.load(stored, mesh=mesh, tokens=8), want)
-    assert wan.read_configs(stored) == wan.read_configs(folder)
+    assert wan.read(stored) == wan.read(folder)
 
 
 def test_a_stored_model_is_cast_as_published_files_are(folder, stored, mesh):
@@ -190,6 +358,22 @@ def test_adapters_are_folded_into_what_is_stored(folder, model, mesh, tmp_path):
         wan.store(folder, tmp_path / "new", mesh=mesh, dtype=jnp.float32)
 
 
+def test_a_number_that_is_not_finite_is_found_in_a_stored_model(folder, one, tmp_path):
+    model = umt5.load(folder / "text_encoder", mesh=one)
+    model.norm_out.scale[...] = model.norm_out.scale[...].at[-1].set(jnp.nan)
+    convert.store(model, tmp_path, model.config.to_dict())
+    with pytest.raises(ValueError, match=r"'norm_out\.scale' holds numbers that are not finite"):
+        umt5.load(tmp_path, mesh=one)
+
+
+def test_a_bucket_is_no_folder(folder, one):
+    for to in ("gs://bucket/wan", "gs:/bucket/wan"):
+        with pytest.raises(ValueError, match="is a URL"):
+            wan.store(folder, to, mesh=one, dtype=jnp.float32)
+        with pytest.raises(ValueError, match="is a URL"):
+            wan.parts(to)
+
+
 def test_damage_to_a_stored_model_is_named(stored, tmp_path):
     part = shutil.copytree(stored / "text_encoder", tmp_path / "text_encoder")
 
@@ -207,5 +391,8 @@ def test_damage_to_a_stored_model_is_named(stored, tmp_path):
     refused(rf"{largest.name} is {len(content) - 1} bytes long, not {len(content)}")
     largest.unlink()
     refused("is missing, not")
+    for index in ("{}", '{"leaves": [], "files": {}}', '{"leaves": {"a": 3}, "files": {}}', "[]"):
+        (part / "leaves.json").write_text(index)
+        refused(r"leaves\.json (is damaged|has to be)")
     (part / "leaves.json").unlink()
     refused(r"holds no \.safetensors file")

@@ -166,6 +166,24 @@ def test_group_members_differ_only_by_noise(inputs):
     assert jnp.std(got.window_latents[1], axis=0).min() > 0
 
 
+@pytest.mark.parametrize("starts", [2, [2, 2, 3, 3], 0], ids=["one window", "two", "no prefix"])
+def test_a_shared_prefix_changes_nothing_but_its_cost(inputs, starts):
+    """Two groups of two: as if all four had been denoised by themselves, with fewer samples in the
+    steps before the first window."""
+    keys, noise, text = inputs
+    pairs = (keys, jnp.repeat(noise[::2], 2, 0), jnp.repeat(text[::2], 2, 0))
+    window = (jnp.array(starts), 2)
+    expected, got = run(pairs, FLOW, window), run(pairs, FLOW, window, shared_by=2)
+    for name in ("latents", "window_latents", "log_prob_old"):
+        np.testing.assert_allclose(getattr(got, name), getattr(expected, name), atol=1e-6)
+    assert jnp.abs(got.latents[0] - got.latents[1]).max() > 0.01  # members part in the window
+
+
+def test_sharing_needs_a_window(inputs):
+    with pytest.raises(ValueError, match="need a window"):
+        run(inputs, Sampler("none"), (0, 0), shared_by=2)
+
+
 def test_guidance_hand_numbers(inputs):
     _, noise, text = inputs
     null = jnp.ones((5, 3))

@@ -1,10 +1,13 @@
 """Checkpoints: bit-equal on any mesh, whole or absent after a kill, damage named."""
 
+import contextlib
 import functools
+import json
 import multiprocessing
-import os
 import shutil
-import signal
+import subprocess
+import sys
+import threading
 import time
 
 import jax
@@ -16,7 +19,14 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from worldr1_jax.workdir.checkpoint import Checkpointer, StopSignal, check_workdir
+from worldr1_jax.workdir.checkpoint import (
+    Checkpointer,
+    check_workdir,
+    compare_config,
+    write_config,
+)
+from worldr1_jax.workdir.lock import Lock
+from worldr1_jax.workdir.metrics import MetricsWriter
 
 
 def _abstract(state, sharding=None):
@@ -245,21 +255,125 @@ def test_workdir_of_another_config_is_refused_and_left_alone(tmp_path):
 
 def test_workdir_with_a_broken_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         check_workdir(tmp_path, {})
 
 
-def test_stop_signal_asks_and_then_gives_way():
-    former = signal.getsignal(signal.SIGTERM)
-    # A shell's background job starts with ctrl-C ignored; a foreground one has this handler.
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with StopSignal() as stop:
-        assert not stop.requested and not stop.agreed()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested and stop.agreed()
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is former
-    signal.signal(signal.SIGINT, interrupt)
+def test_a_config_is_written_with_the_first_checkpoint(tmp_path):
+    """Before it, a folder belongs to nobody; after it, to the config that it began with."""
+    config = {"seed": 0, "num_updates": 1}
+    compare_config(tmp_path / "new", config)
+    assert not (tmp_path / "new").exists()
+    for config in ({"seed": 0}, {"seed": 1}):
+        compare_config(tmp_path, config)
+        with Checkpointer(tmp_path, config=config) as checkpointer:
+            assert not (tmp_path / "config.json").exists()
+    with Checkpointer(tmp_path, config=config) as checkpointer:
+        checkpointer.save(1, {"w": jnp.zeros(3)}, {}, {})
+    compare_config(tmp_path, {"seed": 1})
+    with pytest.raises(ValueError, match="seed is 1 there and 2 here"):
+        compare_config(tmp_path, {"seed": 2})
+    write_config(tmp_path, {"seed": 2})
+    compare_config(tmp_path, {"seed": 1})
+
+
+def test_what_a_path_names_counts_and_not_the_path(tmp_path):
+    config, contents = {"policy": {"weights": "a", "x": 1}}, {"policy.weights": "hash"}
+    write_config(tmp_path, config, contents)
+    other = {"policy": {"weights": "b", "x": 1}}
+    compare_config(tmp_path, config, (), contents)
+    compare_config(tmp_path, other, (), contents)
+    with pytest.raises(ValueError, match=r"config: what policy\.weights names has changed; choose"):
+        compare_config(tmp_path, config, (), {"policy.weights": "another"})
+    with pytest.raises(ValueError, match=r'policy\.weights is "a" there and "b" here'):
+        compare_config(tmp_path, other)
+    with pytest.raises(ValueError, match=r"policy\.x is 1 there and 2 here"):
+        compare_config(tmp_path, {"policy": {"weights": "a", "x": 2}}, (), contents)
+
+
+@pytest.mark.parametrize("place", ["file/run", "a" * 300, "loop/run", "gs://bucket/run"])
+def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    workdir = place if "://" in place else tmp_path / place
+    for take in (Checkpointer, lambda path: Lock(path).__enter__(), MetricsWriter):
+        with pytest.raises(ValueError, match=r"cannot be made: |is a URL") as error:
+            take(workdir)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+# ------------------------------------------------------------------------------------ the lock
+
+
+HOLD = """
+import sys, time
+from worldr1_jax.workdir.lock import Lock
+with Lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextlib.contextmanager
+def holder(workdir, seconds=60):
+    """Another process that holds the folder."""
+    command = [sys.executable, "-c", HOLD, str(workdir), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_dead_ones_lock_is_taken(tmp_path):
+    with holder(tmp_path) as process:
+        before = (tmp_path / "lock").read_bytes()
+        with pytest.raises(
+            ValueError, match=rf"is in use by process {process.pid} on .*: wait for"
+        ):
+            Lock(tmp_path).__enter__()
+        assert (tmp_path / "lock").read_bytes() == before
+        process.kill()
+        process.wait()
+        assert (tmp_path / "lock").exists()  # as a killed run leaves it
+        with Lock(tmp_path) as lock:
+            lock.check()
+    assert not list(tmp_path.iterdir())
+    with Lock(tmp_path), pytest.raises(ValueError, match="is in use"):
+        Lock(tmp_path).__enter__()
+
+
+def test_a_lock_of_another_host_counts_while_its_heart_beats(tmp_path):
+    path = tmp_path / "lock"
+
+    def beat():
+        for count in range(40):
+            path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "beat": count}))
+            time.sleep(0.05)
+
+    quick = {"beat": 0.1, "patience": 0.4}
+    thread = threading.Thread(target=beat)
+    thread.start()
+    while not path.exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="is in use by process 7 on elsewhere"):
+        Lock(tmp_path, **quick).__enter__()
+    thread.join()
+    with Lock(tmp_path, **quick):
+        first = path.read_text()
+        assert "elsewhere" not in first
+        time.sleep(0.3)
+        assert path.read_text() != first  # it beats, too
+    path.write_text("{")  # half written
+    with Lock(tmp_path, **quick):
+        pass
+
+
+def test_a_folder_that_is_removed_under_a_run_is_noticed(tmp_path):
+    with Lock(tmp_path / "run") as lock:
+        lock.check()
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(ValueError, match="is gone: the folder was removed"):
+            lock.check()
+        (tmp_path / "run").mkdir()
+        with Lock(tmp_path / "run"), pytest.raises(ValueError, match="is gone"):
+            lock.check()

@@ -177,3 +177,12 @@ def test_bootstrap_interval_matches_the_normal_one_and_its_seed():
 def test_bootstrap_refuses(before, after, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap_ci95(before, after, seed=0)
+
+
+def test_a_video_that_is_not_finite_is_shown_in_magenta(tmp_path):
+    video = np.full((3, 16, 16, 3), 0.5)
+    video[1, :, :, 2] = np.nan
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.video(0, "a", video, 8)
+    shown = media.read_video(tmp_path / "videos/a_000000.mp4", 3).mean(axis=(1, 2))
+    np.testing.assert_allclose(shown, [[0.5] * 3, [1, 0, 1], [0.5] * 3], atol=0.03)  # H.264

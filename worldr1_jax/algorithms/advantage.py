@@ -13,7 +13,6 @@ floor under it, keeps such a group's noise small.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from worldr1_jax.fields import in_range, one_of
 from worldr1_jax.mesh import arrays
 from worldr1_jax.types import Scores
 
@@ -39,9 +39,6 @@ class Advantage:
         from their group's mean; "global": of all rewards around their common mean, as in Flow-GRPO.
       floor: least std of each reward that is standardised, in its own units; 0 or more.
       clip: largest absolute advantage, > 0.
-
-    Raises:
-      ValueError: when a field is out of its range.
     """
 
     rewards: str = "sum"
@@ -50,14 +47,8 @@ class Advantage:
     clip: float = 5.0
 
     def __post_init__(self):
-        if self.rewards not in REWARDS:
-            raise ValueError(f"rewards is {self.rewards!r}: it is {' or '.join(REWARDS)}")
-        if self.std not in STDS:
-            raise ValueError(f"std is {self.std!r}: it is one of {', '.join(STDS)}")
-        if not 0 <= self.floor < math.inf:
-            raise ValueError(f"floor is {self.floor}; it must be finite and 0 or more")
-        if not 0 < self.clip < math.inf:
-            raise ValueError(f"clip is {self.clip}; it must be finite and above 0")
+        one_of(self, rewards=REWARDS, std=STDS)
+        in_range(self, floor=(0, 1e9), clip=(1e-9, 1e9))
 
 
 def make(

@@ -12,7 +12,6 @@ average of adapters, TrainState.ema. Others report that it diverges without the 
 clip as small as 1e-5.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float
 from worldr1_jax.algorithms.base import Policies, Samples, Terms
 from worldr1_jax.algorithms.forward import Forward, mean_square
 from worldr1_jax.algorithms.grpo import clipped_surrogate
+from worldr1_jax.fields import in_range
 
 E = 1e-10
 
@@ -44,11 +44,7 @@ class Awm(Forward):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("power", "clip"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
-        if not 0 <= self.average_weight < math.inf:
-            raise ValueError(f"average_weight is {self.average_weight}; it must be 0 or more")
+        in_range(self, power=(1e-6, 1), clip=(1e-12, 1), average_weight=(0, 1e9))
 
     @property
     def forwards(self) -> int:

@@ -51,6 +51,8 @@ class Draw(NamedTuple):
     width: int = 0
     start: Int[Array, ""] | Int[Array, " B"] | int = 0
     solver: unipc.UniPC | None = None  # None: Euler, on the run's own schedule
+    shared_by: int = 1  # neighbours that start from one noise
+    prefix: bool = False  # and whose steps before the window are taken once for all of them
 
 
 class Velocity(Protocol):

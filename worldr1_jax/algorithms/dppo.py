@@ -10,7 +10,6 @@ by one draw's ratio r:
 The drawn means are not stored: a drawn state less its noise, which the keys give again, is one.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from worldr1_jax.algorithms.grpo import Surrogate, Windowed, WindowStep
+from worldr1_jax.fields import in_range
 from worldr1_jax.rollout import sde
 
 
@@ -33,8 +33,7 @@ class Dppo(Windowed):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"tau is {self.tau}; it must be finite and above 0")
+        in_range(self, tau=(1e-30, 1e9))
 
     def surrogate(
         self, step: WindowStep, advantages: Float[Array, " B"], sigmas: Float[Array, " T+1"]

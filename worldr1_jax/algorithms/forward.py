@@ -5,7 +5,6 @@ are compared there. So the rollout may be of any solver, needs no log-probabilit
 steps is none of the loss's business.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Velocity
+from worldr1_jax.fields import in_range, of_kind, one_of
 from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler
 from worldr1_jax.types import Trajectory
@@ -35,6 +35,7 @@ class Forward(Algorithm):
 
     Attributes:
       draws: noise levels at which a sample is looked at, one evaluation each, at least 1.
+      levels: lowest and highest of them, in [0, 1]: where a movement is decided, above 0.9, or all.
       kl_weight: of `mean |v - v_base|^2`; at 0 the base's forward is not run.
       absorb: with guidance in the rollout: True trains the branch of the prompt alone, which takes
         over what guidance did, at half the cost; False trains the guided velocity as it is sampled.
@@ -43,20 +44,19 @@ class Forward(Algorithm):
     """
 
     draws: int = 3
+    levels: tuple[float, float] = (0.0, 1.0)
     kl_weight: float = 1e-4
     absorb: bool = True
     solver: str = "euler"
     advantage_max: float = 5.0
 
     def __post_init__(self):
-        if self.draws < 1:
-            raise ValueError(f"draws is {self.draws}; it must be at least 1")
-        if not 0 <= self.kl_weight < math.inf:
-            raise ValueError(f"kl_weight is {self.kl_weight}; it must be finite and 0 or more")
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver is '{self.solver}': it is {' or '.join(SOLVERS)}")
-        if not 0 < self.advantage_max < math.inf:
-            raise ValueError(f"advantage_max is {self.advantage_max}; it must be above 0")
+        in_range(self, draws=(1, 10**4), kl_weight=(0, 1e9), advantage_max=(1e-9, 1e9))
+        one_of(self, solver=SOLVERS)
+        of_kind(self, bool, "absorb")
+        low, high = self.levels
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"levels are {self.levels}: they have to be low and high in [0, 1]")
 
     @property
     def terms(self) -> int:
@@ -78,18 +78,22 @@ class Forward(Algorithm):
     ) -> Noised:  # fmt: skip
         """Each sample at a noise level of its own; the keys are consumed.
 
-        Level number `term` falls into that part of `draws` equal parts of the schedule, uniformly
-        over its steps, from the first level to the last at which the rollout asks the policy.
+        The levels at which the rollout asked the policy, as far as they lie within `levels`, are
+        cut into `draws` equal parts of the schedule. Level number `term` lies anywhere in its part.
         """
+        steps = jnp.arange(sigmas.shape[0], dtype=jnp.float32)
+        low, high = self.levels
+        # Places in the schedule, of which interp wants the levels to ascend.
+        ends = jnp.interp(jnp.array([high, low]), sigmas[::-1], steps[::-1])
+        first, last = jnp.minimum(ends, steps[-2])
 
         def draw(key):
             level_key, noise_key = jax.random.split(key)
             share = (term + jax.random.uniform(level_key)) / self.draws
-            return share, jax.random.normal(noise_key, x0.shape[1:])
+            return first + share * (last - first), jax.random.normal(noise_key, x0.shape[1:])
 
-        share, noise = jax.vmap(draw)(keys)
-        last = sigmas.shape[0] - 2
-        sigma = jnp.interp(share * last, jnp.arange(last + 2.0), sigmas)
+        place, noise = jax.vmap(draw)(keys)
+        sigma = jnp.interp(place, steps, sigmas)
         t = sigma.reshape(-1, *[1] * (x0.ndim - 1))
         return Noised((1 - t) * x0 + t * noise, sigma, noise)
 

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Policies, Samples, Terms
+from worldr1_jax.fields import in_range, one_of
 from worldr1_jax.rollout import schedule, sde
 from worldr1_jax.rollout.sample import Sampler, step_noise, stochastic_step
 from worldr1_jax.types import Trajectory
 
 PLACES = ("random", "progressive", "group")
+SHARES = ("none", "noise", "prefix")
 
 
 @flax.struct.dataclass
@@ -78,6 +80,11 @@ class Windowed(Algorithm):
       window_place: "random", "progressive" (from noise to data, as MixGRPO), or "group": random
         for each prompt, whose members share it.
       window_interval: updates at one place, when progressive.
+      share: what the members of a group have in common before the window, where they branch:
+        "none"; "noise": their starting noise, so that they differ by the window's noise alone, and
+        less; "prefix": the same, and the steps before the window are taken once for a group. That
+        saves (K - 1) / K of these: 19% of a rollout of 50 steps with windows of 3 in the first 25,
+        and 13% of nano's.
     """
 
     kl_weight: float = 0.004
@@ -88,15 +95,12 @@ class Windowed(Algorithm):
     window_range: tuple[int, int] = (0, 25)
     window_place: str = "random"
     window_interval: int = 25
+    share: str = "none"
 
     def __post_init__(self):
-        if not 0 <= self.kl_weight < float("inf"):
-            raise ValueError(f"kl_weight is {self.kl_weight}; it must be finite and 0 or more")
-        if self.sde == "none":
-            raise ValueError("sde is 'none'; a window needs flow or cps")
-        if self.window_place not in PLACES:
-            raise ValueError(f"window_place is '{self.window_place}': it is {' or '.join(PLACES)}")
-        self.sampler()
+        in_range(self, kl_weight=(0, 1e9), window=(1, 10**4), window_interval=(1, 10**9))
+        one_of(self, sde=("flow", "cps"), level=sde.LEVELS, window_place=PLACES, share=SHARES)
+        self.sampler()  # has its own ranges
 
     def surrogate(
         self, step: WindowStep, advantages: Float[Array, " B"], sigmas: Float[Array, " T+1"]
@@ -129,7 +133,13 @@ class Windowed(Algorithm):
         else:
             start = schedule.random_window(key, *place, shape=(plan.groups,))
             start = jnp.repeat(start, plan.group_size)
-        return Draw(self.sampler(plan.guidance), self.window, start)
+        return Draw(
+            self.sampler(plan.guidance),
+            self.window,
+            start,
+            shared_by=1 if self.share == "none" else plan.group_size,
+            prefix=self.share == "prefix",
+        )
 
     def keep(self, trajectory: Trajectory) -> Window:
         """The window; the final latents are let go."""
@@ -190,8 +200,7 @@ class Grpo(Windowed):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.clip < 1:
-            raise ValueError(f"clip is {self.clip}; it must lie in (0, 1)")
+        in_range(self, clip=(1e-12, 1 - 1e-6))
 
     def surrogate(
         self, step: WindowStep, advantages: Float[Array, " B"], sigmas: Float[Array, " T+1"]

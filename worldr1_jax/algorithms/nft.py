@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from worldr1_jax.algorithms.base import Policies, Samples, Terms
 from worldr1_jax.algorithms.forward import Forward, mean_square
+from worldr1_jax.fields import in_range
 
 LEAST = 1e-5  # of w
 
@@ -41,10 +42,7 @@ class Nft(Forward):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta is {self.beta}; it must be finite and above 0")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay is {self.decay}; it must lie in [0, 1)")
+        in_range(self, beta=(1e-6, 1e6), decay=(0, 1 - 1e-9))
 
     @property
     def forwards(self) -> int:

@@ -256,13 +256,13 @@ def check(names: Sequence[str | Move]) -> tuple[Move, ...]:
     asked = tuple(Move(name) if isinstance(name, str) else name for name in names)
     for move in asked:
         if move.name not in NAMES:
-            raise ValueError(f"Unknown camera command {move.name!r}; it must be one of {NAMES}.")
+            raise ValueError(f"Unknown camera command {move.name!r}; it must be one of {NAMES}")
         if move.speed not in SPEEDS:
-            raise ValueError(f"Camera speed {move.speed!r} must be one of {SPEEDS}.")
+            raise ValueError(f"Camera speed {move.speed!r} must be one of {SPEEDS}")
         if move.degrees is not None and not (move.name in TURNS and 0 < move.degrees <= 360):
             raise ValueError(
                 f"Camera command {move.name} cannot take {move.degrees:g} degrees: an angle is "
-                f"above 0, at most 360, and for one of {TURNS}."
+                f"above 0, at most 360, and for one of {TURNS}"
             )
     return asked
 

@@ -191,11 +191,11 @@ def _check(frames: int, latent_shape: tuple[int, int, int, int], **amounts: floa
     if (frames - 1) % steps or (frames > 1) != (latent_frames > 1):
         raise ValueError(
             f"A path of {frames} poses does not fit {latent_frames} latent frames; "
-            "the path needs 1 + stride * (latent frames - 1) poses."
+            "the path needs 1 + stride * (latent frames - 1) poses"
         )
     for name, amount in amounts.items():
         if not 0.0 <= amount <= 1.0:
-            raise ValueError(f"{name} is {amount} and must be in [0, 1].")
+            raise ValueError(f"{name} is {amount} and must be in [0, 1]")
     return (frames - 1) // steps
 
 
@@ -342,7 +342,7 @@ def inject(
       ValueError: strength is a number outside [0, 1].
     """
     if isinstance(strength, (int, float)) and not 0.0 <= strength <= 1.0:
-        raise ValueError(f"strength is {strength} and must be in [0, 1].")
+        raise ValueError(f"strength is {strength} and must be in [0, 1]")
     return mix(noise, warped, strength)
 
 
@@ -354,7 +354,7 @@ def _mean_std(latents: Float[Array, "B f h w C"]) -> tuple[Array, Array]:
 def lowpass(latents: Float[Array, "B f h w C"], kernel: int = 9) -> Float[Array, "B f h w C"]:
     """Box mean over `kernel` x `kernel` latent pixels (odd), zeros outside, as published."""
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel is {kernel} and must be odd and positive.")
+        raise ValueError(f"kernel is {kernel} and must be odd and positive")
     window = (1, 1, kernel, kernel, 1)
     total = jax.lax.reduce_window(latents, 0.0, jax.lax.add, window, (1,) * 5, "SAME")
     return total / kernel**2

@@ -154,12 +154,12 @@ def path(
     moves = commands.check(names) or (commands.Move("fixed"),)
     magnitudes = magnitudes or Magnitudes()
     if frames < 1:
-        raise ValueError(f"A path needs at least 1 frame, and {frames} were asked for.")
+        raise ValueError(f"A path needs at least 1 frame, and {frames} were asked for")
     still = all(move.name == "fixed" for move in moves)
     lengths = segments(len(moves), frames) if still else _shares(moves, frames)
     if not still and (frames <= len(moves) or min(lengths) < 1):
         raise ValueError(
-            f"{len(moves)} camera commands need at least {len(moves) + 1} frames, not {frames}."
+            f"{len(moves)} camera commands need at least {len(moves) + 1} frames, not {frames}"
         )
     poses, start = [np.eye(4)], np.eye(4)
     for index, (move, length) in enumerate(zip(moves, lengths, strict=True)):

@@ -114,7 +114,7 @@ class Loader:
         update = state.get("update")
         if not isinstance(update, int) or update < 0:
             raise ValueError(
-                f'data state has "update" {update!r}; it must be that of Loader.get_state().'
+                f'data state has "update" {update!r}; it must be that of Loader.get_state()'
             )
         here = self._state(update)
         differing = [name for name in here | state if here.get(name) != state.get(name)]

@@ -66,12 +66,12 @@ def positions(update: int, main_updates: int, dynamic_updates: int) -> tuple[int
     Arguments and errors are those of `phase`.
     """
     if update < 0:
-        raise ValueError(f"update is {update}; it must be 0 or more.")
+        raise ValueError(f"update is {update}; it must be 0 or more")
     if main_updates < 1:
-        raise ValueError(f"main_updates is {main_updates}; it must be 1 or more.")
+        raise ValueError(f"main_updates is {main_updates}; it must be 1 or more")
     if dynamic_updates < 0:
         raise ValueError(
-            f"dynamic_updates is {dynamic_updates}; it must be 0 (no dynamic phase) or more."
+            f"dynamic_updates is {dynamic_updates}; it must be 0 (no dynamic phase) or more"
         )
     cycles, turn = divmod(update, main_updates + dynamic_updates)
     main = cycles * main_updates + min(turn, main_updates)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -21,10 +23,16 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float, Int
 
-from worldr1_jax.files import write_atomically
+from worldr1_jax import files
+from worldr1_jax.weights.convert import is_finite
 
 RECORDS, INDEX = "embeddings.array_record", "index.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # of a large file, read for the fingerprint
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_MOST_INDEX = 256 * files.MIB  # three million prompts
+_MOST_SIDE = 2**16  # tokens, or numbers of a token
+_AT_ONCE = 64  # embeddings that are read to be checked
 
 # prompts -> embeddings [B N D] and tokens that each has
 Encode = Callable[[Sequence[str]], tuple[Float[np.ndarray, "B N D"], Int[np.ndarray, " B"]]]
@@ -32,7 +40,7 @@ Encode = Callable[[Sequence[str]], tuple[Float[np.ndarray, "B N D"], Int[np.ndar
 
 def fingerprint(paths: Iterable[str | Path], *settings: object) -> str:
     """Hash of what embeddings depend on: tokenizer and text encoder (files, and every file below
-    folders), and settings such as the padded length and the dtype.
+    folders but hidden ones), and settings such as the padded length and the dtype.
 
     Files up to 4 MiB count whole; of larger ones, name, size and 64 pieces of 64 KiB evenly spaced,
     so that the check costs seconds on UMT5-XXL's 11 GB. Other weights differ in every piece; a file
@@ -43,14 +51,15 @@ def fingerprint(paths: Iterable[str | Path], *settings: object) -> str:
     """
     digest = hashlib.sha256(json.dumps([str(value) for value in settings]).encode())
     for path in map(Path, paths):
-        folder = path.parent if path.is_file() else path
-        files = sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
-        if not files:
+        alone = os.path.isfile(path)
+        folder = path.parent if alone else path
+        found = [path] if alone else files.visible(path, "**/*")
+        if not found:
             raise ValueError(f"{path} holds no file: text embeddings depend on what is in it")
-        for file in files:
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(folder)} {size}\n".encode())
-            with open(file, "rb") as handle:
+        for file in found:
+            with files.named(file), open(file, "rb") as handle:
+                size = os.fstat(handle.fileno()).st_size
+                digest.update(f"{file.relative_to(folder)} {size}\n".encode("utf-8", "replace"))
                 if size <= _SAMPLES * _SAMPLE_BYTES:
                     digest.update(handle.read())
                     continue
@@ -80,16 +89,21 @@ def write(
 
     Returns:
       The number of different prompts.
+
+    Raises:
+      ValueError: an embedding that is not finite, or a folder that cannot be written to.
     """
-    folder, unique = Path(folder), list(dict.fromkeys(prompts))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).unlink(missing_ok=True)
+    folder, unique = files.make_folder(folder), list(dict.fromkeys(prompts))
+    with files.named(folder, "written"):
+        (folder / INDEX).unlink(missing_ok=True)
+        (folder / RECORDS).touch()
     writer = ArrayRecordWriter(str(folder / RECORDS), "group_size:1")
     width, dtype = 0, ""
     for first in range(0, len(unique), batch):
         chosen = unique[first : first + batch]
         text, lengths = encode(chosen + [chosen[-1]] * (batch - len(chosen)))
-        for row, length in zip(text[: len(chosen)], lengths, strict=False):
+        for prompt, row, length in zip(chosen, text, lengths, strict=False):
+            _check_finite(prompt, row[:length])
             writer.write(np.ascontiguousarray(row[:length]).tobytes())
         width, dtype = text.shape[-1], str(text.dtype)
         progress(first + len(chosen))
@@ -98,7 +112,7 @@ def write(
         "made_by": made_by, "tokens": tokens, "width": width, "dtype": dtype,
         "prompts": _hashes(unique),
     }  # fmt: skip
-    write_atomically(folder / INDEX, json.dumps(index).encode())
+    files.write_atomically(folder / INDEX, json.dumps(index).encode())
     return len(unique)
 
 
@@ -114,56 +128,104 @@ class TextCache:
     """
 
     def __init__(self, folder: str | Path, *, made_by: str):
-        folder = Path(folder)
-        if not (folder / INDEX).is_file() or not (folder / RECORDS).is_file():
+        folder = files.local(folder)
+        if not os.path.isfile(folder / INDEX) or not os.path.isfile(folder / RECORDS):
             raise ValueError(
-                f"policy.text_cache {folder} is no complete cache: write it with "
+                f"policy.text_cache {files.short(str(folder))} is no complete cache: write it with "
                 "launch/encode_prompts.py"
             )
-        index = json.loads((folder / INDEX).read_text())
-        if index["made_by"] != made_by:
+        index = files.read_json(folder / INDEX, _MOST_INDEX)
+        if index.get("made_by") != made_by:
             raise ValueError(
                 f"policy.text_cache {folder} is stale: its text encoder, tokenizer or text_tokens "
                 "are not the config's; write it again with launch/encode_prompts.py"
             )
         self._folder = folder
-        self._shape = (int(index["tokens"]), int(index["width"]))
-        self._dtype = np.dtype(index["dtype"])
-        self._place = {digest: i for i, digest in enumerate(index["prompts"])}
-        self._reader = ArrayRecordReader(str(folder / RECORDS))
-        if self._reader.num_records() != len(self._place):
+        try:
+            self._shape = (operator.index(index["tokens"]), operator.index(index["width"]))
+            self._dtype = np.dtype(index["dtype"])
+            self._place = {digest: i for i, digest in enumerate(index["prompts"])}
+            sound = self._dtype.name in _DTYPES and min(self._shape) > 0
+            sound = sound and max(self._shape) <= _MOST_SIDE
+        except (KeyError, TypeError) as error:
+            raise ValueError(self._damaged("its index lacks what a cache's says")) from error
+        if not sound:
+            raise ValueError(self._damaged(f"rows of {self._dtype} {self._shape} are none"))
+        try:
+            self._reader = ArrayRecordReader(str(folder / RECORDS))
+            count = self._reader.num_records()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(self._damaged(f"{RECORDS} cannot be read")) from error
+        if count != len(self._place):
             raise ValueError(
-                f"policy.text_cache {folder} holds {self._reader.num_records()} records for "
-                f"{len(self._place)} prompts: write it again with launch/encode_prompts.py"
+                f"policy.text_cache {folder} holds {count} records for {len(self._place)} prompts: "
+                "write it again with launch/encode_prompts.py"
             )
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError, with a count and an example, when a prompt is not in the cache."""
-        pairs = zip(prompts, _hashes(prompts), strict=True)
-        missing = [prompt for prompt, digest in pairs if digest not in self._place]
-        if missing:
-            raise ValueError(
-                f"policy.text_cache {self._folder} lacks {len(missing)} of the prompts, such as "
-                f"'{missing[0]}': write it again with launch/encode_prompts.py"
-            )
+        """Reads every prompt's embedding once (seconds for thousands).
+
+        Raises:
+          ValueError: prompts that are not in the cache, with a count and an example, or an
+            embedding that is damaged or not finite.
+        """
+        self._check_present(prompts)
+        unique = list(dict.fromkeys(prompts))
+        for first in range(0, len(unique), _AT_ONCE):
+            self._rows(unique[first : first + _AT_ONCE])
 
     def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "B N D"]:
         """Embeddings in the dtype in which they were written, zero beyond each prompt's end.
 
         Raises:
-          ValueError: a prompt that is not in the cache.
+          ValueError: as `check`.
         """
-        self.check(prompts)
-        unique = list(dict.fromkeys(_hashes(prompts)))
-        records = self._reader.read([self._place[digest] for digest in unique])
-        rows = {
-            digest: np.frombuffer(record, self._dtype).reshape(-1, self._shape[1])
-            for digest, record in zip(unique, records, strict=True)
-        }
+        self._check_present(prompts)
+        rows = self._rows(list(dict.fromkeys(prompts)))
         out = np.zeros((len(prompts), *self._shape), self._dtype)
-        for place, digest in zip(out, _hashes(prompts), strict=True):
-            place[: len(rows[digest])] = rows[digest]
+        for place, prompt in zip(out, prompts, strict=True):
+            place[: len(rows[prompt])] = rows[prompt]
         return out
+
+    def _check_present(self, prompts: Sequence[str]) -> None:
+        pairs = zip(prompts, _hashes(prompts), strict=True)
+        missing = [prompt for prompt, digest in pairs if digest not in self._place]
+        if missing:
+            raise ValueError(
+                f"policy.text_cache {self._folder} lacks {len(missing)} of the prompts, such as "
+                f"'{files.short(missing[0])}': write it again with launch/encode_prompts.py"
+            )
+
+    def _rows(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The embedding of each prompt, as long as it was written."""
+        places = [self._place[digest] for digest in _hashes(prompts)]
+        try:
+            records = self._reader.read(places)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(self._damaged(f"{RECORDS} cannot be read")) from error
+        tokens, width = self._shape
+        row = width * self._dtype.itemsize
+        rows = {}
+        for prompt, record in zip(prompts, records, strict=True):
+            if len(record) % row or len(record) > tokens * row:
+                example = files.short(prompt)
+                raise ValueError(self._damaged(f"'{example}' has {len(record)} bytes"))
+            rows[prompt] = np.frombuffer(record, self._dtype).reshape(-1, width)
+            _check_finite(prompt, rows[prompt])
+        return rows
+
+    def _damaged(self, reason: str) -> str:
+        return (
+            f"policy.text_cache {self._folder} is damaged ({reason}): write it again with "
+            "launch/encode_prompts.py"
+        )
+
+
+def _check_finite(prompt: str, row: np.ndarray) -> None:
+    if not is_finite(np.ascontiguousarray(row)):
+        raise ValueError(
+            f"the text embedding of '{files.short(prompt)}' holds numbers that are not finite"
+        )
 
 
 def _hashes(prompts: Sequence[str]) -> list[str]:

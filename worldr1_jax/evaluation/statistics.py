@@ -26,11 +26,11 @@ def paired_bootstrap_ci95(
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if before.ndim != 1 or before.shape != after.shape or len(before) < 2:
         raise ValueError(
-            f"before has shape {before.shape} and after {after.shape}; both must be [N], N >= 2."
+            f"before has shape {before.shape} and after {after.shape}; both must be [N], N >= 2"
         )
     difference = after - before
     if not np.isfinite(difference).all():
-        raise ValueError("before or after has scores that are not finite; leave those pairs out.")
+        raise ValueError("before or after has scores that are not finite; leave those pairs out")
     from scipy.stats import bootstrap  # half a second that only reports pay
 
     found = bootstrap(

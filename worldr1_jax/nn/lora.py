@@ -107,6 +107,52 @@ def from_state(state: Mapping[str, Any], alpha: float) -> dict[str, Adapter]:
     }
 
 
+def joined(several: Sequence[tuple[Adapters, float]]) -> dict[str, Adapter]:
+    """Adapters that do what all of these do together, each times its strength: halves side by side,
+    scales and strengths in B."""
+    parts: dict[str, list[Adapter]] = {}
+    for found, strength in several:
+        for path, (a, b, scale) in found.items():
+            parts.setdefault(path, []).append(Adapter(a, b * np.float32(scale * strength), 1.0))
+    return {
+        path: Adapter(
+            jnp.concatenate([adapter.a for adapter in found], axis=-1),
+            jnp.concatenate([adapter.b for adapter in found], axis=-2),
+            1.0,
+        )
+        for path, found in sorted(parts.items())
+    }
+
+
+def grown(fresh: Adapters, given: Adapters) -> dict[str, Adapter]:
+    """`given` in the rank, scale and layers of `fresh`: the same function, all of which can be
+    trained. Columns that `given` lacks keep the A of `fresh`, with B = 0.
+
+    Raises:
+      ValueError: `given` has a layer that `fresh` lacks, or a larger rank.
+    """
+    for path, adapter in given.items():
+        if path not in fresh:
+            raise ValueError(
+                f"the adapters to start from have '{path}', which is not trained: fold them into "
+                "the weights first"
+            )
+        if adapter.a.shape[-1] > fresh[path].a.shape[-1]:
+            raise ValueError(
+                f"the adapters to start from have rank {adapter.a.shape[-1]} on '{path}': "
+                f"policy.lora_rank is {fresh[path].a.shape[-1]}, and has to be as large"
+            )
+    out = {}
+    for path, (a, b, scale) in fresh.items():
+        start = given.get(path)
+        if start is not None:
+            rank = start.a.shape[-1]
+            a = jnp.asarray(a).at[..., :rank].set(start.a)
+            b = jnp.asarray(b).at[..., :rank, :].set(start.b * np.float32(start.scale / scale))
+        out[path] = Adapter(a, b, scale)
+    return out
+
+
 def attach(model: nnx.Module, found: Adapters) -> nnx.Module:
     """Gives the layers of `model` these adapters, in float32 and in place, and returns it.
 
@@ -132,6 +178,13 @@ def attach(model: nnx.Module, found: Adapters) -> nnx.Module:
         layers[path].lora_a = nnx.LoRAParam(jnp.asarray(a, jnp.float32))
         layers[path].lora_b = nnx.LoRAParam(jnp.asarray(b, jnp.float32))
         layers[path].lora_scale = scale
+    return model
+
+
+def detach(model: nnx.Module) -> nnx.Module:
+    """Removes the adapters, in place, and returns `model`."""
+    for linear in linears(model).values():
+        linear.lora_a, linear.lora_b, linear.lora_scale = nnx.data(None), nnx.data(None), 0.0
     return model
 
 

@@ -33,7 +33,7 @@ FAMILY = wan  # whose published sizes are planned
 # Turns of loops whose number depends on the data. Assumptions, not measurements: a moving camera
 # uncovers 8 of 64 blocks of pixels a frame; a tile is opaque after some 10,000 Gaussians, 256 a
 # round (splat/tiles.py).
-TURNS = {"warp": 8, "recon": 40, "meta": 40}
+TURNS = {"warp": 8, "recon": 40, "meta_view": 40, "judge": 40}
 
 
 @dataclasses.dataclass(frozen=True)

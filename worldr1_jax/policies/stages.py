@@ -155,7 +155,8 @@ class Pipeline:
         self._vae_graph, self._vae_state = nnx.split(policy.networks[VAE])
         self._decode = Jit(self._decode_latents, mesh, convolutions=True)
         self._rollout = Jit(
-            self._rollout_batch, mesh, static_argnames=("sampler", "width")
+            self._rollout_batch, mesh,
+            static_argnames=("sampler", "width", "shared_by", "prefix"),
         )  # fmt: skip
 
     def velocity(self, adapters, base, latents, timestep, text, adapters_on: bool = True) -> Array:
@@ -206,6 +207,9 @@ class Pipeline:
         width: int = 0,
         solver: unipc.UniPC | None = None,
         noise: Float[np.ndarray, "B f h w C"] | None = None,
+        shared_by: int = 1,
+        prefix: bool = False,
+        guidance: float | None = None,
     ) -> Trajectory:
         """Samples latents: one key a video; the window of `width` steps from `start` is stochastic
         and kept.
@@ -215,6 +219,9 @@ class Pipeline:
             by default Euler and stochastic steps on the pipeline's sigmas.
           noise: plain starting noise, unit variance, in place of what the keys draw; the camera
             enters it alike.
+          shared_by: so many neighbours, of one prompt, start from one noise, warp included.
+          prefix: and the steps before the window are taken once for all of them.
+          guidance: in place of the sampler's; all values share one program.
 
         Raises:
           ValueError: noise of another shape, or what `sample` refuses, such as UniPC with camera
@@ -229,7 +236,9 @@ class Pipeline:
         with arrays.on(self.mesh):
             return self._rollout(
                 adapters, arrays.awake(self.base), text, text_null, asked, keys,
-                self._start(start), solver, given, sampler=sampler, width=width,
+                self._start(start), solver, given,
+                None if guidance is None else jnp.float32(guidance), sampler=sampler, width=width,
+                shared_by=shared_by, prefix=prefix,
             )  # fmt: skip
 
     def roll(
@@ -279,7 +288,7 @@ class Pipeline:
             "rollout",
             lambda: self._rollout.trace(
                 self.adapters, self.base, shapes.text, shapes.null, shapes.paths, shapes.keys,
-                shapes.start, None, None, **draw,
+                shapes.start, None, None, None, **draw,
             ),
             needed=shapes.steps * shapes.count * branches * (work.linear + work.scores),
         )  # fmt: skip
@@ -295,11 +304,16 @@ class Pipeline:
         )(latents)
 
     def _rollout_batch(
-        self, adapters, base, text, text_null, paths, keys, start, solver, noise, *, sampler, width
-    ):
+        self, adapters, base, text, text_null, paths, keys, start, solver, noise, guidance, *,
+        sampler, width, shared_by=1, prefix=False,
+    ):  # fmt: skip
         noise_keys, warp_keys, step_keys = (
             jax.vmap(partial(jax.random.fold_in, data=i))(keys) for i in range(3)
         )
+        if shared_by > 1:
+            noise_keys, warp_keys = (
+                jnp.repeat(k[::shared_by], shared_by) for k in (noise_keys, warp_keys)
+            )
         plain = noise
         if plain is None:
             plain = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(noise_keys)
@@ -310,14 +324,17 @@ class Pipeline:
             noise = noise_warp.inject(plain, warped, self.camera.strength)
         elif self.camera.mode == "step":
             on_step = partial(self._add_delta, warped=warped, plain=plain)
-        velocity = sampling.in_parts(
-            partial(self.velocity, adapters, base),
-            sharding.turns(self.mesh, len(paths), self._at_once),
-        )
+
+        def velocity(latents, *inputs):
+            turns = sharding.turns(self.mesh, len(latents), self._at_once)
+            network = partial(self.velocity, adapters, base)
+            return sampling.in_parts(network, turns)(latents, *inputs)
+
         found = sampling.sample(
             velocity, step_keys, noise,
             jnp.asarray(self.sigmas) if solver is None else solver, text, text_null,
             sampler=sampler, window=(start, width), on_step=on_step,
+            shared_by=shared_by if prefix else 1, guidance=guidance,
         )  # fmt: skip
         # They rest until the update, over all devices that share a video.
         states = sharding.constrain(found.window_latents, None, *COLUMNS)

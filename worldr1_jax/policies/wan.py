@@ -1,6 +1,7 @@
 """The four parts of a Wan2.1 text-to-video model, loaded from one folder in either layout.
 
 diffusers and launch/convert_weights.py:  transformer/  vae/  text_encoder/  tokenizer/
+                          and, of diffusers alone, model_index.json  scheduler/
 Wan-Video's own release:  config.json and diffusion_pytorch_model*.safetensors,  Wan2.1_VAE.pth,
                           models_t5_umt5-xxl-enc-bf16.pth,  google/umt5-xxl/
 """
@@ -8,7 +9,8 @@ Wan-Video's own release:  config.json and diffusion_pytorch_model*.safetensors, 
 from __future__ import annotations
 
 import dataclasses
-import html
+import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,35 +22,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax import files
 from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import config as wan_dit_config
 from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import lora_files
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import lora
 from worldr1_jax.nn.attention import for_mesh
 from worldr1_jax.policies import adapters as adapters_of
 from worldr1_jax.policies.base import POLICY, TEXT, VAE, Work
+from worldr1_jax.policies.wan_folder import CLASSES, INDEX, LAYOUTS, load_tokenizer, parts, tokenize
 from worldr1_jax.weights import convert
 
 # Published sizes, by the names of the config's variants.
 SIZES = {"small": wan_dit.Config.wan_1_3b, "large": wan_dit.Config.wan_14b}
-
-# Where each part lies in a folder, by layout; "" is the folder itself.
-LAYOUTS = {
-    "diffusers": {
-        "transformer": "transformer",
-        "vae": "vae",
-        "text_encoder": "text_encoder",
-        "tokenizer": "tokenizer",
-    },
-    "original": {
-        "transformer": "",
-        "vae": "Wan2.1_VAE.pth",
-        "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
-        "tokenizer": "google/umt5-xxl",
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,59 +110,17 @@ class Wan:
         return networks[VAE].decode(latents, chunked=chunked)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask `[B N]` int32, padded to N = `tokens` and cut there.
-
-    Prompts are cleaned as Wan and diffusers do: HTML entities are resolved, white space is made
-    single. Departure: without ftfy, which mends text of a wrong encoding and straightens quotes.
-    """
-    out = tokenizer(
-        [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts],
-        padding="max_length",
-        max_length=tokens,
-        truncation=True,
-        return_tensors="np",
-    )
-    return out["input_ids"].astype(np.int32), out["attention_mask"].astype(np.int32)
-
-
-def parts(folder: str | Path) -> dict[str, Path]:
-    """Paths of transformer, vae, text_encoder and tokenizer.
-
-    Raises:
-      ValueError: no such folder, one of neither layout, or a part that is missing, named.
-    """
-    root = Path(folder)
-    if not str(folder) or not root.is_dir():
-        raise ValueError(
-            f"policy.weights '{folder}' is no folder: give one in diffusers' layout or of "
-            "Wan-Video's own release"
-        )
-    places = {name: {p: root / place for p, place in d.items()} for name, d in LAYOUTS.items()}
-    there = {
-        name: [part for part, path in found.items() if path != root and path.exists()]
-        for name, found in places.items()
-    }
-    layout = max(there, key=lambda name: len(there[name]))
-    if not there[layout]:
-        names = "; ".join(", ".join(filter(None, d.values())) for d in LAYOUTS.values())
-        raise ValueError(
-            f"policy.weights {folder} is of neither layout that is read: it needs {names}"
-        )
-    for part, path in places[layout].items():
-        if not path.exists():
-            wanted = ", ".join(filter(None, LAYOUTS[layout].values()))
-            raise ValueError(
-                f"policy.weights {folder} lacks {LAYOUTS[layout][part]}, its {part}: it needs "
-                f"{wanted}"
-            )
-    return places[layout]
-
-
 def read(folder: str | Path) -> Shape:
     """The shapes of DiT and VAE, from the small files alone; errors as for `load`."""
     found = parts(folder)
-    return Shape(wan_dit.read_config(found["transformer"]), wan_vae.read_config(found["vae"]))
+    dit, vae = wan_dit.read_config(found["transformer"]), wan_vae.read_config(found["vae"])
+    if not dit.in_channels == dit.out_channels == vae.z_dim:
+        raise ValueError(
+            f"policy.weights {folder}: the transformer has {dit.in_channels} channels in and "
+            f"{dit.out_channels} out, and the latents of the VAE {vae.z_dim}; text-to-video needs "
+            "all equal"
+        )
+    return Shape(dit, vae)
 
 
 def text_files(folder: str | Path) -> list[Path]:
@@ -209,7 +156,8 @@ def load(
       dtype: of matmuls and their resting kernels; norms and the VAE stay float32.
       remat: see wan_dit.WanDiT.
       lora_rank, lora_alpha, key: fresh adapters of the DiT; rank 0 for none.
-      adapters: given ones instead, which every device holds.
+      adapters: given ones instead, which every device holds; with a rank, what training starts
+        from (see lora.grown).
       text: False reads neither text encoder nor tokenizer.
 
     Raises:
@@ -225,6 +173,9 @@ def load(
     if lora_rank:
         with jax.set_mesh(mesh):
             lora.add(dit, lora_rank, lora_alpha, nnx.Rngs(key if key is not None else 0))
+        if adapters is not None:
+            adapters = lora.grown(lora.adapters(dit), adapters)
+            lora.detach(dit)
         placement.place(dit, wan_dit.ADAPTER_PLACES, mesh, placement.ADAPTERS)
     if adapters is not None:
         lora.attach(dit, adapters)
@@ -242,11 +193,15 @@ def load_text(
     folder: str | Path, *, mesh: jax.sharding.Mesh, tokens: int, dtype: Any = jnp.float32
 ) -> Wan:
     """Text encoder and tokenizer alone; errors as for `load`."""
-    from transformers import AutoTokenizer
-
     found = parts(folder)
+    tokenizer = load_tokenizer(found["tokenizer"])
     encoder = umt5.load(found["text_encoder"], dtype=dtype, mesh=mesh)
-    return Wan({TEXT: encoder}, AutoTokenizer.from_pretrained(str(found["tokenizer"])), tokens)
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise ValueError(
+            f"{found['tokenizer']} has {len(tokenizer)} tokens, more than the "
+            f"{encoder.config.vocab_size} of the text encoder beside it"
+        )
+    return Wan({TEXT: encoder}, tokenizer, tokens)
 
 
 def published(size: str) -> Shape:
@@ -297,6 +252,8 @@ def store(
     dtype: Any,
     form: str = "orbax",
     adapters: lora.Adapters | None = None,
+    differences: lora_files.Differences | None = None,
+    shift: float = 3.0,
 ) -> None:
     """Converts a folder of either layout, one network after the other; every process of a mesh has
     to call it.
@@ -307,16 +264,19 @@ def store(
       mesh: where each network lies meanwhile.
       dtype: in which matmul kernels are written; norms and the VAE stay float32.
       form: "orbax", which later starts restore onto any mesh, with the bits that `load` gives from
-        `folder` in the same dtype; or "diffusers", its safetensors.
+        `folder` in the same dtype; or "diffusers", its safetensors and what else its
+        WanPipeline.from_pretrained reads.
       adapters: to be folded into the DiT's kernels.
+      differences: of whole weights, to be added to the DiT's (policies/adapters.py, read_all).
+      shift: of the schedule that is written for diffusers where `folder` has none.
 
     Raises:
       ValueError: as for `load`, an unknown form, or `to` holds one of the parts already.
     """
     if form not in ("orbax", "diffusers"):
         raise ValueError(f"the form of weights is '{form}': it is orbax or diffusers")
-    found, to = parts(folder), Path(to)
-    taken = [part for part in LAYOUTS["diffusers"] if (to / part).exists()]
+    found, to = parts(folder), files.local(to)
+    taken = [part for part in LAYOUTS["diffusers"] if os.path.lexists(to / part)]
     if taken:
         raise ValueError(f"{to} has {taken[0]}/ already: write to a new folder")
 
@@ -332,6 +292,8 @@ def store(
         dtype=dtype,
         mesh=mesh,
     )
+    if differences:
+        lora_files.add(dit, differences)
     if adapters is not None:
         lora.merge(lora.attach(dit, adapters))
     write(dit, "transformer", wan_dit.save)
@@ -344,4 +306,47 @@ def store(
     )
     write(text, "text_encoder", umt5.save)
     if jax.process_index() == 0:
-        shutil.copytree(found["tokenizer"], to / "tokenizer")
+        _copy(found["tokenizer"], to / "tokenizer")
+        if form == "diffusers":
+            _write_index(Path(folder), to, shift)
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """Copies the files of a folder, without hidden ones and what is no regular file."""
+    files.make_folder(to)
+    for file in files.visible(folder, "*"):
+        with files.named(to / file.name, "written"):
+            shutil.copyfile(file, to / file.name)
+
+
+def _write_index(folder: Path, to: Path, shift: float) -> None:
+    """What makes a pipeline of the four parts for diffusers: the index, and a scheduler, that of
+    `folder` if it has one."""
+    if (folder / "scheduler").is_dir():
+        _copy(folder / "scheduler", to / "scheduler")
+    else:
+        scheduler = {
+            "_class_name": "UniPCMultistepScheduler",
+            "num_train_timesteps": 1000,
+            "solver_order": 2,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": shift,
+        }
+        _write_json(to / "scheduler" / "scheduler_config.json", scheduler)
+    scheduler_class = files.read_json(to / "scheduler" / "scheduler_config.json")["_class_name"]
+    config = to / "tokenizer" / "tokenizer_config.json"
+    named = files.read_json(config).get("tokenizer_class") if config.is_file() else None
+    index = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", scheduler_class],
+        "text_encoder": ["transformers", CLASSES["text_encoder"]],
+        "tokenizer": ["transformers", named or "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", CLASSES["transformer"]],
+        "vae": ["diffusers", CLASSES["vae"]],
+    }
+    _write_json(to / INDEX, index)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    files.write_atomically(path, f"{json.dumps(values, indent=2)}\n".encode())

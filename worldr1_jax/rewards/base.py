@@ -23,11 +23,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from worldr1_jax.types import Reconstruction
+from worldr1_jax.weights import needed
+from worldr1_jax.weights.needed import Needed
 
 # Name in the config -> where it is defined. Nothing registers itself by being imported.
 REWARDS = {
     "recon": "worldr1_jax.rewards.recon:Recon",
     "trajectory": "worldr1_jax.rewards.trajectory:Trajectory",
+    "meta_view": "worldr1_jax.rewards.meta_view:MetaView",
     "mvcs": "worldr1_jax.rewards.consistency:Mvcs",
     "palette": "worldr1_jax.nano.palette:Palette",
     "hps": "worldr1_jax.rewards.preference:Hps",
@@ -101,8 +104,13 @@ class Reward:
         """The same at their published sizes, as shapes that lie on the mesh; for plans."""
         return {}
 
+    def needed(self) -> tuple[Needed, ...]:
+        """Files of weights that it reads."""
+        return ()
+
     def check(self) -> None:
-        """Raises ValueError for files that are missing, without reading weights."""
+        """Raises ValueError for files that are missing or wrong, without reading weights."""
+        needed.check(self.needed())
 
     def ask(self, prompts: Sequence[str]) -> Any:
         """What it wants to know of the prompts: a tree of host arrays [B ...]."""

@@ -9,6 +9,8 @@ from typing import Any
 from worldr1_jax.rewards.base import CAMERAS, GAUSSIANS, Reward, find
 from worldr1_jax.rewards.function import Function, HostFunction
 from worldr1_jax.rewards.reconstruct import Reconstruct
+from worldr1_jax.weights import needed
+from worldr1_jax.weights.needed import Needed
 
 RECONSTRUCT = "reconstruct"  # the 3D network's name among the networks of rewards
 GENERAL = "general"  # R_gen: whatever `general` names, as one part
@@ -64,8 +66,14 @@ class Choice:
         """Rewards that count and look in 3D: R_3D."""
         return tuple(name for name in self.counted() if self.rewards[name].needs)
 
+    def needed(self) -> tuple[Needed, ...]:
+        """Files of weights of all rewards."""
+        look = self.reconstruct.needed() if self.needs() else ()
+        return (*look, *(one for reward in self.rewards.values() for one in reward.needed()))
+
     def check(self) -> None:
-        """Raises ValueError for files that are missing, before weights are read."""
+        """Raises ValueError for files that are missing, all at once, before weights are read."""
+        needed.check(self.needed())
         if self.needs():
             self.reconstruct.check(self.needs())
         for reward in self.rewards.values():

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from worldr1_jax.geometry import root
 from worldr1_jax.rewards.base import Evidence, Parts
@@ -44,9 +44,56 @@ def ssim(
     variance_a = _blur(a * a) - mean_a**2
     variance_b = _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
+    alike = _ssim(mean_a, mean_b, variance_a, variance_b, covariance)
+    return jnp.mean(alike, axis=(-3, -2, -1))
+
+
+def _ssim(mean_a: Array, mean_b: Array, variance_a: Array, variance_b: Array, covariance: Array):
+    """SSIM from the moments of a window."""
     brightness = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
     structure = (2 * covariance + C2) / (variance_a + variance_b + C2)
-    return jnp.mean(brightness * structure, axis=(-3, -2, -1))
+    return brightness * structure
+
+
+def ssim_where(
+    a: Float[Array, "*batch H W 3"],
+    b: Float[Array, "*batch H W 3"],
+    shown: Bool[Array, "*batch H W"],
+) -> Float[Array, "*batch"]:
+    """`ssim` of the pixels that are `shown`: each window's means are over those of them that lie
+    inside it, and it counts by their weight; 0 where none does."""
+    weight, moments = _moments_where(a, b, shown)
+    return _mean_where(_ssim(*moments), weight)
+
+
+def structure_where(
+    a: Float[Array, "*batch H W C"],
+    b: Float[Array, "*batch H W C"],
+    shown: Bool[Array, "*batch H W"],
+    faint: float,
+) -> Float[Array, "*batch"]:
+    """`ssim_where` without its comparison of means, for images of any range: differences between
+    windows whose standard deviation is below `faint` count less."""
+    weight, (_, _, variance_a, variance_b, covariance) = _moments_where(a, b, shown)
+    alike = (2 * covariance + faint**2) / (variance_a + variance_b + faint**2)
+    return _mean_where(alike, weight)
+
+
+def _moments_where(a: Array, b: Array, shown: Array) -> tuple[Array, tuple[Array, ...]]:
+    """Each window's weight of shown pixels, and their means, variances and covariance."""
+    mask = shown[..., None].astype(a.dtype)
+    weight = _blur(mask)
+    total = jnp.maximum(weight, 1e-6)
+    mean_a, mean_b = _blur(mask * a) / total, _blur(mask * b) / total
+    variance_a = jnp.maximum(_blur(mask * a * a) / total - mean_a**2, 0.0)
+    variance_b = jnp.maximum(_blur(mask * b * b) / total - mean_b**2, 0.0)
+    covariance = _blur(mask * a * b) / total - mean_a * mean_b
+    return weight, (mean_a, mean_b, variance_a, variance_b, covariance)
+
+
+def _mean_where(alike: Float[Array, "*batch h w C"], weight: Float[Array, "*batch h w 1"]) -> Array:
+    alike = jnp.sum(weight * jnp.mean(alike, axis=-1, keepdims=True), axis=(-3, -2, -1))
+    return alike / jnp.maximum(jnp.sum(weight, axis=(-3, -2, -1)), 1e-6)
 
 
 def texture(video: Float[Array, "B F H W 3"]) -> Float[Array, "B F"]:

@@ -29,6 +29,7 @@ from worldr1_jax.mesh import placement
 from worldr1_jax.models import clip
 from worldr1_jax.rewards.base import Evidence, Networks, Parts, Reward
 from worldr1_jax.rewards.reconstruct import frame_indices
+from worldr1_jax.weights.needed import Needed
 from worldr1_jax.weights.shipped import resolve
 
 # What PickScore's logits are divided by where they are a reward, for scores near 1.
@@ -68,6 +69,9 @@ class Hps(Reward):
     """
 
     name: ClassVar[str] = "hps"
+    published: ClassVar[tuple[str, str, str]] = (
+        "xswu/HPSv2, HPS_v2.1_compressed.pt", "2.0 GB", "Apache-2.0"
+    )  # fmt: skip
 
     weights: str = ""
     tokenizer: str = ""
@@ -78,12 +82,12 @@ class Hps(Reward):
         in_range(self, frames=(1, 10**6))
         one_of(self, fit=clip.FITS)
 
+    def needed(self) -> tuple[Needed, ...]:
+        what, size, licence = self.published
+        return (Needed(f"rewards.{self.name}.weights", self.weights, what, size, licence),)
+
     def check(self) -> None:
-        if not self.weights or not self._source.exists():
-            raise ValueError(
-                f"rewards.{self.name}.weights is '{self.weights}', which is no file or folder: "
-                "give published weights, or 'nano'"
-            )
+        super().check()
         try:
             self._words  # noqa: B018 (reads the config and the tokenizer)
         except ValueError as error:
@@ -135,6 +139,9 @@ class PickScore(Hps):
     """`pickscore` as a reward; attributes as Hps, `weights` such as the folder PickScore_v1."""
 
     name: ClassVar[str] = "pickscore"
+    published: ClassVar[tuple[str, str, str]] = (
+        "yuvalkirstain/PickScore_v1", "3.9 GB", "MIT, by its repository"
+    )  # fmt: skip
 
     fit: str = "crop"
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +41,7 @@ from worldr1_jax.rewards.reconstruct import frame_indices
 from worldr1_jax.rewards.trajectory import moves
 from worldr1_jax.splat import render as splat
 from worldr1_jax.types import Reconstruction
+from worldr1_jax.weights.needed import Needed
 
 TEXTURE_MIN = 0.02  # mean local standard deviation of brightness; about 5 of 255 levels
 
@@ -236,12 +236,11 @@ class Recon(Reward):
             self, views=(0, 10**6), change_floor=(0, 1e3), change_min=(0, 1), texture_min=(0, 1)
         )
 
-    def check(self) -> None:
-        if self.likeness == "lpips" and not (self.lpips and Path(self.lpips).is_dir()):
-            raise ValueError(
-                f"rewards.recon.lpips is '{self.lpips}', which is no folder: give LPIPS, or set "
-                "rewards.recon.likeness=ssim"
-            )
+    def needed(self) -> tuple[Needed, ...]:
+        if self.likeness == "ssim":
+            return ()
+        what = "LPIPS, which python -m worldr1_jax.models.lpips_files makes of AlexNet's trunk"
+        return (Needed("rewards.recon.lpips", self.lpips, what, "0.24 GB", "BSD-3-Clause"),)
 
     def networks(self, mesh: jax.sharding.Mesh, dtype: Any) -> Networks:
         self.check()

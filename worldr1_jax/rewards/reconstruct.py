@@ -22,6 +22,7 @@ from worldr1_jax.rewards.base import GAUSSIANS, Evidence, Networks
 from worldr1_jax.rewards.likeness import texture
 from worldr1_jax.types import Reconstruction
 from worldr1_jax.weights.convert import read_config
+from worldr1_jax.weights.needed import Needed
 from worldr1_jax.weights.shipped import resolve
 
 
@@ -52,6 +53,12 @@ class Reconstruct:
 
     def __post_init__(self) -> None:
         in_range(self, frame_stride=(1, 10**6), gaussian_frames=(0, 10**6))
+
+    def needed(self) -> tuple[Needed, ...]:
+        """Files of weights that it reads."""
+        what = "depth-anything/DA3-GIANT-1.1, the only size with Gaussians"
+        licence = "CC BY-NC 4.0: not for commercial use"
+        return (Needed("rewards.reconstruct.da3", self.da3, what, "5.4 GB", licence),)
 
     def check(self, needs: str) -> None:
         """Raises ValueError where there is no such network, or none with what rewards need."""
@@ -143,7 +150,9 @@ def thinned(reconstruction: Reconstruction, keep: int | None) -> Reconstruction:
         framed = leaf.reshape(leaf.shape[0], frames, count // frames, *leaf.shape[2:])
         return framed[:, chosen].reshape(leaf.shape[0], -1, *leaf.shape[2:])
 
-    return dataclasses.replace(reconstruction, gaussians=jax.tree.map(kept, gaussians))
+    return dataclasses.replace(
+        reconstruction, gaussians=jax.tree.map(kept, gaussians), gaussian_frames=len(chosen)
+    )
 
 
 def reconstruct(

@@ -7,7 +7,7 @@ max(SH + 0.5, 0). A Gaussian's extent, min(3.33, sqrt(2 ln(255 opacity))) sigma,
 alpha >= 1/255, so lists that are cut by it lose nothing.
 
     render(..., method="tiled")    lists of the tiles, in rounds (`tiles`); the default
-    render(..., method="pallas")   the same, with a kernel for TPUs (`tile_kernel`)
+    render(..., method="pallas")   the same, with a kernel for TPUs (`kernel`)
     render(..., method="exact")    the oracle: every Gaussian against every pixel (`exact`), slow
 
 All are differentiable and share the projection. Depth is the expected depth,
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from worldr1_jax.splat import exact, tiles
+from worldr1_jax.splat import exact, kernel, tiles
 from worldr1_jax.splat import lists as tile_lists
 from worldr1_jax.splat.projection import NEAR, Projected, project
 from worldr1_jax.types import Gaussians
@@ -141,16 +141,15 @@ def render(
     if method == "exact":
         one_view = partial(_exact_view, size=size)
     else:
-        kernel = "xla" if method == "tiled" else "interpret" if interpret else "pallas"
+        by = "xla" if method == "tiled" else "interpret" if interpret else "pallas"
         side = tile or (8 if method == "tiled" else 16)
-        one_view = partial(
-            _tiled_view, grid=tile_lists.make_grid(size, side, pairs, rounds, kernel)
-        )
+        one_view = partial(_tiled_view, grid=tile_lists.make_grid(size, side, pairs, rounds, by))
     return _each_view(one_view, gaussians, camtoworld, intrinsics, size, near)
 
 
 def _tiled_view(view: Projected, grid: tile_lists.Grid) -> tuple[Array, Array]:
-    features, missed = tiles.blend(grid, view)
+    draw = tiles.composite if grid.kernel == "xla" else kernel.composite
+    features, missed = tiles.blend(grid, draw, view)
     return _untiled(features, grid), missed
 
 

@@ -14,6 +14,7 @@ the weights. That is what makes it fast on CPUs and what the TPU kernel (`tile_k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -57,6 +58,10 @@ class Canvas(NamedTuple):
     def open(self) -> Bool[Array, " L"]:
         """Tiles with a pixel that has not stopped."""
         return jnp.any(self.transmittance > 0, axis=-1)
+
+
+# (grid, lists, canvas, number of the round, whether to record stops) -> canvas
+Composite = Callable[[Grid, Lists, Canvas, Int[Array, ""], bool], Canvas]
 
 
 def blank(tiles: int, pixels: int) -> Canvas:
@@ -262,16 +267,16 @@ def _depth_order(view: Projected, slab: int) -> tuple[Array, Array]:
     return jnp.pad(order, (0, slab)), jnp.sum(view.visible, dtype=jnp.int32)
 
 
-def _run(grid: Grid, view: Projected, record: bool) -> tuple[_Rounds, Int[Array, ""]]:
+def run(
+    grid: Grid, draw: Composite, view: Projected, record: bool
+) -> tuple[_Rounds, Int[Array, ""]]:
+    """Every round of a view, and the pairs that were left out; see `blend`."""
     count = view.rows.shape[0]
     order, visible = _depth_order(view, min(count, grid.pairs))
     most, table = grid.most_rounds(count), table_of(view)
 
     def one_round(state: _Rounds) -> _Rounds:
         lists = take(grid, table, order, visible, state.cursor, state.canvas.open)
-        draw = composite
-        if grid.kernel != "xla":
-            from worldr1_jax.splat.kernel import composite as draw
         canvas = draw(grid, lists, state.canvas, state.number, record)
         cursors = state.cursors.at[state.number].set(state.cursor)
         return _Rounds(canvas, state.cursor + lists.taken, state.number + 1, cursors)
@@ -293,24 +298,27 @@ def _run(grid: Grid, view: Projected, record: bool) -> tuple[_Rounds, Int[Array,
     return done, missed.astype(jnp.int32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def blend(grid: Grid, view: Projected) -> tuple[Float[Array, "L 5 P"], Int[Array, ""]]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blend(
+    grid: Grid, draw: Composite, view: Projected
+) -> tuple[Float[Array, "L 5 P"], Int[Array, ""]]:
     """Sums of weight times r, g, b, depth and 1 at every pixel of every tile, and the pairs that
     `grid.rounds` left out of tiles that were still transparent.
 
-    The gradient reaches `view.rows`. It walks the rounds back to front, makes each one's lists
-    anew and recovers transmittances by division, so it stores two numbers a pixel.
+    `draw` composites a round: `composite`, or the kernel that does the same on a TPU. The gradient
+    reaches `view.rows`. It walks the rounds back to front, makes each one's lists anew and recovers
+    transmittances by division, so it stores two numbers a pixel.
     """
-    done, missed = _run(grid, view, record=False)
+    done, missed = run(grid, draw, view, record=False)
     return done.canvas.features, missed
 
 
-def _blend_forward(grid: Grid, view: Projected):
-    done, missed = _run(grid, view, record=True)
+def _blend_forward(grid: Grid, draw: Composite, view: Projected):
+    done, missed = run(grid, draw, view, record=True)
     return (done.canvas.features, missed), (view, done)
 
 
-def _blend_backward(grid: Grid, residuals, cotangents):
+def _blend_backward(grid: Grid, _: Composite, residuals, cotangents):
     view, done = residuals
     slab = min(view.rows.shape[0], grid.pairs)
     order, visible = _depth_order(view, slab)

@@ -19,9 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Int, PyTree
 
-from worldr1_jax.files import write_atomically
+from worldr1_jax import files
 
 Json = dict[str, Any]
+CONFIG = "config.json"
+_CONTENTS = "contents"  # beside the config's own sections: field -> hash of what it names
 
 
 class Restored(NamedTuple):
@@ -39,12 +41,21 @@ class Checkpointer:
     Args:
       workdir: the run's folder; on several hosts one that all of them see.
       keep: how many checkpoints to keep, >= 1.
+      config: what `write_config` writes before the first checkpoint; None for nothing.
+      contents: as for `write_config`.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3) -> None:
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        keep: int = 3,
+        config: str | Mapping[str, Any] | None = None,
+        contents: Mapping[str, str] | None = None,
+    ) -> None:
         if keep < 1:
-            raise ValueError(f"keep is {keep}; it must be 1 or more checkpoints.")
-        self._folder = _local(workdir).absolute() / "checkpoints"
+            raise ValueError(f"keep is {keep}; it must be 1 or more checkpoints")
+        self._config, self._contents = config, contents or {}
+        self._folder = files.make_folder(files.local(workdir).absolute() / "checkpoints")
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -62,6 +73,8 @@ class Checkpointer:
           data: position in the prompts (`Loader.get_state()`), JSON-able.
           meta: config fingerprint, version, seed, key data and the like, JSON-able.
         """
+        if self._config is not None:
+            write_config(self._folder.parent, self._config, self._contents)
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -73,7 +86,7 @@ class Checkpointer:
         if not saved:
             raise ValueError(
                 f"step {step} cannot be saved in {self._folder}, which has step "
-                f"{self._manager.latest_step()}; steps must grow."
+                f"{self._manager.latest_step()}; steps must grow"
             )
 
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
@@ -133,8 +146,8 @@ def read_state(workdir: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
     Raises:
       ValueError: no checkpoint there, or one that is damaged.
     """
-    folder = _local(workdir).absolute() / "checkpoints"
-    if not folder.is_dir():
+    folder = files.local(workdir).absolute() / "checkpoints"
+    if not os.path.isdir(folder):
         raise ValueError(f"{workdir} holds no checkpoints/: it is no folder of a run")
     with ocp.CheckpointManager(folder) as manager:
         step = manager.latest_step()
@@ -176,7 +189,7 @@ def _damage_named(folder: Path) -> Iterator[None]:
 def _damaged(folder: Path, reason: str) -> str:
     return (
         f"checkpoint {folder} is damaged or cannot be read ({reason}); mend it, or remove that "
-        "folder to go on from the checkpoint before it."
+        "folder to go on from the checkpoint before it"
     )
 
 
@@ -190,7 +203,7 @@ def _describe(state: PyTree, digests: bool) -> dict[str, list[Any]]:
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             raise ValueError(
                 f"state{jax.tree_util.keystr(path)} is a typed PRNG key; put its "
-                "jax.random.key_data into meta."
+                "jax.random.key_data into meta"
             )
     described: dict[str, list[Any]] = {
         jax.tree_util.keystr(path): [list(np.shape(leaf)), jnp.result_type(leaf).name]
@@ -240,7 +253,7 @@ def _compare_leaves(
         more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(
             f"checkpoint {folder} does not fit this model and optimizer: "
-            f"{', '.join(differing[:5])}{more}; resume with the config that saved it."
+            f"{', '.join(differing[:5])}{more}; resume with the config that saved it"
         )
 
 
@@ -262,44 +275,77 @@ def _compare_digests(
 
 def check_workdir(
     workdir: str | os.PathLike[str],
-    config_json: str | Mapping[str, Any],
+    config: str | Mapping[str, Any],
     may_change: Collection[str] = (),
 ) -> None:
-    """Writes config.json into a new workdir; in a used one checks that the config is the same.
+    """`compare_config`, and `write_config` at once."""
+    compare_config(workdir, config, may_change)
+    write_config(workdir, config)
+
+
+def compare_config(
+    workdir: str | os.PathLike[str],
+    config: str | Mapping[str, Any],
+    may_change: Collection[str] = (),
+    contents: Mapping[str, str] | None = None,
+) -> None:
+    """Checks that a folder is new, or of a run with this config; writes nothing.
 
     Args:
-      workdir: folder of the run, made if it is missing.
-      config_json: the config, as JSON text or as a mapping of what JSON holds.
+      workdir: folder of the run, which need not exist.
+      config: the config, as JSON text or as a mapping of what JSON holds.
       may_change: dotted fields that a resume may change, such as "num_updates"; a field stands
-        for everything under it. config.json keeps the values that the run began with.
+        for everything under it.
+      contents: dotted fields that are paths -> hash of what lies there (text_cache.fingerprint):
+        another path with equal content is the same, and the same path with another is not.
 
     Raises:
-      ValueError: the folder has another config (names fields and both values; nothing is
-        written), or its config.json is not JSON.
+      ValueError: the folder has another config (names fields and both values), or its config.json
+        is not JSON.
     """
-    path = _local(workdir) / "config.json"
-    config = json.loads(config_json) if isinstance(config_json, str) else dict(config_json)
-    text = json.dumps(config, indent=2, sort_keys=True)
-    if not path.exists():
-        if jax.process_index() == 0:
-            write_atomically(path, f"{text}\n".encode())
+    path = files.local(workdir) / CONFIG
+    if not os.path.lexists(path):
         return
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON; choose another workdir.") from error
-    here, there = dict(_fields(json.loads(text))), dict(_fields(saved))
+    saved, now = files.read_json(path), contents or {}
+    were = saved.pop(_CONTENTS, None)
+    were = were if isinstance(were, dict) else {}
+    here, there = dict(_fields(_plain(config))), dict(_fields(saved))
+    passed = [*may_change, *(field for field in now if field in were)]
     differing = [
         f"{field} is {_value(there, field)} there and {_value(here, field)} here"
         for field in sorted(here | there)
         if _value(here, field) != _value(there, field)
-        and not any(field == name or field.startswith(f"{name}.") for name in may_change)
+        and not any(field == name or field.startswith(f"{name}.") for name in passed)
+    ]
+    differing += [
+        f"what {field} names has changed"
+        for field in sorted(now)
+        if now[field] != were.get(field, now[field]) and field not in may_change
     ]
     if differing:
         raise ValueError(
             f"workdir {path.parent} belongs to a run with another config: {', '.join(differing)}; "
-            "choose another workdir, or the config that this one began with."
+            "choose another workdir, or the config that this one began with"
         )
+
+
+def write_config(
+    workdir: str | os.PathLike[str],
+    config: str | Mapping[str, Any],
+    contents: Mapping[str, str] | None = None,
+) -> None:
+    """Writes config.json, which keeps the values that a run began with: where there is one, it
+    stays. `contents` as for `compare_config`."""
+    path = files.local(workdir) / CONFIG
+    if jax.process_index() == 0 and not os.path.lexists(path):
+        values = _plain(config) | ({_CONTENTS: dict(contents)} if contents else {})
+        text = json.dumps(values, indent=2, sort_keys=True)
+        files.write_atomically(path, f"{text}\n".encode())
+
+
+def _plain(config: str | Mapping[str, Any]) -> Json:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(config if isinstance(config, str) else json.dumps(dict(config)))
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -313,14 +359,6 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _value(fields: dict[str, Any], name: str) -> str:
     return json.dumps(fields[name]) if name in fields else "absent"
-
-
-def _local(workdir: str | os.PathLike[str]) -> Path:
-    if "://" in os.fspath(workdir):
-        raise ValueError(
-            f"workdir {workdir} is a URL; it must be a folder, such as a bucket mounted by gcsfuse."
-        )
-    return Path(workdir)
 
 
 # ---------------------------------------------------------------------------------- stopping

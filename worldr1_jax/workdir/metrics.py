@@ -5,6 +5,7 @@ TensorBoard goes through tensorboardX: clu's metric_writers would need TensorFlo
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -17,8 +18,18 @@ import numpy as np
 from jaxtyping import Float
 from tensorboardX import SummaryWriter
 
-from worldr1_jax.files import PathLike, write_atomically
-from worldr1_jax.media import to_bytes, video_grid, write_mp4
+from worldr1_jax.files import (
+    MIB,
+    PathLike,
+    make_folder,
+    named,
+    parse_json,
+    read_bytes,
+    write_atomically,
+)
+from worldr1_jax.media import marked, to_bytes, video_grid, write_mp4
+
+_MOST_BYTES = 1024 * MIB  # of metrics.jsonl: a million updates
 
 # ---------------------------------------------------------------------------------- files
 
@@ -63,19 +74,24 @@ class MetricsWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(self._workdir)
         path = self._workdir / "metrics.jsonl"
         _drop_updates_from(path, restart_update)
-        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(str(self._workdir), purge_step=restart_update, flush_secs=30)
+        with named(path, "written"):
+            self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        with named(self._workdir, "written to"):
+            self._board = SummaryWriter(
+                str(self._workdir), purge_step=restart_update, flush_secs=30
+            )
 
     def write(self, update: int, scalars: Mapping[str, Any]) -> None:
         """Appends one line for `update`; call it before that update's checkpoint is saved."""
         if not self._active:
             return
         record = _plain({"update": update, **scalars})
-        self._lines.write(json.dumps(record, allow_nan=False) + "\n")
-        self._lines.flush()
+        with named(self._workdir / "metrics.jsonl", "written"):
+            self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+            self._lines.flush()
         for name, value in record.items():
             if isinstance(value, int | float) and name != "update":
                 self._board.add_scalar(name, value, update)
@@ -83,9 +99,11 @@ class MetricsWriter:
     def video(
         self, update: int, name: str, video: Float[np.ndarray, "F H W 3"], fps: float
     ) -> None:
-        """Writes videos/<name>_<update>.mp4, and its frames in a row to TensorBoard."""
+        """Writes videos/<name>_<update>.mp4, and its frames in a row to TensorBoard. Numbers that
+        are not finite, of which a reward is NaN as well, are shown in magenta."""
         if not self._active:
             return
+        video = marked(video)
         write_mp4(self._workdir / "videos" / f"{name}_{update:06d}.mp4", video, fps)
         row = video_grid(np.asarray(video)[:, None], columns=len(video))[0]
         self._board.add_image(name, to_bytes(row), update, dataformats="HWC")
@@ -104,16 +122,16 @@ class MetricsWriter:
 
 
 def _drop_updates_from(path: Path, update: int) -> None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path, _MOST_BYTES).split(b"\n")
     kept = []
     for number, line in enumerate(lines[:-1], start=1):  # after the last newline: cut short
         try:
-            before = json.loads(line)["update"] < update
+            before = parse_json(line, "line")["update"] < update
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{path} line {number} is not a JSON record with an "update"; mend or remove it.'
+                f'{path} line {number} is not a JSON record with an "update"; mend or remove it'
             ) from error
         if before:
             kept.append(line + b"\n")
@@ -181,9 +199,3 @@ class Progress:
         if jax.process_index() == 0:
             self._stream.write(f"\r\x1b[K{line}" if self._rewrites and line != "\n" else line)
             self._stream.flush()
-
-
-# ------------------------------------------------------------------------------------ videos
-
-
-# -------------------------------------------------------------------------------- statistics

@@ -150,7 +150,7 @@ def _unlike(write: Callable[[], str], before: list[frozenset[str]], scene: str) 
         if text and all(jaccard(mine, other) < _ALIKE for other in before):
             before.append(mine)
             return text
-    raise ValueError(f"scene '{scene}' has too few lines for {len(before) + 1} different prompts.")
+    raise ValueError(f"scene '{scene}' has too few lines for {len(before) + 1} different prompts")
 
 
 class _CommandChooser:

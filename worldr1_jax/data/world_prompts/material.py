@@ -80,7 +80,7 @@ def read(folder: Path = FOLDER) -> Material:
     places = [nucleus.name.partition(": ")[2] for nucleus in nuclei]
     problems += [f"'{p}' is the place of two scenes" for p in {*places} if places.count(p) > 1]
     if problems:
-        raise ValueError(f"the material of the world prompts is malformed: {'; '.join(problems)}.")
+        raise ValueError(f"the material of the world prompts is malformed: {'; '.join(problems)}")
     return Material(tuple(nuclei), layout)
 
 

@@ -1,0 +1,62 @@
+"""Shapes that annotations promise, enforced while tests run: the type checker that conftest.py
+hands to jaxtyping's import hook.
+
+Only what holds arrays is checked, and numpy's arrays count as JAX's, for the functions take both.
+What else an annotation says is mypy's business, and tests play pipelines and scorers with small
+stand-ins. Fields of dataclasses are left alone: a tree of arrays may hold their places or shapes.
+"""
+
+import functools
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import beartype
+import jax
+import jaxtyping
+import numpy as np
+
+Either = jax.Array | np.ndarray
+check_with = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+
+def check(function: Callable) -> Callable:
+    """The function with its array arguments, or its result, checked at every call.
+
+    jaxtyping gives two made ones for each function, one for the arguments and one for the result.
+    """
+    hints = function.__annotations__
+    if function.__name__ == "__init__":
+        return function
+    kept = {name: _lenient(hint) for name, hint in hints.items() if _holds_arrays(hint)}
+    if not kept:
+        return function
+    function.__annotations__ = kept
+    return check_with(function)
+
+
+def _holds_arrays(hint: Any) -> bool:
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(_holds_arrays(part) for part in typing.get_args(hint))
+
+
+@functools.cache
+def _either(hint: Any) -> Any:
+    """Such an array of JAX or of numpy."""
+    if hint.array_type is not jax.Array:
+        return hint
+    return hint.dtype[Either, hint.dim_str]
+
+
+def _lenient(hint: Any) -> Any:
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return _either(hint)
+    parts = typing.get_args(hint)
+    if not parts or typing.get_origin(hint) in (Callable, typing.Annotated):
+        return hint
+    changed = tuple(_lenient(part) for part in parts)
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return functools.reduce(lambda a, b: a | b, changed)
+    return typing.get_origin(hint)[changed]
