@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from worldr1_jax import episode
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
-from worldr1_jax.fields import in_range
+from worldr1_jax.fields import each_in_range, in_range
 from worldr1_jax.files import write_atomically
 from worldr1_jax.media import contact_sheet
 from worldr1_jax.mesh import arrays, placement
@@ -52,8 +52,7 @@ class Evaluate:
         in_range(self, prompts=(0, 10**6), samples=(1, 10**4), batch=(1, 10**5), sweep=(1, 10**6))
         if self.prompts == 1:
             raise ValueError("prompts is 1: an interval needs 2 or more, and 0 is no report")
-        if any(not 0 <= guidance <= 1e3 for guidance in self.guidances):
-            raise ValueError(f"guidances is {self.guidances}: numbers in [0, 1000]")
+        each_in_range(self, guidances=(0, 1e3))
 
 
 @dataclasses.dataclass(frozen=True)
