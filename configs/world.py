@@ -129,6 +129,13 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.rewards.meta_view.angle = 9.0  # degrees, between the path and where the exam is held
     c.rewards.meta_view.split = "alternate"  # of the frames that have to agree; or halves
 
+    c.rewards.judge = ml_collections.ConfigDict()  # (rewards/judge.py: Judge)
+    c.rewards.judge.weights = ""  # folder of a Qwen3-VL [paper: 4B]; "nano": the one that ships
+    c.rewards.judge.question = ""  # that one digit answers; "": ours, about flaws alone
+    c.rewards.judge.angle = 9.0  # degrees between the middle camera and the views; ours
+    c.rewards.judge.height, c.rewards.judge.width = 0, 0  # of the views; 0: about the frames' own
+    c.rewards.judge.mode = "offset"  # or released: pose and question of World-R1's code
+
     # What learns, with its fields (algorithms/base.py); :nano,nft names another.
     c.algorithm = ml_collections.ConfigDict(base.section(algorithm))
     if algorithm == "grpo":
