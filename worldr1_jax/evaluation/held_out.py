@@ -94,7 +94,7 @@ def measure(
 
     Returns:
       {every part of the reward, "total_3d", "change", "diversity"} -> [N]; NaN where a video could
-      not be scored. "total_3d" is the sum of the rewards that look in 3D and count; "change" how
+      not be scored. "total_3d" is S_recon + S_traj; "change" how
       much a video changes, the mean RMS difference of its frames to its middle one.
     """
     # Without a negative prompt there is one branch; else one program serves every guidance.
