@@ -65,8 +65,8 @@ class Choice:
         return (*alone, GENERAL) if self.general else alone
 
     def spatial(self) -> tuple[str, ...]:
-        """S_recon and S_traj, as far as they are measured: what a report sums as "total_3d", whatever
-        a run learnt from."""
+        """S_recon and S_traj, as far as they are measured: what a report sums as "total_3d",
+        whatever a run learnt from."""
         return tuple(name for name in ("recon", "trajectory") if name in self.rewards)
 
     def needed(self) -> tuple[Needed, ...]:
