@@ -67,7 +67,7 @@ def fresh(make: Callable[[], nnx.Module]) -> nnx.Module:
     return nnx.merge(graph, jax.jit(lambda: nnx.split(make())[1], compiler_options=options)())
 
 
-def config(folder: Path, variant: str = "nano", **changes):
+def config(folder: Path, variant: str = "nano,grpo", **changes):
     """nano's configuration on these weights, with few and small videos; `changes` are dotted
     fields."""
     c = world.get_config(variant)
@@ -77,7 +77,8 @@ def config(folder: Path, variant: str = "nano", **changes):
         "checkpoint_every": 1, "sample.steps": 4, "algorithm.window_range": (0, 3),
         "rewards.recon.views": 2, "evaluate.prompts": 2, "evaluate.batch": 2,
         "evaluate.samples": 4, "evaluate.guidances": (), "dynamic.main_updates": 2,
-        "dynamic.dynamic_updates": 1, "mesh.data": 1,
+        "dynamic.dynamic_updates": 1, "mesh.data": 1, "sample.guidance": 1.0,
+        "rewards.weights.recon": 1.0, "rewards.weights.general": 1.0, "advantage.rewards": "sum",
     }  # fmt: skip
     if "window_range" not in c.algorithm:
         settings.pop("algorithm.window_range")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +13,29 @@ def in_range(owner: Any, **ranges: tuple[float, float]) -> None:
     kinds = {field.name: field.type for field in dataclasses.fields(owner)}
     for name, (low, high) in ranges.items():
         value, whole = getattr(owner, name), kinds[name] in (int, "int")
-        right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not right or not math.isfinite(value) or not low <= value <= high:
+        if not is_number(value, low, high, whole):
             kind = "a whole number" if whole else "a number"
             raise ValueError(f"{name} is {value!r}: it has to be {kind} in [{low:g}, {high:g}]")
+
+
+def each_in_range(
+    owner: Any, *, whole: bool = False, length: int | None = None, **ranges: tuple[float, float]
+) -> None:
+    """The same for tuples, of any length or this, of which every element lies in the interval."""
+    for name, (low, high) in ranges.items():
+        values = getattr(owner, name)
+        right = isinstance(values, tuple) and (length is None or len(values) == length)
+        if not right or not all(is_number(value, low, high, whole) for value in values):
+            kind = f"{'' if length is None else f'{length} '}{'whole ' if whole else ''}numbers"
+            raise ValueError(f"{name} is {values!r}: it has to be {kind} in [{low:g}, {high:g}]")
+
+
+def is_number(value: Any, low: float, high: float, whole: bool = False) -> bool:
+    """Whether a value is a number, or a whole one, of the closed interval; True and False are
+    none."""
+    right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    # Not math.isfinite, which no int beyond a float's range passes.
+    return right and low <= value <= high
 
 
 def one_of(owner: Any, **choices: Sequence[str]) -> None:
@@ -26,6 +44,15 @@ def one_of(owner: Any, **choices: Sequence[str]) -> None:
         value = getattr(owner, name)
         if value not in known:
             raise ValueError(f"{name} is {value!r}: it has to be one of {', '.join(known)}")
+
+
+def each_of(owner: Any, **choices: Sequence[str]) -> None:
+    """The same for tuples, of which every element is one of the choices."""
+    for name, known in choices.items():
+        of_kind(owner, tuple, name)
+        strange = [value for value in getattr(owner, name) if value not in known]
+        if strange:
+            raise ValueError(f"{name} names {strange[0]!r}: it knows {', '.join(known)}")
 
 
 def of_kind(owner: Any, kind: type, *names: str) -> None:

@@ -29,7 +29,7 @@ from worldr1_jax.data.loader import Loader
 from worldr1_jax.data.phases import Phases
 from worldr1_jax.data.world_prompts import generate as world_prompts
 from worldr1_jax.evaluation.held_out import Evaluate
-from worldr1_jax.fields import in_range
+from worldr1_jax.fields import each_of, in_range, of_kind
 from worldr1_jax.mesh import arrays, chips, placement
 from worldr1_jax.mesh import make as meshes
 from worldr1_jax.mesh.compiler import Jit
@@ -61,6 +61,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 SECTIONS: Mapping[str, type] = {
+    "mesh": meshes.Sizes,
     "policy": Options,
     "sample": Sampling,
     "camera": Camera,
@@ -98,9 +99,8 @@ class Run:
             group_size=(2, 10**4), frames=(1, 10**5), height=(1, 10**5), width=(1, 10**5),
             fps=(1e-3, 1e4),
         )  # fmt: skip
-        strange = [name for name in self.idle_on_host if name not in IDLE]
-        if strange:
-            raise ValueError(f"idle_on_host names '{strange[0]}': it knows {', '.join(IDLE)}")
+        of_kind(self, str, "variant", "prompts")
+        each_of(self, idle_on_host=IDLE)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -118,7 +118,7 @@ class Settings:
     """A config, read and checked field by field."""
 
     run: Run
-    mesh: Mapping[str, int]
+    mesh: meshes.Sizes
     policy: Options
     sample: Sampling
     camera: Camera
@@ -145,12 +145,16 @@ def read(config: ml_collections.ConfigDict) -> Settings:
     """
     fields = dict(config.items())
     sections = {name: _section(fields.pop(name), name, kind) for name, kind in SECTIONS.items()}
-    mesh, rewards = dict(fields.pop("mesh")), _plain(fields.pop("rewards"))
+    rewards = _plain(fields.pop("rewards"))
     algorithm = base.build(_plain(fields.pop("algorithm")))
     run = _section(fields, "", Run)
-    found = Settings(run=run, mesh=mesh, rewards=choose(**rewards), algorithm=algorithm, **sections)
+    found = Settings(run=run, rewards=choose(**rewards), algorithm=algorithm, **sections)
     _check_dynamic(found)
-    found.algorithm.draw(jax.random.key(0), 0, found.plan)  # which says whether its window fits
+    _check_parts(found.run.videos, found.train)
+    try:
+        found.algorithm.draw(jax.random.key(0), 0, found.plan)  # which says whether its window fits
+    except ValueError as error:
+        raise ValueError(f"algorithm.{error}") from error
     return found
 
 
@@ -187,6 +191,19 @@ def _check_dynamic(found: Settings) -> None:
         raise ValueError("dynamic.off leaves no reward that counts: name fewer, or weigh another")
 
 
+def _check_parts(videos: int, rules: learning.Rules) -> None:
+    """An update's videos come in equal parts."""
+    for name, parts in (
+        ("minibatches", rules.minibatches),
+        ("microbatches", rules.minibatches * max(rules.microbatches, 1)),
+    ):
+        if videos % parts:
+            raise ValueError(
+                f"train.{name} is {getattr(rules, name)}: the {videos} videos of an update do not "
+                f"come in {parts} equal parts"
+            )
+
+
 def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.PromptSets) -> None:
     """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
     check_policy(found)
@@ -200,6 +217,8 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
             f"groups x group_size is {found.run.videos} videos, which the mesh's data x fsdp = "
             f"{parts} cannot divide"
         )
+    placement.turns(mesh, found.run.videos, found.sample.videos_at_once)
+    _check_parts(found.run.videos, rules_on(found, mesh))
     draw = found.algorithm.draw(jax.random.key(0), 0, found.plan)
     if draw.prefix and (found.run.groups % parts or found.camera.mode == "step"):
         raise ValueError(
@@ -309,8 +328,8 @@ def make_mesh(
       devices: by default all that there are.
       work: of the policy's forward; by default it is read from policy.weights.
     """
-    if found.mesh["data"]:
-        return meshes.make_mesh(found.mesh, devices)
+    if found.mesh.data:
+        return meshes.make_mesh(dataclasses.asdict(found.mesh), devices)
     there = list(jax.devices() if devices is None else devices)
     if work is None:
         folder = resolve(found.policy.weights)
@@ -324,7 +343,7 @@ def make_mesh(
 def scoring_mesh(found: Settings) -> jax.sharding.Mesh:
     """The mesh that the config asks for, to score videos one by one; with mesh.data = 0, one whose
     devices share each video. It asks for no policy."""
-    sizes = found.mesh if found.mesh["data"] else {"data": 1, "context": -1}
+    sizes = dataclasses.asdict(found.mesh) if found.mesh.data else {"data": 1, "context": -1}
     return meshes.make_mesh(sizes)
 
 

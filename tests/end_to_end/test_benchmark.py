@@ -20,7 +20,7 @@ def test_every_stage_is_timed_and_counted(tmp_path):
     fields = FIELDS | {"policy.weights": weights, "rewards.reconstruct.da3": weights / "da3"}
     command = [
         sys.executable, str(ROOT / "launch" / "benchmark.py"), "--repeats=1",
-        f"--config={ROOT / 'configs' / 'world.py'}",
+        f"--config={ROOT / 'configs' / 'world.py'}:nano,grpo",
         *(f"--config.{name}={value}" for name, value in fields.items()),
     ]  # fmt: skip
     environment = {

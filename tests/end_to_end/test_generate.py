@@ -168,7 +168,7 @@ def test_a_damaged_run_and_a_wrong_kind_are_named(run, folder, tmp_path):
 def launch(script, *arguments, stdin=""):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(
-        [sys.executable, f"launch/{script}.py", "--config=configs/world.py", *arguments],
+        [sys.executable, f"launch/{script}.py", "--config=configs/world.py:nano,grpo", *arguments],
         cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 

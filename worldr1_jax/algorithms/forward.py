@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Velocity
-from worldr1_jax.fields import in_range, of_kind, one_of
+from worldr1_jax.fields import each_in_range, in_range, of_kind, one_of
 from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler
 from worldr1_jax.types import Trajectory
@@ -54,9 +54,9 @@ class Forward(Algorithm):
         in_range(self, draws=(1, 10**4), kl_weight=(0, 1e9), advantage_max=(1e-9, 1e9))
         one_of(self, solver=SOLVERS)
         of_kind(self, bool, "absorb")
-        low, high = self.levels
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"levels are {self.levels}: they have to be low and high in [0, 1]")
+        each_in_range(self, levels=(0, 1), length=2)
+        if self.levels[0] >= self.levels[1]:
+            raise ValueError(f"levels is {self.levels}: the lower level comes first")
 
     @property
     def terms(self) -> int:

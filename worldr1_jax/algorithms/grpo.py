@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Policies, Samples, Terms
-from worldr1_jax.fields import in_range, one_of
+from worldr1_jax.fields import each_in_range, in_range, one_of
 from worldr1_jax.rollout import schedule, sde
 from worldr1_jax.rollout.sample import Sampler, step_noise, stochastic_step
 from worldr1_jax.types import Trajectory
@@ -98,9 +98,12 @@ class Windowed(Algorithm):
     share: str = "none"
 
     def __post_init__(self):
-        in_range(self, kl_weight=(0, 1e9), window=(1, 10**4), window_interval=(1, 10**9))
+        in_range(
+            self, kl_weight=(0, 1e9), eta=(1e-6, 1 if self.sde == "cps" else 1e3),
+            window=(1, 10**4), window_interval=(1, 10**9),
+        )  # fmt: skip
         one_of(self, sde=("flow", "cps"), level=sde.LEVELS, window_place=PLACES, share=SHARES)
-        self.sampler()  # has its own ranges
+        each_in_range(self, window_range=(0, 10**4), whole=True, length=2)
 
     def surrogate(
         self, step: WindowStep, advantages: Float[Array, " B"], sigmas: Float[Array, " T+1"]

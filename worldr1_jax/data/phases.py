@@ -8,7 +8,7 @@ freeze. The phase is a pure function of the update, so there is nothing to save 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from worldr1_jax.fields import in_range
+from worldr1_jax.fields import in_range, of_kind
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Phases:
 
     def __post_init__(self) -> None:
         in_range(self, main_updates=(1, 10**9), dynamic_updates=(0, 10**9))
+        of_kind(self, tuple, "off")
 
 
 class Phase(NamedTuple):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from worldr1_jax import episode
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
-from worldr1_jax.fields import in_range
+from worldr1_jax.fields import each_in_range, in_range
 from worldr1_jax.files import write_atomically
 from worldr1_jax.media import contact_sheet
 from worldr1_jax.mesh import arrays, placement
@@ -52,8 +52,7 @@ class Evaluate:
         in_range(self, prompts=(0, 10**6), samples=(1, 10**4), batch=(1, 10**5), sweep=(1, 10**6))
         if self.prompts == 1:
             raise ValueError("prompts is 1: an interval needs 2 or more, and 0 is no report")
-        if any(not 0 <= guidance <= 1e3 for guidance in self.guidances):
-            raise ValueError(f"guidances is {self.guidances}: numbers in [0, 1000]")
+        each_in_range(self, guidances=(0, 1e3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,7 @@ def measure(
 
     Returns:
       {every part of the reward, "total_3d", "change", "diversity"} -> [N]; NaN where a video could
-      not be scored. "total_3d" is the sum of the rewards that look in 3D and count; "change" how
+      not be scored. "total_3d" is S_recon + S_traj; "change" how
       much a video changes, the mean RMS difference of its frames to its middle one.
     """
     # Without a negative prompt there is one branch; else one program serves every guidance.

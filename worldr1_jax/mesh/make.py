@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,34 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from worldr1_jax.fields import in_range
+
 AXES = ("data", "fsdp", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of the four axes; the fields are `mesh` of the config.
+
+    One -1 takes what is left. Data 0: all four as they suit the devices and the model
+    (`default_sizes`).
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        in_range(
+            self, data=(-1, 10**6), fsdp=(-1, 10**6), context=(-1, 10**6), tensor=(-1, 10**6)
+        )  # fmt: skip
+        for name in AXES[1:]:
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} is 0: it has to be 1 or more, or -1 for what is left")
+        free = [name for name in AXES if getattr(self, name) == -1]
+        if len(free) > 1:
+            raise ValueError(f"{free[1]} is -1, and so is {free[0]}: at most one is what is left")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

@@ -84,7 +84,7 @@ def turns(mesh: Mesh, count: int, at_once: int) -> int:
         return 1
     if mine % at_once:
         raise ValueError(
-            f"videos_at_once is {at_once}; it has to divide the {mine} videos of a device"
+            f"sample.videos_at_once is {at_once}: it has to divide the {mine} videos of a device"
         )
     return mine // at_once
 

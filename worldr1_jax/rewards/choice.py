@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from worldr1_jax.fields import is_number
 from worldr1_jax.rewards.base import CAMERAS, GAUSSIANS, Reward, find
 from worldr1_jax.rewards.function import Function, HostFunction
 from worldr1_jax.rewards.reconstruct import Reconstruct
@@ -13,6 +14,7 @@ from worldr1_jax.weights import needed
 from worldr1_jax.weights.needed import Needed
 
 RECONSTRUCT = "reconstruct"  # the 3D network's name among the networks of rewards
+MOST = 1e6  # largest weight
 GENERAL = "general"  # R_gen: whatever `general` names, as one part
 Named = str | Function | Reward
 
@@ -63,8 +65,9 @@ class Choice:
         return (*alone, GENERAL) if self.general else alone
 
     def spatial(self) -> tuple[str, ...]:
-        """Rewards that count and look in 3D: R_3D."""
-        return tuple(name for name in self.counted() if self.rewards[name].needs)
+        """S_recon and S_traj, as far as they are measured: what a report sums as "total_3d",
+        whatever a run learnt from."""
+        return tuple(name for name in ("recon", "trajectory") if name in self.rewards)
 
     def needed(self) -> tuple[Needed, ...]:
         """Files of weights of all rewards."""
@@ -100,6 +103,11 @@ def choose(
     counts: dict[str, float] = {}
     shares: dict[str, float] = {}
     for named, weight in weights.items():
+        if not is_number(weight, -MOST, MOST):
+            raise ValueError(
+                f"rewards.weights.{named} is {weight!r}: it has to be a number in [{-MOST:g}, "
+                f"{MOST:g}]"
+            )
         if named == GENERAL:
             shares = _shares(general)
             for name, share in shares.items():
@@ -120,12 +128,13 @@ def choose(
 def _shares(general: str | Mapping[str, float]) -> dict[str, float]:
     """Of R_gen's rewards, normalised to 1."""
     chosen = {general: 1.0} if isinstance(general, str) else dict(general)
+    right = all(is_number(share, 0, MOST) for share in chosen.values())
     chosen = {name: share for name, share in chosen.items() if share}
-    total = sum(chosen.values())
-    if not chosen or not 0 < total < float("inf") or min(chosen.values()) < 0:
+    total = sum(chosen.values()) if right else 0.0
+    if not right or not chosen:
         raise ValueError(
             f"rewards.general is {dict(general) if not isinstance(general, str) else general!r}: "
-            "it names rewards with weights of 0 or more, one of them positive"
+            f"it names rewards with weights in [0, {MOST:g}], one of them positive"
         )
     return {name: share / total for name, share in chosen.items()}
 

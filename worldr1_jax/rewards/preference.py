@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from worldr1_jax.camera import commands
-from worldr1_jax.fields import in_range, one_of
+from worldr1_jax.fields import in_range, of_kind, one_of
 from worldr1_jax.mesh import placement
 from worldr1_jax.models import clip
 from worldr1_jax.rewards.base import Evidence, Networks, Parts, Reward
@@ -80,6 +80,7 @@ class Hps(Reward):
 
     def __post_init__(self) -> None:
         in_range(self, frames=(1, 10**6))
+        of_kind(self, str, "weights", "tokenizer")
         one_of(self, fit=clip.FITS)
 
     def needed(self) -> tuple[Needed, ...]:

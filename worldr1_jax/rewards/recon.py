@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from worldr1_jax.fields import in_range, one_of
+from worldr1_jax.fields import in_range, of_kind, one_of
 from worldr1_jax.mesh import placement
 from worldr1_jax.mesh.arrays import each_device
 from worldr1_jax.mesh.make import current
@@ -232,6 +232,7 @@ class Recon(Reward):
 
     def __post_init__(self) -> None:
         one_of(self, likeness=("lpips", "ssim"))
+        of_kind(self, str, "lpips")
         in_range(
             self, views=(0, 10**6), change_floor=(0, 1e3), change_min=(0, 1), texture_min=(0, 1)
         )

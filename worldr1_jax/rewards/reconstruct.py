@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from worldr1_jax.fields import in_range
+from worldr1_jax.fields import in_range, of_kind
 from worldr1_jax.mesh import placement
 from worldr1_jax.models.da3 import model as da3
 from worldr1_jax.models.da3.backbone import bicubic_matrix
@@ -53,6 +53,7 @@ class Reconstruct:
 
     def __post_init__(self) -> None:
         in_range(self, frame_stride=(1, 10**6), gaussian_frames=(0, 10**6))
+        of_kind(self, str, "da3")
 
     def needed(self) -> tuple[Needed, ...]:
         """Files of weights that it reads."""

@@ -86,13 +86,13 @@ def check_window(steps: int, width: int, first: int, last: int) -> None:
         raise ValueError(f"the window has {width} steps; it needs at least 1")
     if not 0 <= first < last <= steps - 1:
         raise ValueError(
-            f"window range [{first}, {last}) does not lie within steps [0, {steps - 1}); the last "
-            f"of the {steps} steps must stay deterministic"
+            f"window_range is ({first}, {last}): it has to lie within steps [0, {steps - 1}), for "
+            f"the last of the {steps} steps must stay deterministic"
         )
     if width > last - first:
         raise ValueError(
-            f"a window of {width} steps does not fit into range [{first}, {last}), which has "
-            f"{last - first}"
+            f"a window of {width} steps does not fit into window_range ({first}, {last}), which "
+            f"has {last - first}"
         )
 
 

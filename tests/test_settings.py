@@ -1,0 +1,219 @@
+"""The config against the dataclasses that it is passed to, and every field with wrong values."""
+
+import dataclasses
+import importlib
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import pytest
+
+from configs import world
+from worldr1_jax import settings
+from worldr1_jax.algorithms import base as algorithms
+from worldr1_jax.data.prompts import PromptSets
+from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.rewards.base import REWARDS, find
+from worldr1_jax.rewards.reconstruct import Reconstruct
+
+# -- keys of a section are the fields of its dataclass
+
+
+def names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("algorithm", algorithms.ALGORITHMS)
+@pytest.mark.parametrize("variant", world.VARIANTS)
+def test_sections_have_the_fields_of_their_dataclasses(variant, algorithm):
+    config = world.get_config(f"{variant},{algorithm}")
+    for name, kind in settings.SECTIONS.items():
+        assert set(config[name]) == names(kind), name
+    kind = algorithms.load(algorithm)
+    assert set(config.algorithm) == names(kind) | {"name"}
+    sections = {name: find(name) for name in REWARDS} | {"reconstruct": Reconstruct}
+    for name, kind in sections.items():
+        assert set(config.rewards.get(name, ())) == names(kind), name
+    apart = {"rewards", "algorithm", *settings.SECTIONS}
+    assert set(config) - apart == names(settings.Run)
+    settings.read(config)
+
+
+def test_every_table_of_names_can_be_imported():
+    for table in (REWARDS, algorithms.ALGORITHMS):
+        for target in table.values():
+            module, _, name = target.partition(":")
+            assert hasattr(importlib.import_module(module), name)
+
+
+# -- wrong values
+
+LONG = 10**26
+NUMBERS: tuple[Any, ...] = (
+    math.nan, math.inf, -math.inf, -1, 0, -1e-9, 1e300, LONG, 10**12, True, "", "3", (1,), None,
+)  # fmt: skip
+WORDS: tuple[Any, ...] = ("", "foo", "FLOAT32", 3, math.nan, True, ("a", "b"), None)
+SWITCHES: tuple[Any, ...] = ("", "yes", 2, -1, math.nan, (True,), None)
+TUPLES: tuple[Any, ...] = (
+    (), (1,), (5, 1), (-1, 2), (0, 1, 2), (0, LONG), (math.nan, 1.0), (0, math.inf), ("foo",),
+    (None,), "foo", 3, None, ("recon", "trajectory", "general"),
+)  # fmt: skip
+
+# Where an odd value is a right one.
+ZERO = {
+    "seed", "mesh.data", "sample.guidance", "sample.videos_at_once", "camera.strength",
+    "camera.degradation", "rewards.reconstruct.gaussian_frames", "rewards.recon.views",
+    "rewards.recon.change_floor", "rewards.recon.change_min", "rewards.recon.texture_min",
+    "algorithm.kl_weight", "algorithm.average_weight", "algorithm.decay", "advantage.floor",
+    "train.warmup", "train.weight_decay", "train.clip_norm", "train.microbatches",
+    "train.ema_decay", "dynamic.dynamic_updates", "watch.diversity", "watch.kl",
+    "evaluate.prompts",
+}  # fmt: skip
+WEIGHTS = re.compile(r"rewards\.(weights|general)\.\w+")
+LEFT = re.compile(r"mesh\.\w+")  # -1: what is left
+# Texts of which files are made, or nothing: checked where they are read.
+FREE = re.compile(
+    r"variant|prompts|policy\.(weights|text_cache)|sample\.negative_prompt|"
+    r"rewards\.(reconstruct\.da3|recon\.lpips|\w+\.(weights|tokenizer))"
+)
+EMPTY = {"idle_on_host", "evaluate.guidances", "dynamic.off"}
+
+
+def is_right(name: str, value: Any) -> bool:
+    """Whether one of the values above is right after all; all others have to be refused."""
+    if isinstance(value, str):
+        return bool(FREE.fullmatch(name))
+    if isinstance(value, bool):
+        return False
+    if value == 0:
+        return name in ZERO or bool(WEIGHTS.fullmatch(name))
+    if value in (-1, -1e-9):
+        weights = name.startswith("rewards.weights.")
+        return weights or (value == -1 and bool(LEFT.fullmatch(name)))
+    return (value == () and name in EMPTY) or (value == (1,) and name == "evaluate.guidances")
+
+
+def flat(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def candidates(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, bool):
+        return SWITCHES
+    if isinstance(value, str):
+        return WORDS
+    return TUPLES if isinstance(value, tuple) else NUMBERS
+
+
+def changed(config: ml_collections.ConfigDict, name: str, value: Any) -> bool:
+    """Sets a field as a flag would; False where ConfigDict itself refuses the type."""
+    *sections, field = name.split(".")
+    for section in sections:
+        config = config[section]
+    try:
+        config[field] = value
+    except TypeError:
+        return False
+    return True
+
+
+def refusal(config: ml_collections.ConfigDict) -> str:
+    """The sentence with which a config is refused; "" where it is not; of any other exception two
+    lines, which no sentence is."""
+    try:
+        settings.read(config)
+    except ValueError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}\n{error}"
+    return ""
+
+
+@pytest.mark.parametrize("algorithm", algorithms.ALGORITHMS)
+def test_wrong_values_are_refused_by_name(algorithm):
+    """In one sentence that names the field, at once, and never by another exception."""
+    config = world.get_config(f"nano,{algorithm}")
+    wrong, began = [], time.perf_counter()
+    fields = [(n, v) for n, v in flat(config) if algorithm == "grpo" or n.startswith("algorithm.")]
+    count = 0
+    for name, value in fields:
+        for bad in candidates(value):
+            tried = config.copy_and_resolve_references()
+            if not changed(tried, name, bad):
+                continue
+            count += 1
+            said = refusal(tried)
+            names_it = name.rpartition(".")[2] in said or name.rpartition(".")[0] in said
+            if is_right(name, bad) == bool(said) or (said and not names_it) or "\n" in said:
+                wrong.append(f"{name}={bad!r}: {said or 'accepted'}")
+    assert not wrong, "\n".join(wrong)
+    assert time.perf_counter() - began < 1.0 * count
+
+
+MESH_OF_8 = {"data": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 1}, "group_size is 1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"train.minibatches": 3}, "train.minibatches is 3: the 32 videos of an update do not"),
+        ({"train.minibatches": 8, "train.microbatches": 8}, "train.microbatches is 8"),
+        ({"evaluate.prompts": 1}, "evaluate.prompts is 1: an interval needs 2"),
+        ({"dynamic.off": ("recon", "trajectory", "general")}, "dynamic.off leaves no reward"),
+        ({"dynamic.off": ("beauty",)}, "dynamic.off names 'beauty'"),
+        ({"rewards.weights.general": 0.0}, "dynamic.off leaves no reward"),
+        ({"rewards.weights.recon": 1e300}, r"rewards.weights.recon is 1e\+300"),
+        ({"rewards.general.palette": 0.0}, "rewards.general is"),
+        ({"algorithm.window": 9}, "algorithm.a window of 9 steps does not fit into window_range"),
+        ({"algorithm.window_range": (0, 10)}, r"algorithm.window_range is \(0, 10\)"),
+        ({"algorithm.sde": "cps", "algorithm.eta": 1.5}, "algorithm.eta is 1.5"),
+        ({"mesh.fsdp": -1}, "mesh.fsdp is -1, and so is data"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(changes, message):
+    config = world.get_config("nano,grpo")
+    for name, value in changes.items():
+        assert changed(config, name, value)
+    assert re.match(message, refusal(config)), refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 3, "group_size": 4}, "groups x group_size is 12 videos, which the mesh's"),
+        ({"sample.videos_at_once": 3}, "sample.videos_at_once is 3: it has to divide the 4 videos"),
+        ({"frames": 18}, r"frames is 18: it has to be 1 \+ 4 k"),
+        ({"policy.weights": "nowhere"}, "'nowhere'"),
+        ({"rewards.reconstruct.da3": "nowhere"}, "'nowhere'"),
+        ({"policy.text_cache": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_does_not_fit_the_mesh_or_the_files_is_refused(changes, message):
+    config = world.get_config("nano,grpo")
+    for name, value in changes.items():
+        assert changed(config, name, value)
+    prompts = PromptSets(("a",), ("b",), ("c", "d"))
+    with pytest.raises(ValueError, match=message):
+        settings.check(settings.read(config), make_mesh(MESH_OF_8, jax.devices()), prompts)
+
+
+def test_fields_that_are_unknown_or_missing_are_refused():
+    config = world.get_config("nano,grpo")
+    with config.unlocked():
+        config.sample.stepz = 3
+    assert refusal(config) == "the config has no field sample.stepz"
+    for section in ("sample", "algorithm"):
+        config = world.get_config("nano,grpo")
+        with config.unlocked():
+            del config[section]
+        assert section in refusal(config)
