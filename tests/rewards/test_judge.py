@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,8 @@ def test_our_question_names_no_camera():
     moves = {word for name in commands.NAMES for word in name.split("_")} - {"in", "out", "up"}
     assert not words & (moves | {"camera", "prompt", "orbit", "motion"})
     assert "{" not in judge.QUESTION
+    page = Path(__file__).parents[2] / "docs" / "rewards.md"
+    assert f"> {judge.QUESTION}\n" in page.read_text()
 
 
 def test_its_size_is_the_networks_own(folder):
