@@ -197,7 +197,7 @@ def make(
 ) -> Callable[..., Float[np.ndarray, " B"]]:
     """A judge of images, for any question that one digit answers:
 
-        judge_images = rewards.judge.make("Qwen3-VL-4B-Instruct")
+        judge_images = judge.make("Qwen3-VL-4B-Instruct")
         judge_images(images, "How sharp is this picture? 0: not at all, 9: very. One digit.")
 
     Args:
