@@ -26,13 +26,16 @@ from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.workdir.checkpoint import Checkpointer, check_workdir
 
 ROOT = Path(__file__).parents[2]
-CHANGES = {"sample.guidance": 2.0, "sample.steps": 3, "algorithm.window_range": (0, 2)}
+CHANGES = {
+    "sample.guidance": 2.0, "sample.steps": 3, "algorithm.window_range": (0, 2),
+    "algorithm.window": 1,
+}  # fmt: skip
 PROMPTS = ["Camera push in. A red sphere.", "Pan left. A tall blue box.", "A green box."]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save_weights(tmp_path_factory.mktemp("weights"), with_da3=False)
+def folder(weights):
+    return weights
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +180,7 @@ def test_launchers_export_and_generate(folder, run, tmp_path):
     """From standard input, with the exported adapters of a run, by UniPC, without camera."""
     options = [f"--config.policy.weights={folder}", "--config.frames=5", "--config.height=32",
                "--config.width=32", "--config.sample.steps=3",
-               "--config.algorithm.window_range=(0,2)"]  # fmt: skip
+               "--config.algorithm.window_range=(0,2)", "--config.algorithm.window=1"]  # fmt: skip
     exported = tmp_path / "lora"
     done = launch("export_lora", options[0], f"--adapters={run[0]}", f"--workdir={exported}")
     assert done.returncode == 0, done.stderr[-2000:]
