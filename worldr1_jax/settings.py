@@ -392,11 +392,11 @@ def build_pipeline(
     )  # fmt: skip
 
 
-def load_adapters(found: Settings, path: str, kind: str = "ema") -> Adapters | None:
-    """Adapters of a run or of a LoRA file for the policy that the config names; None for an empty
-    path. See policies/adapters.py."""
+def load_adapters(found: Settings, paths: Sequence[str], kind: str = "ema") -> Adapters | None:
+    """Adapters of runs or of LoRA files, "path:0.8" for a strength, for the policy that the config
+    names; None without any. See policies/adapters.py."""
     folder = resolve(found.policy.weights)
-    return family(folder).load_adapters(path, folder, kind) if path else None
+    return family(folder).load_adapters(paths, folder, kind) if paths else None
 
 
 def build_scorer(found: Settings, mesh: jax.sharding.Mesh) -> Scorer:

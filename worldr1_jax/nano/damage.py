@@ -219,7 +219,8 @@ def _exact(spec: captions.Spec, scene: world.Scene) -> tuple[Reconstruction, Clo
     path = videos.path(spec.commands)[:: (videos.FRAMES - 1) // (FRAMES - 1)]
     video, depth = (np.asarray(x) for x in world.render(scene, path))
     matrix = np.broadcast_to(world.intrinsics(videos.SIZE, videos.SIZE), (1, FRAMES, 3, 3))
-    found = Reconstruction(depth[None], np.ones_like(depth[None]), path[None], matrix, None)
+    parts: list[Any] = [depth[None], np.ones_like(depth[None]), path[None], matrix, None]
+    found = Reconstruction(*parts)
     shape = depth.shape
     loose = np.zeros((FLOATERS, 7))
     kept = np.ones(shape, bool)
@@ -247,22 +248,22 @@ def gaussians(cloud: Cloud) -> Gaussians:
     """The cloud as the renderer takes it, [1 N ...]."""
     rows, columns = np.mgrid[: videos.SIZE, : videos.SIZE] + 0.5
     pixels = np.stack([columns, rows], axis=-1)
-    means = [
+    surface = [
         _unproject(pose, pixels, depth)
         for pose, depth in zip(cloud.camtoworld, cloud.depth, strict=True)
     ]
     size = cloud.spread * cloud.depth / (world.FOCAL * videos.SIZE)
     opacity = OPACITY * cloud.kept
     loose = cloud.loose
-    means = np.concatenate([np.reshape(means, (-1, 3)), loose[:, :3]])
+    means = np.concatenate([np.reshape(surface, (-1, 3)), loose[:, :3]])
     size = np.concatenate([size.ravel(), np.maximum(loose[:, 3], 1e-4)])
     opacity = np.concatenate([opacity.ravel(), OPACITY * (loose[:, 3] > 0)])
     color = np.concatenate([cloud.color.reshape(-1, 3), loose[:, 4:]])
-    leaves = (
+    leaves: tuple[Any, ...] = (
         means, np.tile([1.0, 0, 0, 0], (len(means), 1)), np.repeat(size[:, None], 3, 1), opacity,
         ((color - 0.5) / SH_C0)[:, None],
     )  # fmt: skip
-    return Gaussians(*(np.asarray(leaf[None], np.float32) for leaf in leaves))
+    return Gaussians(*(jnp.asarray(leaf[None], jnp.float32) for leaf in leaves))
 
 
 @jax.jit

@@ -324,7 +324,8 @@ class Judge(Reward):
     def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:
         network, found = networks["judge"], evidence.found()
         released = self.mode == "released"
-        size = RELEASED_SIZE if released else self._size(network.config, found.depth.shape[2:])
+        height, width = found.depth.shape[2:]
+        size = RELEASED_SIZE if released else self._size(network.config, (height, width))
 
         def own(found: Reconstruction, path: Float[Array, "B F 4 4"]) -> Views:
             if released:
