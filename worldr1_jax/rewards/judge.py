@@ -228,7 +228,7 @@ def make(
         return qwen3_vl.judge(net, ids, images[:, None], digits=tokens.digits, mask=mask)
 
     def judge_images(
-        images: Float[np.ndarray, "B H W 3"], question: str | Sequence[str] = asks(weights)
+        images: Any, question: str | Sequence[str] = asks(weights)
     ) -> Float[np.ndarray, " B"]:
         images = np.asarray(images, np.float32)
         if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
