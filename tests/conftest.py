@@ -21,7 +21,16 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 import tests.shapes  # noqa: E402, F401
 
 jaxtyping.install_import_hook("worldr1_jax", "tests.shapes.check")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """The folder of `tiny.save_weights`, for all tests: leave it as it is."""
+    from tests import tiny  # which imports the package
+
+    return tiny.save_weights(tmp_path_factory.mktemp("weights"))

@@ -1,6 +1,7 @@
 """A model small enough for tests of the whole loop: random weights in the publishers' files."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,8 +16,8 @@ from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import tokenizer
 
 
-def save_weights(folder: Path, with_da3: bool = True) -> Path:
-    """Writes transformer, vae, text_encoder, tokenizer and da3, which takes as long as the rest.
+def save_weights(folder: Path) -> Path:
+    """Writes transformer, vae, text_encoder, tokenizer and da3.
 
     The transformer's output projection, which starts at zero, is random: else no gradient would
     reach the adapters, and text and adapters would change nothing.
@@ -52,10 +53,18 @@ def save_weights(folder: Path, with_da3: bool = True) -> Path:
     wan_dit.save(fresh(transformer), folder / "transformer")
     umt5.save(fresh(lambda: umt5.UMT5Encoder(text, nnx.Rngs(1))), folder / "text_encoder")
     wan_vae.save(fresh(lambda: wan_vae.WanVAE(vae, nnx.Rngs(2))), folder / "vae")
-    if with_da3:
-        da3.save(fresh(lambda: da3.DA3(da3.Config.nano(), nnx.Rngs(3))), folder / "da3")
+    da3.save(fresh(lambda: da3.DA3(da3_config(), nnx.Rngs(3))), folder / "da3")
     tokenizer.save(folder / "tokenizer")
     return folder
+
+
+def da3_config() -> da3.Config:
+    """Nano's network with less of everything: 16 patches and 1,024 Gaussians a frame."""
+    nano = da3.Config.nano()
+    net = replace(nano.net, embed_dim=32, num_heads=2, depth=4, out_layers=(0, 1, 2, 3))
+    head = replace(nano.head, features=16, out_channels=(16, 16, 16, 16))
+    gaussians = replace(head, output_dim=nano.gs_adapter.raw_dim + 1)
+    return replace(nano, net=net, head=head, gs_head=gaussians, process_res=32)
 
 
 def fresh(make: Callable[[], nnx.Module]) -> nnx.Module:

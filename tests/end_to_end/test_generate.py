@@ -31,8 +31,8 @@ PROMPTS = ["Camera push in. A red sphere.", "Pan left. A tall blue box.", "A gre
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save_weights(tmp_path_factory.mktemp("weights"), with_da3=False)
+def folder(weights):
+    return weights
 
 
 @pytest.fixture(scope="module")

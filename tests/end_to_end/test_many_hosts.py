@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.workdir.checkpoint import Checkpointer
@@ -188,8 +187,8 @@ def _newest(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_run_of_one_and_resume_after_one_is_killed(tmp_path):
-    weights, cache = tiny.save_weights(tmp_path / "weights"), tmp_path / "compiled"
+def test_two_processes_make_the_run_of_one_and_resume_after_one_is_killed(weights, tmp_path):
+    cache = tmp_path / "compiled"
     one, two = tmp_path / "one", tmp_path / "two"
     # 3 prompts, in batches of as many as the mesh can divide: 4, with a filler
     report = {"evaluate.prompts": 3, "evaluate.samples": 2, "evaluate.batch": 2}

@@ -33,8 +33,8 @@ train.run(tiny.config(Path(sys.argv[1]), num_updates=UPDATES), sys.argv[2])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save_weights(tmp_path_factory.mktemp("weights"))
+def folder(weights):
+    return weights
 
 
 @pytest.fixture(scope="module")

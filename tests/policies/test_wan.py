@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from tests import tiny, torch_archive
+from tests import torch_archive
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import config as wan_dit_config
@@ -26,8 +26,8 @@ from worldr1_jax.weights import convert
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save_weights(tmp_path_factory.mktemp("diffusers"), with_da3=False)
+def folder(weights):
+    return weights
 
 
 @pytest.fixture(scope="module")

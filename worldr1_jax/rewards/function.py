@@ -23,7 +23,7 @@ class HostFunction(Reward):
 
     Of several processes the first calls it and tells the others, so that a judge that answers two
     calls differently cannot make hosts disagree. Whatever it raises ends the run: what should only
-    mask a video is NaN.
+    mask a video is NaN. So is the score of a video that is not finite, whatever the judge says.
     """
 
     function: Function
@@ -49,7 +49,8 @@ class HostFunction(Reward):
                     f"the reward {self.name} gave numbers of the shape {answer.shape} for {count} "
                     f"videos: it has to give ({count},)"
                 )
-            values = answer
+            sound = np.isfinite(videos).all(axis=(1, 2, 3, 4))
+            values = np.where(sound, answer, np.float32(np.nan))
         if jax.process_count() == 1:
             return values
         from jax.experimental import multihost_utils

@@ -1,0 +1,51 @@
+"""The launchers as the commands that users run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
+CONFIG = ROOT / "configs" / "world.py"
+
+
+def environment(devices: int = 0, **changes: str) -> dict[str, str]:
+    """That of a launcher on a CPU, as so many emulated devices (0: as many as it makes itself);
+    programs are compiled as conftest.py says."""
+    flags = ["--xla_backend_optimization_level=0"]
+    if devices:
+        flags.append(f"--xla_force_host_platform_device_count={devices}")
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+    return os.environ | own | changes
+
+
+def launch(
+    script: str,
+    *arguments: str,
+    variant: str = "",
+    devices: int = 0,
+    stdin: str = "",
+    **changes: str,
+) -> subprocess.CompletedProcess:
+    """Runs launch/<script>.py with a variant of configs/world.py; `changes` are of the
+    environment."""
+    config = f"--config={CONFIG}" + (f":{variant}" if variant else "")
+    return subprocess.run(
+        [sys.executable, str(LAUNCH / f"{script}.py"), config, *arguments],
+        cwd=ROOT, env=environment(devices, **changes), input=stdin, capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+
+
+def ran(script: str, *arguments: str, **options: Any) -> str:
+    """The standard output of a launcher that has to end well."""
+    done = launch(script, *arguments, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def fields(changes: dict[str, Any]) -> list[str]:
+    """Flags for fields of the config."""
+    return [f"--config.{name}={value}" for name, value in changes.items()]
