@@ -11,8 +11,10 @@ diffusers reads instead of Orbax.
 import cli
 from absl import flags
 
-ADAPTERS = flags.DEFINE_string(
-    "adapters", "", "workdir of a run, or LoRA, to fold into the transformer; empty: none"
+ADAPTERS = flags.DEFINE_multi_string(
+    "adapters",
+    [],
+    "workdir of a run, or LoRA, to fold into the transformer, PATH:0.8 for a strength",
 )
 KIND = flags.DEFINE_enum("kind", "ema", ("ema", "last"), "which adapters of a run")
 FORM = flags.DEFINE_enum("form", "orbax", ("orbax", "diffusers"), "what is written")
@@ -28,10 +30,12 @@ def main() -> None:
 
     found = settings.read(cli.CONFIG.value)
     folder = resolve(found.policy.weights)
+    folded = family(folder).read_adapters(ADAPTERS.value, folder, KIND.value)
     family(folder).store(
         folder, cli.WORKDIR.value, mesh=settings.make_mesh(found),
         dtype=jnp.dtype(found.policy.dtype), form=FORM.value,
-        adapters=settings.load_adapters(found, ADAPTERS.value, KIND.value),
+        adapters=folded.adapters or None, differences=folded.differences or None,
+        shift=found.sample.shift,
     )  # fmt: skip
     print(f"--config.policy.weights={cli.WORKDIR.value} starts from these weights")
 

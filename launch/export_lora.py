@@ -10,9 +10,12 @@ well, so this also turns one form into another.
 import cli
 from absl import flags
 
-ADAPTERS = flags.DEFINE_string("adapters", "", "workdir of a run, or a file or folder of LoRA")
+ADAPTERS = flags.DEFINE_multi_string(
+    "adapters", [], "workdir of a run, or a file or folder of LoRA, PATH:0.8 for a strength"
+)
 KIND = flags.DEFINE_enum("kind", "ema", ("ema", "last"), "which adapters of a run")
-FORM = flags.DEFINE_enum("form", "diffusers", ("diffusers", "peft"), "whose names and files")
+FORMS = ("diffusers", "peft", "comfyui")
+FORM = flags.DEFINE_enum("form", "diffusers", FORMS, "whose names and files")
 
 
 def main() -> None:

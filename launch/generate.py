@@ -17,8 +17,11 @@ from absl import flags
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "a prompt; may be given more than once")
 PROMPTS = flags.DEFINE_string("prompts", "", "text file with a prompt a line; -: standard input")
-ADAPTERS = flags.DEFINE_string(
-    "adapters", "", "workdir of a run, or a file or folder of LoRA; empty: the base model"
+ADAPTERS = flags.DEFINE_multi_string(
+    "adapters",
+    [],
+    "workdir of a run, or a file or folder of LoRA, PATH:0.8 for a strength; may be given again; "
+    "none: the base model",
 )
 KIND = flags.DEFINE_enum("kind", "ema", ("ema", "last"), "which adapters of a run")
 SAMPLER = flags.DEFINE_enum("sampler", "euler", ("euler", "unipc"), "solver of the flow's ODE")

@@ -7,6 +7,7 @@ python launch/pretrain_nano.py --config=configs/world.py --workdir=runs/nano
 python launch/pretrain_nano.py --config=configs/world.py --stage=check
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import cli
 from absl import flags
 
-STAGES = ("vae", "camera", "da3", "policy", "clip", "check")
+STAGES = ("vae", "camera", "da3", "policy", "clip", "judge", "check")
 STAGE = flags.DEFINE_enum("stage", "all", ("all", *STAGES), "what to train, or check")
 VIDEOS = flags.DEFINE_integer("videos", 5000, "training videos")
 SEED = flags.DEFINE_integer("seed", 0, "every random choice follows from it")
@@ -38,12 +39,14 @@ def main() -> None:
     if stages:
         # CLIP learns from stills: five of each scene
         choices: dict[str, Any] = {"dynamic_share": 0.15, "every": 4 if stages == ["clip"] else 1}
-        truth = cached(workdir / "videos", SEED.value, VIDEOS.value, **choices)
+        see = functools.cache(
+            lambda: cached(workdir / "videos", SEED.value, VIDEOS.value, **choices)
+        )
         start = resolve(START.value) if START.value else None
         options: dict[str, Any] = {"seed": SEED.value, "scale": SCALE.value, "start": start}
         for stage in stages:
             print(f"stage {stage}", flush=True)
-            pretrain.run_stage(stage, truth, weights, **options)
+            pretrain.run_stage(stage, see, weights, **options)
         pretrain.pack(weights, workdir / "packed")
     if STAGE.value in ("all", "check"):
         check(weights if STAGE.value == "all" else None)
@@ -67,6 +70,7 @@ def check(weights: Path | None) -> None:
         "ground_truth": checks.reconstruction(scorer, truth),
         "noise": checks.noise_scores(scorer, truth),
         "clip": checks.retrieval(folder / "clip", truth),
+        "judge": checks.grading(folder / "judge"),
     }
     print(json.dumps(figures, indent=2))
 

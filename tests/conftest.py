@@ -1,7 +1,8 @@
 """Tests run on the CPU, as eight emulated devices, whatever the machine has.
 
-Every shape and type that an annotation promises is enforced while they run (jaxtyping, beartype),
-and programs are compiled without LLVM's optimiser, which takes half of the time.
+Every shape and type of an array that an annotation of the rooms in SHAPED promises is enforced
+while they run (jaxtyping, beartype), and programs are compiled without LLVM's optimiser, which
+takes half of the time.
 """
 
 import os
@@ -25,7 +26,18 @@ import pytest  # noqa: E402
 
 import tests.shapes  # noqa: E402, F401
 
-jaxtyping.install_import_hook("worldr1_jax", "tests.shapes.check")
+# Rooms of the mathematics; networks speak of one letter's sizes before and after a layer.
+SHAPED = (
+    "algorithms",
+    "camera",
+    "episode",
+    "evaluation",
+    "geometry",
+    "rewards",
+    "rollout",
+    "splat",
+)
+jaxtyping.install_import_hook([f"worldr1_jax.{room}" for room in SHAPED], "tests.shapes.check")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ stand-ins. Fields of dataclasses are left alone: a tree of arrays may hold their
 """
 
 import functools
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -39,15 +40,18 @@ def check(function: Callable) -> Callable:
 def _holds_arrays(hint: Any) -> bool:
     if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
         return True
+    if hint is jaxtyping.PRNGKeyArray:  # one key, or an array of them
+        return False
     return any(_holds_arrays(part) for part in typing.get_args(hint))
 
 
 @functools.cache
 def _either(hint: Any) -> Any:
-    """Such an array of JAX or of numpy."""
-    if hint.array_type is not jax.Array:
-        return hint
-    return hint.dtype[Either, hint.dim_str]
+    """Such an array of JAX or of numpy. Sums, such as T+1, count as any size: a checker knows T
+    only where another array has said it before."""
+    sizes = " ".join("_" if re.search(r"[+-]", size) else size for size in hint.dim_str.split())
+    kind = Either if hint.array_type is jax.Array else hint.array_type
+    return hint.dtype[kind, sizes]
 
 
 def _lenient(hint: Any) -> Any:

@@ -181,7 +181,7 @@ MESH_OF_8 = {"data": 8}
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(changes, message):
-    config = world.get_config("nano")
+    config = world.get_config("nano,grpo")
     for name, value in changes.items():
         assert changed(config, name, value)
     assert re.match(message, refusal(config)), refusal(config)
@@ -199,7 +199,7 @@ def test_fields_that_do_not_go_together_are_refused(changes, message):
     ],
 )
 def test_what_does_not_fit_the_mesh_or_the_files_is_refused(changes, message):
-    config = world.get_config("nano")
+    config = world.get_config("nano,grpo")
     for name, value in changes.items():
         assert changed(config, name, value)
     prompts = PromptSets(("a",), ("b",), ("c", "d"))
@@ -208,12 +208,12 @@ def test_what_does_not_fit_the_mesh_or_the_files_is_refused(changes, message):
 
 
 def test_fields_that_are_unknown_or_missing_are_refused():
-    config = world.get_config("nano")
+    config = world.get_config("nano,grpo")
     with config.unlocked():
         config.sample.stepz = 3
     assert refusal(config) == "the config has no field sample.stepz"
     for section in ("sample", "algorithm"):
-        config = world.get_config("nano")
+        config = world.get_config("nano,grpo")
         with config.unlocked():
             del config[section]
         assert section in refusal(config)

@@ -76,18 +76,21 @@ def fresh(make: Callable[[], nnx.Module]) -> nnx.Module:
     return nnx.merge(graph, jax.jit(lambda: nnx.split(make())[1], compiler_options=options)())
 
 
-def config(folder: Path, **changes):
+def config(folder: Path, variant: str = "nano,grpo", **changes):
     """nano's configuration on these weights, with few and small videos; `changes` are dotted
     fields."""
-    c = world.get_config("nano")
+    c = world.get_config(variant)
     settings = {
         "policy.weights": str(folder), "rewards.reconstruct.da3": str(folder / "da3"),
         "frames": 5, "height": 32, "width": 32, "groups": 2, "group_size": 4, "num_updates": 4,
         "checkpoint_every": 1, "sample.steps": 4, "algorithm.window_range": (0, 3),
         "rewards.recon.views": 2, "evaluate.prompts": 2, "evaluate.batch": 2,
         "evaluate.samples": 4, "evaluate.guidances": (), "dynamic.main_updates": 2,
-        "dynamic.dynamic_updates": 1, "mesh.data": 1,
+        "dynamic.dynamic_updates": 1, "mesh.data": 1, "sample.guidance": 1.0,
+        "rewards.weights.recon": 1.0, "rewards.weights.general": 1.0, "advantage.rewards": "sum",
     }  # fmt: skip
+    if "window_range" not in c.algorithm:
+        settings.pop("algorithm.window_range")
     for name, value in (settings | changes).items():
         part, field = c, name
         while "." in field:

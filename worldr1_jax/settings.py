@@ -392,11 +392,11 @@ def build_pipeline(
     )  # fmt: skip
 
 
-def load_adapters(found: Settings, path: str, kind: str = "ema") -> Adapters | None:
-    """Adapters of a run or of a LoRA file for the policy that the config names; None for an empty
-    path. See policies/adapters.py."""
+def load_adapters(found: Settings, paths: Sequence[str], kind: str = "ema") -> Adapters | None:
+    """Adapters of runs or of LoRA files, "path:0.8" for a strength, for the policy that the config
+    names; None without any. See policies/adapters.py."""
     folder = resolve(found.policy.weights)
-    return family(folder).load_adapters(path, folder, kind) if path else None
+    return family(folder).load_adapters(paths, folder, kind) if paths else None
 
 
 def build_scorer(found: Settings, mesh: jax.sharding.Mesh) -> Scorer:
@@ -427,7 +427,7 @@ def make_update(found: Settings, pipeline: Pipeline, state: Any, *, donate: bool
     step = partial(
         learning.train_step, algorithm=found.algorithm, velocity=pipeline.velocity,
         optimizer=found.train.optimizer(), rules=rules_on(found, pipeline.mesh),
-        guidance=found.sample.guidance,
+        guidance=found.sample.guidance, group_size=found.run.group_size,
     )  # fmt: skip
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     donated = 0 if donate else ()

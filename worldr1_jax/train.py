@@ -30,7 +30,8 @@ from worldr1_jax.rollout.sample import sample_keys
 from worldr1_jax.settings import Settings
 from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
-from worldr1_jax.workdir.checkpoint import Checkpointer, check_workdir
+from worldr1_jax.workdir.checkpoint import Checkpointer, compare_config
+from worldr1_jax.workdir.lock import Lock
 from worldr1_jax.workdir.metrics import MetricsWriter, Progress, write_summary
 from worldr1_jax.workdir.stop import Stopped, StopSignal
 from worldr1_jax.workdir.watch import Watcher
@@ -70,84 +71,44 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
     Raises:
       ValueError: a wrong field or file, in one sentence, before anything is compiled and with
-        nothing overwritten; or a run from which nothing more can be learnt.
+        nothing overwritten; or a folder that another run holds, or that is gone.
     """
     began = time.time()
 
     # ---------------------------------------------------------------- what was asked for, checked
     found = settings.read(config)
-    run = found.run
     settings.check_files(found)
     prompts = settings.load_prompts(found)
     mesh = settings.make_mesh(found)
     settings.check(found, mesh, prompts)
     loader = settings.make_loader(found, prompts)
-    check_workdir(workdir, json.loads(config.to_json()), settings.MAY_CHANGE)
+    asked = json.loads(config.to_json())
+    compare_config(workdir, asked, settings.MAY_CHANGE)
     hosts.agree(settings.identity(found, config, prompts))
 
-    # ---------------------------------------------------------------- networks, state, checkpoint
-    programs, state = build(found, mesh)
-    checkpoints = Checkpointer(workdir, keep=run.checkpoint_keep)
-    restored = checkpoints.restore_latest(jax.tree.map(_abstract, state))
-    first, history = 0, None
-    if restored:
-        state, first = restored.state, restored.step
-        loader.set_state(restored.data["loader"])
-        history = restored.data["watch"]
-        if first >= run.num_updates:
-            return _finished(workdir, first)
-        _say(f"resumed after update {first} of {run.num_updates}")
+    with (
+        Lock(workdir) as lock,
+        Checkpointer(workdir, keep=found.run.checkpoint_keep, config=asked) as checkpoints,
+    ):
+        # ------------------------------------------------------------ networks, state, checkpoint
+        programs, state = build(found, mesh)
+        restored = checkpoints.restore_latest(jax.tree.map(_abstract, state))
+        watcher = Watcher(found.watch, restored.data["watch"] if restored else None)
+        first = 0
+        if restored:
+            state, first = restored.state, restored.step
+            loader.set_state(restored.data["loader"])
+            if first >= found.run.num_updates and (summary := _finished(workdir, first)):
+                return summary
+            _say(f"resumed after update {first} of {found.run.num_updates}")
 
-    trained = parameter_overview.count_parameters(state.adapters)
-    frozen = parameter_overview.count_parameters(nnx.to_pure_dict(programs.pipeline.base))
-    _say(f"{trained:,} parameters are trained, {frozen:,} are not; mesh {dict(mesh.shape)}")
-    _say("the first update compiles its programs, which takes longer than the others")
-
-    # ---------------------------------------------------------------- the loop
-    meta = {"version": worldr1_jax.__version__, "seed": run.seed}
-    watcher = Watcher(found.watch, history)
-    progress = Progress(run.num_updates, first)
-    shown, ended, done = (*SHOWN, *found.rewards.reported()), "", first
-    with StopSignal() as stop, jax.set_mesh(mesh), MetricsWriter(workdir, first) as writer:
-        stop.saved = first
-        timer = StageTimer(on_stage=progress.stage)
-
-        def save() -> None:
-            position = {"loader": loader.get_state(), "watch": watcher.history}
-            with stop.saving():
-                checkpoints.save(done, state, position, meta)
-                stop.saved = done
-
+        # ------------------------------------------------------------ the loop
+        keeper = Keeper(checkpoints, loader, watcher, _meta(found), lock)
         try:
-            for update in range(first, run.num_updates):
-                state, outcome = one_update(
-                    programs, state, loader, update, timer, between=stop.between_stages
-                )
-                # Metrics go before the checkpoint, so that a killed run loses none.
-                writer.write(update, outcome.scalars)
-                progress.update(update, {k: v for k, v in outcome.scalars.items() if k in shown})
-                done = update + 1
-                if outcome.videos:
-                    save_videos(writer, workdir, update, outcome, run.fps)
-                ended = watcher.update(outcome.scalars)
-                if warning := watcher.warning(outcome.scalars):
-                    _say(f"note: {warning}")
-                if done % run.checkpoint_every == 0 or done == run.num_updates or ended:
-                    save()
-                if ended:
-                    break
-                if done < run.num_updates:
-                    stop.between_stages()
+            state, done, ended = learn(programs, state, first, keeper, workdir)
         except Stopped:
-            if done > stop.saved:
-                save()
-            checkpoints.close()
-            _say(f"stopped after update {done}; the same command goes on from there")
+            _say(f"stopped after update {keeper.saved}; the same command goes on from there")
             return {}
-        progress.close()
-        checkpoints.close()
-    if ended:
-        _say(f"ended after update {done}: {ended}")
 
     # ---------------------------------------------------------------- before and after
     report: Mapping[str, Any] = {"heldout": {}}
@@ -158,25 +119,100 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             found.evaluate.batch, found.sample.videos_at_once,
         )  # fmt: skip
         report = held_out.compare(
-            programs.pipeline, programs.scorer, state.ema, exam, found.evaluate, seed=run.seed,
-            workdir=workdir,
+            programs.pipeline, programs.scorer, state.ema, exam, found.evaluate,
+            seed=found.run.seed, workdir=workdir,
         )  # fmt: skip
-    summary = {**meta, "updates": done, "seconds": time.time() - began, **report}
-    if ended:
-        summary["ended"] = ended
+    seconds = time.time() - began
+    summary = {**_meta(found), "updates": done, "seconds": seconds, "ended": ended, **report}
     if jax.process_index() == 0:
         write_summary(Path(workdir) / "summary.json", summary)
     return summary
 
 
+@dataclasses.dataclass
+class Keeper:
+    """What is saved with the state, and when."""
+
+    checkpoints: Checkpointer
+    loader: Loader
+    watcher: Watcher
+    meta: dict[str, Any]
+    lock: Lock
+    saved: int = 0  # updates in the newest checkpoint
+
+    def save(self, done: int, state: learning.TrainState) -> None:
+        """Begins to write a checkpoint after `done` updates, if there is none of it."""
+        if done > self.saved:
+            position = {"loader": self.loader.get_state(), "watch": self.watcher.history}
+            self.checkpoints.save(done, state, position, self.meta)
+            self.saved = done
+
+
+def learn(
+    programs: Programs, state: learning.TrainState, first: int, keeper: Keeper, workdir: str
+) -> tuple[learning.TrainState, int, str]:
+    """The updates from `first` on: the state after them, how many are done, and why they ended
+    early, or "".
+
+    Raises:
+      Stopped: the process was asked to stop; the newest state is saved.
+    """
+    found = programs.settings
+    run, watcher, done, ended = found.run, keeper.watcher, first, ""
+    trained = parameter_overview.count_parameters(state.adapters)
+    frozen = parameter_overview.count_parameters(nnx.to_pure_dict(programs.pipeline.base))
+    _say(
+        f"{trained:,} parameters are trained, {frozen:,} are not; mesh {dict(programs.mesh.shape)}"
+    )
+    _say("the first update compiles its programs, which takes longer than the others")
+    progress, keeper.saved = Progress(run.num_updates, first), first
+    timer, shown = StageTimer(on_stage=progress.stage), (*SHOWN, *found.rewards.reported())
+    with (
+        StopSignal(lambda: keeper.saved) as stop,
+        jax.set_mesh(programs.mesh),
+        MetricsWriter(workdir, first) as writer,
+    ):
+        try:
+            for update in range(first, run.num_updates):
+                stop.between_stages()
+                state, outcome = one_update(
+                    programs, state, keeper.loader, update, timer, between=stop.between_stages
+                )
+                # Metrics go before the checkpoint, so that a killed run loses none.
+                writer.write(update, outcome.scalars)
+                progress.update(update, {k: v for k, v in outcome.scalars.items() if k in shown})
+                done = update + 1
+                if outcome.videos:
+                    save_videos(writer, workdir, update, outcome, run.fps)
+                ended = watcher.update(outcome.scalars)
+                if warning := watcher.warning(outcome.scalars):
+                    _say(f"note: {warning}")
+                keeper.lock.check()
+                if done % run.checkpoint_every == 0 or done == run.num_updates or ended:
+                    with stop.saving():
+                        keeper.save(done, state)
+                if ended:
+                    _say(f"ended after update {done}: {ended}")
+                    break
+        except Stopped:
+            with stop.saving():
+                keeper.save(done, state)
+                keeper.checkpoints.wait()
+            raise
+        progress.close()
+    return state, done, ended
+
+
+def _meta(found: Settings) -> dict[str, Any]:
+    return {"version": worldr1_jax.__version__, "seed": found.run.seed}
+
+
 def _finished(workdir: str, updates: int) -> dict[str, Any]:
-    """What a run that is complete had to say; nothing of it is done again."""
+    """What a run that is complete had to say, of which nothing is done again; {} where its report
+    was not written."""
     path = Path(workdir) / "summary.json"
     if not path.is_file():
-        raise ValueError(
-            f"the run in {workdir} has all of its {updates} updates but no summary.json: raise "
-            "num_updates to go on with it"
-        )
+        return {}
     _say(f"the run in {workdir} is complete after {updates} updates; see {path}")
     return json.loads(path.read_text())
 

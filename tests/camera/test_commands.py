@@ -1,5 +1,7 @@
 """Camera commands: the published grammar, its edges, and the inverse."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -217,6 +219,7 @@ def test_how_far_and_how_fast_belong_to_the_command_that_they_stand_by(text, mov
         "A city at night. Camera pans left.",
         "A city, the camera slowly pans left.",
         "Slow motion. Camera pan left. X",
+        "A ship at sea. The camera rolls right.",
     ],
 )
 def test_what_moves_do_not_honour_is_never_passed_over(text):
@@ -225,6 +228,16 @@ def test_what_moves_do_not_honour_is_never_passed_over(text):
         ValueError, match=r'^a prompt asks for what the camera cannot ".+" \(it can'
     ):
         commands.understood(text)
+
+
+@pytest.mark.parametrize(
+    "piece", [",", "pan left,", "slowly,", ".then", "camera ", "(", ";", "1. "]
+)
+def test_a_long_text_takes_no_longer_than_its_length(piece):
+    """100 kB, which take 0.2 s; what grew with the square would take minutes."""
+    began = time.process_time()
+    commands.complaint("Camera pan left, " + piece * (100_000 // len(piece)))
+    assert time.process_time() - began < 5
 
 
 def test_a_negated_movement_is_none():

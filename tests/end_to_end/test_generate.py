@@ -26,7 +26,10 @@ from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.workdir.checkpoint import Checkpointer, check_workdir
 
 ROOT = Path(__file__).parents[2]
-CHANGES = {"sample.guidance": 2.0, "sample.steps": 3, "algorithm.window_range": (0, 2)}
+CHANGES = {
+    "sample.guidance": 2.0, "sample.steps": 3, "algorithm.window_range": (0, 2),
+    "algorithm.window": 1,
+}  # fmt: skip
 PROMPTS = ["Camera push in. A red sphere.", "Pan left. A tall blue box.", "A green box."]
 
 
@@ -168,7 +171,7 @@ def test_a_damaged_run_and_a_wrong_kind_are_named(run, folder, tmp_path):
 def launch(script, *arguments, stdin=""):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(
-        [sys.executable, f"launch/{script}.py", "--config=configs/world.py", *arguments],
+        [sys.executable, f"launch/{script}.py", "--config=configs/world.py:nano,grpo", *arguments],
         cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
@@ -177,7 +180,7 @@ def test_launchers_export_and_generate(folder, run, tmp_path):
     """From standard input, with the exported adapters of a run, by UniPC, without camera."""
     options = [f"--config.policy.weights={folder}", "--config.frames=5", "--config.height=32",
                "--config.width=32", "--config.sample.steps=3",
-               "--config.algorithm.window_range=(0,2)"]  # fmt: skip
+               "--config.algorithm.window_range=(0,2)", "--config.algorithm.window=1"]  # fmt: skip
     exported = tmp_path / "lora"
     done = launch("export_lora", options[0], f"--adapters={run[0]}", f"--workdir={exported}")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -149,7 +149,7 @@ def _start(weights, workdir, cache, *, updates, processes=1, devices=8, **fields
     for process in range(processes):
         command = [
             sys.executable, str(ROOT / "launch" / "tpu_train.py"),
-            f"--config={ROOT / 'configs' / 'world.py'}", f"--workdir={workdir}",
+            f"--config={ROOT / 'configs' / 'world.py'}:nano,grpo", f"--workdir={workdir}",
             f"--compilation_cache={cache}", "--heartbeat=10",
             *(f"--config.{name}={value}" for name, value in settings.items()),
         ]  # fmt: skip

@@ -207,6 +207,19 @@ def test_a_part_of_another_model_is_refused_by_name(folder, tmp_path, name):
         wan.parts(tmp_path)
 
 
+def test_a_transformer_of_more_channels_than_latents_is_refused(folder, tmp_path):
+    """As of Wan2.2's image-to-video, which has no other field that text-to-video has not."""
+    linked(folder, tmp_path)
+    (tmp_path / "transformer").unlink()
+    (tmp_path / "transformer").mkdir()
+    config = json.loads((folder / "transformer/config.json").read_text()) | {"in_channels": 36}
+    (tmp_path / "transformer/config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="has 36 channels in and 16 out, and the latents of the VAE"
+    ):
+        wan.read_configs(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_a_tokenizers_own_code_is_not_run(folder, tmp_path, monkeypatch, file):
     """Whatever stands on standard input."""
@@ -347,9 +360,9 @@ def test_adapters_are_folded_into_what_is_stored(folder, model, mesh, tmp_path):
 
 def test_a_number_that_is_not_finite_is_found_in_a_stored_model(folder, one, tmp_path):
     model = umt5.load(folder / "text_encoder", mesh=one)
-    model.norm.scale[...] = model.norm.scale[...].at[-1].set(jnp.nan)
+    model.norm_out.scale[...] = model.norm_out.scale[...].at[-1].set(jnp.nan)
     convert.store(model, tmp_path, model.config.to_dict())
-    with pytest.raises(ValueError, match=r"'norm\.scale' holds numbers that are not finite"):
+    with pytest.raises(ValueError, match=r"'norm_out\.scale' holds numbers that are not finite"):
         umt5.load(tmp_path, mesh=one)
 
 

@@ -4,9 +4,7 @@ import contextlib
 import functools
 import json
 import multiprocessing
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 
 from worldr1_jax.workdir.checkpoint import (
     Checkpointer,
-    StopSignal,
     check_workdir,
     compare_config,
     write_config,
@@ -380,19 +377,3 @@ def test_a_folder_that_is_removed_under_a_run_is_noticed(tmp_path):
         (tmp_path / "run").mkdir()
         with Lock(tmp_path / "run"), pytest.raises(ValueError, match="is gone"):
             lock.check()
-
-
-def test_stop_signal_asks_and_then_gives_way():
-    former = signal.getsignal(signal.SIGTERM)
-    # A shell's background job starts with ctrl-C ignored; a foreground one has this handler.
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with StopSignal() as stop:
-        assert not stop.requested and not stop.agreed()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested and stop.agreed()
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is former
-    signal.signal(signal.SIGINT, interrupt)

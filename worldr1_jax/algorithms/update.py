@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from worldr1_jax.algorithms.base import Algorithm, Policies, Samples
+from worldr1_jax.algorithms.base import Algorithm, Policies, Samples, Terms
 from worldr1_jax.algorithms.optimizer import Optimizer, make_optimizer
 from worldr1_jax.fields import in_range
 from worldr1_jax.rollout.sample import guided
@@ -131,6 +131,7 @@ def train_step(
     optimizer: Optimizer,
     rules: Rules,
     guidance: float = 1.0,
+    group_size: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """All optimizer steps of one rollout.
 
@@ -141,61 +142,41 @@ def train_step(
       sigmas: the run's schedule.
       text_null: negative prompt, when the guidance is not 1.
       algorithm: whose loss is minimised.
-      velocity: the network, the same function as in the rollout; its last argument says whether the
-        adapters take part.
+      velocity: the network of the rollout; its last argument says whether the adapters take part.
       optimizer: from `make_optimizer`.
       rules: settings of the update.
       guidance: the rollout's.
+      group_size: K; members of a group, which are neighbours, share the noise of their losses.
 
     Returns:
-      The state after, and metrics, float32 scalars. Means over optimizer steps: loss, the
-      algorithm's losses and metrics, grad_norm (before clipping), eps_share (of parameters for
-      which Adam's epsilon is more than the gradient's size). The largest of all steps: the
-      algorithm's peaks; those of the first step, with `_first`: a ratio_deviation_first is of
-      rounding only. param_norm: afterwards. valid: samples learnt from. skipped: optimizer steps
-      not taken because no sample was valid, or gradient or new adapters were not finite; they
-      change nothing.
+      The state after, and metrics, float32 scalars: see `_report`.
 
     Raises:
       ValueError: when the samples do not divide into minibatches and microbatches.
     """
-    samples = _samples(batch, algorithm)
+    samples = _samples(batch, algorithm, group_size)
     parts = _split(samples, rules.minibatches, rules.microbatches)
-    drawing = algorithm.drawing(state.adapters, state.algorithm)
-
-    def policy(adapters, on=True):
-        def bound(latents, timestep, text):
-            return velocity(adapters, base, latents, timestep, text, on)
-
-        def v(latents, sigma, text, *, guidance=guidance):
-            return guided(bound, guidance, latents, sigma, text, text_null)
-
-        return v
+    policy = _binder(velocity, base, text_null, guidance)
+    drawn = policy(algorithm.drawing(state.adapters, state.algorithm))
 
     def optimizer_step(state, turn):
         minibatch = jax.tree.map(lambda leaf: leaf[turn % rules.minibatches], parts)
         share = 1 / (algorithm.terms * jnp.maximum(minibatch.valid.sum(), 1))
 
-        def mean_loss(adapters, samples, term):
-            """One term of one microbatch; sums, scaled so that all of them add up to means."""
+        def mean_loss(adapters, micro, term):
             policies = Policies(
                 now=policy(adapters),
-                drawn=policy(drawing),
+                drawn=drawn,
                 average=policy(state.ema),
                 base=policy(state.adapters, on=False),
             )
-            found = algorithm.loss(policies, samples, sigmas, term)
-            scale = jnp.where(samples.valid, share, 0.0)
-            means = {k: jnp.sum(scale * x) for k, x in (found.losses | found.metrics).items()}
-            peaks = {k: jnp.max(jnp.where(samples.valid, x, 0)) for k, x in found.peaks.items()}
-            loss = sum(found.weights.get(name, 1.0) * means[name] for name in found.losses)
-            return loss, (means | {"loss": loss}, peaks)
+            return _means(algorithm.loss(policies, micro, sigmas, term), micro.valid, share)
 
         def add_gradient(grads, place):
             micro = jax.tree.map(lambda leaf: leaf[place % rules.microbatches], minibatch)
             term = place // rules.microbatches
-            pass_of_term = turn // rules.minibatches * algorithm.terms + term
-            micro = replace(micro, keys=_fresh(micro.keys, pass_of_term))
+            passes = turn // rules.minibatches  # over the rollout, so far
+            micro = replace(micro, keys=_fresh(micro.keys, passes * algorithm.terms + term))
             gradient = jax.grad(mean_loss, has_aux=True)
             more, measured = gradient(state.adapters, micro, term)
             return jax.tree.map(jnp.add, grads, more), measured
@@ -210,14 +191,7 @@ def train_step(
     turns = jnp.arange(rules.epochs * rules.minibatches)
     state, (means, peaks) = jax.lax.scan(optimizer_step, state, turns)
     state = replace(state, algorithm=algorithm.renew(state.algorithm, state.adapters))
-    return state, {
-        **{name: values.mean() for name, values in means.items()},
-        **{name: values.max() for name, values in peaks.items()},
-        **{f"{name}_first": values[0] for name, values in peaks.items()},
-        "skipped": means["skipped"].sum(),
-        "param_norm": optax.tree.norm(state.adapters),
-        "valid": samples.valid.sum().astype(jnp.float32),
-    }
+    return state, _report(means, peaks, state.adapters, batch.valid)
 
 
 def ema_update(ema: Any, params: Any, step: Int[Array, ""], decay: float, every: int) -> Any:
@@ -234,6 +208,47 @@ def ema_update(ema: Any, params: Any, step: Int[Array, ""], decay: float, every:
     return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, ema, params)
 
 
+def _binder(velocity, base, text_null, guidance):
+    """(adapters, on) -> the policy as `base.Velocity`."""
+
+    def policy(adapters, on=True):
+        def network(latents, timestep, text):
+            return velocity(adapters, base, latents, timestep, text, on)
+
+        def v(latents, sigma, text, *, guidance=guidance):
+            return guided(network, guidance, latents, sigma, text, text_null)
+
+        return v
+
+    return policy
+
+
+def _means(found: Terms, valid, share):
+    """A microbatch's part of the loss, of all means, and of the largest values."""
+    scale = jnp.where(valid, share, 0.0)
+    means = {name: jnp.sum(scale * x) for name, x in (found.losses | found.metrics).items()}
+    peaks = {name: jnp.max(jnp.where(valid, x, 0)) for name, x in found.peaks.items()}
+    loss = sum(found.weights.get(name, 1.0) * means[name] for name in found.losses)
+    return loss, (means | {"loss": loss}, peaks)
+
+
+def _report(means, peaks, adapters, valid) -> Metrics:
+    """Means over optimizer steps: loss, the algorithm's losses and metrics, grad_norm (before
+    clipping), eps_share (of parameters for which Adam's epsilon is more than the gradient's size).
+    The largest of all steps: the algorithm's peaks; of the first step alone, with `_first`: a
+    ratio_deviation_first is of rounding only. param_norm: afterwards. valid: samples learnt from.
+    skipped: steps not taken because no sample was valid, or gradient or new adapters were not
+    finite; they change nothing."""
+    return {
+        **{name: values.mean() for name, values in means.items()},
+        **{name: values.max() for name, values in peaks.items()},
+        **{f"{name}_first": values[0] for name, values in peaks.items()},
+        "skipped": means["skipped"].sum(),
+        "param_norm": optax.tree.norm(adapters),
+        "valid": valid.sum().astype(jnp.float32),
+    }
+
+
 def _apply(state, grads, any_valid, optimizer, rules):
     """One optimizer step, unless there is nothing to learn from or something is not finite."""
     grad_norm = optax.tree.norm(grads)
@@ -248,9 +263,13 @@ def _apply(state, grads, any_valid, optimizer, rules):
     return state, {"grad_norm": grad_norm, "skipped": 1.0 - taken, "eps_share": share}
 
 
-def _samples(batch: Batch, algorithm: Algorithm) -> Samples:
+def _samples(batch: Batch, algorithm: Algorithm, group_size: int) -> Samples:
     """What the algorithm keeps, with zeros instead of what invalid samples hold: a NaN times a
-    weight of 0 would still be NaN."""
+    weight of 0 would still be NaN.
+
+    Members of a group have one key. Their advantages sum to 0, so that where a loss puts noise on
+    them, what the noise alone does to the gradient cancels, and what they differ in is left.
+    """
 
     def clean(x):
         if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -260,7 +279,9 @@ def _samples(batch: Batch, algorithm: Algorithm) -> Samples:
     kept, text, advantages = jax.tree.map(
         clean, (algorithm.keep(batch.trajectory), batch.text, batch.advantages)
     )
-    return Samples(kept, text, advantages, batch.valid, batch.trajectory.keys)
+    leaders = batch.trajectory.keys[::group_size]
+    keys = jnp.repeat(leaders, group_size, total_repeat_length=batch.valid.shape[0])
+    return Samples(kept, text, advantages, batch.valid, keys)
 
 
 def _split(samples: Samples, *parts: int) -> Samples:

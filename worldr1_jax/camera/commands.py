@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from worldr1_jax.files import short
+
 PUBLISHED: tuple[str, ...] = (
     "push_in",
     "pull_out",
@@ -185,7 +187,7 @@ def unknown(text: str) -> tuple[str, ...]:
 def complaint(text: str) -> str:
     """What is wrong with a prompt's camera clause, as part of a sentence; "" when nothing is."""
     phrases = unknown(text)
-    return f'the camera cannot "{phrases[0]}" (it can {_LISTED})' if phrases else ""
+    return f'the camera cannot "{short(phrases[0])}" (it can {_LISTED})' if phrases else ""
 
 
 def understood(text: str) -> tuple[Move, ...]:
@@ -202,13 +204,15 @@ def understood(text: str) -> tuple[Move, ...]:
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raises ValueError, naming every prompt whose camera clause asks for what is not known."""
     wrong = [
-        f'prompt {number} "{phrases[0]}"'
+        f'prompt {number} "{short(phrases[0])}"'
         for number, phrases in enumerate(map(unknown, prompts), start=1)
         if phrases
     ]
     if wrong:
+        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(
-            f"the camera clause asks in {', '.join(wrong)}: the camera can only {_LISTED}"
+            f"the camera clause asks in {', '.join(wrong[:20])}{more}: the camera can only "
+            f"{_LISTED}"
         )
 
 
@@ -270,7 +274,7 @@ def check(names: Sequence[str | Move]) -> tuple[Move, ...]:
 _LISTED = ", ".join(name.replace("_", " ") for name in NAMES) + ", in a sentence that comes first"
 _STRAY = re.compile(
     r"\bcameras?[\s:]+(?:(?:\w+ly|then|and|also|now|is|to|will|starts?|begins?|slow|fast)\s+){0,3}"
-    rf"(?:{'|'.join(map(_phrase, NAMES[:-1]))})(?![a-z])".replace("fixed|", ""),
+    rf"(?:{'|'.join(_phrase(name) for name in NAMES if name != 'fixed')})(?![a-z])",
     re.IGNORECASE,
 )
 
@@ -298,7 +302,7 @@ def _plain(text: str) -> tuple[str, list[int]]:
     if text.isascii():
         return text, list(range(len(text) + 1))
     seen = [i for i, c in enumerate(text) if unicodedata.category(c) != "Cf"]
-    return "".join(text[i].translate(_NARROW) for i in seen), [*seen, len(text)]
+    return "".join(text[i] for i in seen).translate(_NARROW), [*seen, len(text)]
 
 
 def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
@@ -350,14 +354,16 @@ def _clause(body: str) -> tuple[tuple[Move, ...], tuple[str, ...]]:
 def _parts(body: str) -> Iterator[str]:
     """The clause between commas and "then"; what says only how far or how fast goes with the
     command before it, or with the one after it when it comes first."""
-    held = ""
+    held: list[str] = []
+    waiting = True  # for a command: what is held says only how, if anything
     for part in _SEPARATOR.split(body):
         only_how = not _words(_DEGREES.sub(" ", part))
-        if held and not (only_how or not _words(_DEGREES.sub(" ", held))):
-            yield held
-            held = ""
-        held = f"{held} {part}" if held.strip() else part
-    yield held
+        if not waiting and not only_how:
+            yield " ".join(held)
+            held, waiting = [], True
+        held.append(part)
+        waiting = waiting and only_how
+    yield " ".join(held)
 
 
 def _move(name: str, before: str, after: str) -> tuple[Move, list[list[str]], list[list[str]]]:

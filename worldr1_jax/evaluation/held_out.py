@@ -94,10 +94,11 @@ def measure(
 
     Returns:
       {every part of the reward, "total_3d", "change", "diversity"} -> [N]; NaN where a video could
-      not be scored. "total_3d" is the sum of the rewards that look in 3D and count; "change" how
+      not be scored. "total_3d" is S_recon + S_traj; "change" how
       much a video changes, the mean RMS difference of its frames to its middle one.
     """
-    sampler = Sampler(kind="none", guidance=guidance)
+    # Without a negative prompt there is one branch; else one program serves every guidance.
+    sampler, scale = Sampler(kind="none"), None if text_null is None else guidance
     prompts, samples = exam.prompts, exam.samples
     parts_of_mesh = placement.batch_parts(pipeline.mesh)
     batch = whole_batch(min(exam.batch, len(prompts)), samples, parts_of_mesh, exam.at_once)
@@ -108,7 +109,9 @@ def measure(
         filled = chosen + [chosen[-1]] * (batch - len(chosen))
         repeated = [p for p in filled for _ in range(samples)]
         keys = sample_keys(exam.key, len(repeated), first=first * samples)
-        rolled = pipeline.roll(adapters, repeated, keys, sampler=sampler, text_null=text_null)
+        rolled = pipeline.roll(
+            adapters, repeated, keys, sampler=sampler, text_null=text_null, guidance=scale
+        )
         videos = _Videos(len(chosen), samples, keep=SHOWN - len(shown))
         scores = episode.judge(
             pipeline, scorer, rolled, wanted=range(len(chosen) * samples), seen=videos.add
@@ -192,7 +195,7 @@ def compare(
     progress = Progress(len(exam.prompts) * 2, unit="prompt")
 
     def measured(adapters: Any, guidance: float, exam: Exam, done: int | None = None) -> Any:
-        null = pipeline.negative() if guidance != 1 else None
+        null = pipeline.negative() if guidance != 1 or settings.guidances else None
         tell = None if done is None else lambda count: progress.update(done + count - 1)
         return measure(
             pipeline, scorer, adapters, exam, guidance=guidance, text_null=null, on_batch=tell

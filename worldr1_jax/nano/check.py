@@ -17,8 +17,8 @@ from worldr1_jax.camera import commands
 from worldr1_jax.geometry import rotation_angle
 from worldr1_jax.models import clip
 from worldr1_jax.models.wan import vae as wan_vae
-from worldr1_jax.nano import captions, videos
-from worldr1_jax.rewards import Scorer
+from worldr1_jax.nano import captions, damage, videos
+from worldr1_jax.rewards import Scorer, judge
 from worldr1_jax.rewards.reconstruct import frame_indices
 
 TURNS = ("pan_left", "pan_right", "orbit_left", "orbit_right")
@@ -65,6 +65,42 @@ def retrieval(
     found = [math.comb(len(truth) - 1 - int(n), among - 1) / choices for n in better]
     told = own > np.diag(cosine[:, len(truth) :])
     return {"retrieval": float(np.mean(found)), "altered": float(np.mean(told))}
+
+
+def grading(folder: Path, views: int = 256) -> dict[str, Any]:
+    """How well the judge's grades of views of held-out scenes follow their damage.
+
+    Returns:
+      spearman: rank correlation of grade and 1 - damage, 1 at best;
+      answered: share of views that it grades at all;
+      of each way to break a scene, by its name: the mean grade of views broken in that way alone
+        (or not at all, "clean").
+    """
+    seen = damage.sample(12345, views, held_out=True)
+    grades = judge.make(folder)(seen.images / 255.0, judge.NANO_QUESTION)
+    return {"spearman": spearman(grades, -seen.damage), **by_kind(grades, seen)}
+
+
+def by_kind(grades: np.ndarray, seen: damage.Graded) -> dict[str, Any]:
+    """The share of views with a grade, and mean grades by what broke them."""
+    alone = (seen.broken > 0).sum(1) == 1
+    chosen = {"clean": ~seen.broken.any(1)}
+    for index, kind in enumerate(damage.BREAKS):
+        chosen[kind.__name__] = alone & (seen.broken[:, index] > 0)
+    means = {name: float(np.nanmean(grades[rows])) for name, rows in chosen.items() if rows.any()}
+    return {"answered": float(np.mean(np.isfinite(grades))), **means}
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two rows of numbers, pairs that are not finite left out; equal numbers
+    have the mean of their ranks."""
+    sound = np.isfinite(a) & np.isfinite(b)
+
+    def ranks(x: np.ndarray) -> np.ndarray:
+        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    return float(np.corrcoef(ranks(a[sound]), ranks(b[sound]))[0, 1])
 
 
 def reconstruction(scorer: Scorer, truth: videos.Videos, batch: int = 16) -> dict[str, Any]:

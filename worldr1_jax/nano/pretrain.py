@@ -1,5 +1,5 @@
 """Trains every nano network from nothing: VAE, then policy with its text encoder, the 3D network,
-and CLIP.
+CLIP, and the judge.
 
 Each stage reads ground truth from `nano.videos`, trains (`nano.fit`), and writes the publisher's
 files. A stage is a function of its seed.
@@ -28,7 +28,7 @@ from worldr1_jax.models.da3 import gaussians as da3_gaussians
 from worldr1_jax.models.da3 import model as da3
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
-from worldr1_jax.nano import captions, tokenizer, world
+from worldr1_jax.nano import captions, damage, tokenizer, world
 from worldr1_jax.nano.fit import Batch, Schedule, fit
 from worldr1_jax.nano.videos import Videos
 from worldr1_jax.splat import render as splat
@@ -49,12 +49,14 @@ STEPS = {
     "da3": (650, 8e-4, 6),
     "policy": (2500, 1.5e-3, 48),
     "clip": (450, 2e-3, 96),
+    "judge": (350, 3e-3, 48),
 }
+VIEWS = 2000  # that the judge learns from
 
 
 def run_stage(
     stage: str,
-    videos: Videos,
+    see: Callable[[], Videos],
     weights: Path,
     *,
     seed: int,
@@ -64,23 +66,31 @@ def run_stage(
 ) -> None:
     """Trains one stage of `STEPS` with `scale` times its steps, into the folder `weights`.
 
+    `see` gives the training videos; the judge sees none, and makes views beside the folder instead.
     `start` is a folder of weights to go on from, laid out alike; None starts fresh.
     """
     steps, rate, batch = STEPS[stage]
     average = 0.998 if stage == "policy" else 0.99
     schedule = Schedule(max(1, round(steps * scale)), rate, batch, average)
+    options: dict[str, Any] = {"seed": seed, "log": log}
+    if stage == "judge":
+        views = damage.cached(weights.parent / "views", seed, VIEWS, log=log)
+        options["start"] = _in(start, "judge")
+        damage.train_judge(views, weights / "judge", schedule, **options)
+        return
+    videos = see()
     if stage == "vae":
-        train_vae(videos, weights / "vae", schedule, seed=seed, log=log, start=_in(start, "vae"))
+        train_vae(videos, weights / "vae", schedule, start=_in(start, "vae"), **options)
     elif stage == "camera":
-        options: dict[str, Any] = {"terms": ("camera",), "frames": 5, "start": _in(start, "da3")}
-        train_da3(videos, weights / "da3", schedule, seed=seed, log=log, **options)
+        options |= {"terms": ("camera",), "frames": 5, "start": _in(start, "da3")}
+        train_da3(videos, weights / "da3", schedule, **options)
     elif stage == "da3":
-        options = {"terms": ("camera", "depth", "render"), "frames": 5, "start": weights / "da3"}
-        train_da3(videos, weights / "da3", schedule, seed=seed, log=log, **options)
+        options |= {"terms": ("camera", "depth", "render"), "frames": 5, "start": weights / "da3"}
+        train_da3(videos, weights / "da3", schedule, **options)
     elif stage == "clip":
-        train_clip(videos, weights / "clip", schedule, seed=seed, log=log, start=_in(start, "clip"))
+        train_clip(videos, weights / "clip", schedule, start=_in(start, "clip"), **options)
     else:
-        train_policy(videos, weights, schedule, seed=seed, log=log, start=start)
+        train_policy(videos, weights, schedule, start=start, **options)
 
 
 def _in(folder: Path | None, name: str) -> Path | None:

@@ -27,13 +27,17 @@ class Videos:
         return len(self.captions)
 
 
+def path(names: tuple[str, ...]) -> np.ndarray:
+    """The camera's path `[F 4 4]` for these commands."""
+    return np.asarray(trajectory.path(names, FRAMES, magnitudes=MAGNITUDES))
+
+
 def render_specs(specs: list[captions.Spec], rng: np.random.Generator, every: int = 1) -> Videos:
     """Renders each spec once, every so many-th frame of it (a divisor of FRAMES - 1); what a spec
     leaves open comes from `rng`."""
     videos, depths, poses = [], [], []
     for spec in specs:
-        path = trajectory.path(spec.commands, FRAMES, magnitudes=MAGNITUDES)
-        pose = np.asarray(path)[::every]
+        pose = path(spec.commands)[::every]
         video, depth = world.render(world.build(spec, rng), pose, height=SIZE, width=SIZE)
         videos.append(np.round(np.asarray(video) * 255).astype(np.uint8))
         depths.append(np.asarray(depth, np.float16))
@@ -63,16 +67,16 @@ def cached(
     parts = []
     for index in range(0, count, chunk):
         kind = "videos" if every == 1 else f"every{every}"
-        path = folder / f"{kind}_{seed}_{index:06d}.npz"
-        if not path.is_file():
+        file = folder / f"{kind}_{seed}_{index:06d}.npz"
+        if not file.is_file():
             size = min(chunk, count - index)
             part = sample(hash_seed(seed, index), size, every=every, **choices)
-            unfinished = path.with_name(f"unfinished_{path.name}")
+            unfinished = file.with_name(f"unfinished_{file.name}")
             np.savez(
                 unfinished, **{**dataclasses.asdict(part), "captions": np.array(part.captions)}
             )
-            unfinished.rename(path)
-        with np.load(path) as data:
+            unfinished.rename(file)
+        with np.load(file) as data:
             parts.append({name: data[name] for name in data.files})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Videos(

@@ -26,6 +26,7 @@ LIGHT = np.array([-0.45, -0.8, -0.4], np.float32) / np.linalg.norm(
     [-0.45, -0.8, -0.4]
 )  # towards the light
 ROOM = ((-3.6, -1.9, -4.0), (3.6, EYE_HEIGHT, 6.5))  # low and high corner of a room
+FIRST_SKY = PLACES.index("under a blue sky")  # places from here on are open
 OPEN = ((-14.0, -9.0, -8.0), (14.0, EYE_HEIGHT, 15.0))
 
 
@@ -239,7 +240,7 @@ def _enclosure(
 ) -> tuple[Array, Array, Array]:
     """The walls, floor and ceiling or sky: distance, inward normal (0 for sky) and painted
     colour."""
-    is_open = scene.place >= PLACES.index("under a blue sky")
+    is_open = scene.place >= FIRST_SKY
     low = jnp.where(is_open, jnp.array(OPEN[0]), jnp.array(ROOM[0]))
     high = jnp.where(is_open, jnp.array(OPEN[1]), jnp.array(ROOM[1]))
     safe = jnp.where(jnp.abs(direction) < 1e-6, 1e-6, direction)

@@ -34,28 +34,22 @@ def load(path: str | Path, config: wan_dit.Config, kind: str = "ema") -> lora.Ad
     path = files.local(path)
     if not _is_run(path, kind):
         return lora_files.load(path, config)
-    values = files.read_json(path / "config.json")
-    alpha = values.get("policy", {}).get("lora_alpha") if values.get("policy") else None
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(
-            f"{path} has no config.json of a run: policy.lora_alpha gives the adapters' scale"
-        )
+    alpha = _alpha(path)
     _, state = checkpoint.read_state(path)
-    return lora.from_state(state["ema" if kind == "ema" else "adapters"], float(alpha))
+    return lora.from_state(state["ema" if kind == "ema" else "adapters"], alpha)
 
 
 def load_all(specs: Sequence[str], config: wan_dit.Config, kind: str = "ema") -> lora.Adapters:
     """The adapters of several paths together; "path:0.8" gives those of a path a strength, which is
     1 without. Arguments and errors as for `load`, and for a strength that is not finite."""
-    named = [strength_of(spec) for spec in specs]
-    if len(named) == 1 and named[0][1] == 1:
-        return load(named[0][0], config, kind)
-    return lora.joined([(load(path, config, kind), strength) for path, strength in named])
+    named = map(strength_of, specs)
+    return _together([(load(path, config, kind), strength) for path, strength in named])
 
 
 def read_all(specs: Sequence[str], config: wan_dit.Config, kind: str = "ema") -> lora_files.Lora:
     """`load_all` with the differences of whole weights that files hold, to be folded in."""
-    adapters, differences = [], lora_files.Lora({}, {}).differences
+    adapters: list[tuple[lora.Adapters, float]] = []
+    differences: dict[str, dict[int | None, np.ndarray]] = {}
     for path, strength in map(strength_of, specs):
         if _is_run(files.local(path), kind):
             adapters.append((load(path, config, kind), strength))
@@ -66,11 +60,11 @@ def read_all(specs: Sequence[str], config: wan_dit.Config, kind: str = "ema") ->
             into = differences.setdefault(leaf, {})
             for block, value in blocks.items():
                 into[block] = into.get(block, np.float32(0)) + np.float32(strength) * value
-    return lora_files.Lora(lora.joined(adapters), differences)
+    return lora_files.Lora(dict(_together(adapters)), differences)
 
 
 def strength_of(spec: str) -> tuple[str, float]:
-    """ "lora.safetensors:0.8" -> its path and 0.8; a path that exists as it is written has 1.
+    """Path and strength: "lora.safetensors:0.8" has 0.8, what exists as it is written has 1.
 
     Raises:
       ValueError: a strength that is not finite.
@@ -84,6 +78,25 @@ def strength_of(spec: str) -> tuple[str, float]:
     if not math.isfinite(strength):
         raise ValueError(f"adapters '{spec}' have the strength {text}; it has to be finite")
     return path, strength
+
+
+def _together(several: list[tuple[lora.Adapters, float]]) -> lora.Adapters:
+    """Joined; one alone, at its own strength, keeps its bits."""
+    if len(several) == 1 and several[0][1] == 1:
+        return several[0][0]
+    return lora.joined(several)
+
+
+def _alpha(run: Path) -> float:
+    """policy.lora_alpha of a run, which its config.json keeps."""
+    path = run / checkpoint.CONFIG
+    policy = files.read_json(path).get("policy") if os.path.lexists(path) else None
+    alpha = policy.get("lora_alpha") if isinstance(policy, dict) else None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(
+            f"{run} has no config.json of a run: policy.lora_alpha gives the adapters' scale"
+        )
+    return float(alpha)
 
 
 def _is_run(path: Path, kind: str) -> bool:

@@ -158,8 +158,11 @@ class Family(Protocol):
     def text_files(self, folder: str | Path) -> list[Path]:
         """What embeddings depend on: encoder and tokenizer."""
 
-    def load_adapters(self, path: str | Path, folder: str | Path, kind: str) -> Adapters:
-        """Adapters of a run, or of a LoRA file."""
+    def load_adapters(self, paths: Sequence[str], folder: str | Path, kind: str) -> Adapters:
+        """Adapters of runs, or of LoRA files, "path:0.8" for a strength, together."""
+
+    def read_adapters(self, paths: Sequence[str], folder: str | Path, kind: str) -> Any:
+        """The same as `store` folds them in: with whatever else the files change."""
 
     def store(self, folder: str | Path, to: str | Path, **options: Any) -> None:
         """Converts a folder; options as those of policies.wan.store."""

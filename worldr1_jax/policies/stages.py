@@ -209,6 +209,7 @@ class Pipeline:
         noise: Float[np.ndarray, "B f h w C"] | None = None,
         shared_by: int = 1,
         prefix: bool = False,
+        guidance: float | None = None,
     ) -> Trajectory:
         """Samples latents: one key a video; the window of `width` steps from `start` is stochastic
         and kept.
@@ -220,6 +221,7 @@ class Pipeline:
             enters it alike.
           shared_by: so many neighbours, of one prompt, start from one noise, warp included.
           prefix: and the steps before the window are taken once for all of them.
+          guidance: in place of the sampler's; all values share one program.
 
         Raises:
           ValueError: noise of another shape, or what `sample` refuses, such as UniPC with camera
@@ -234,7 +236,8 @@ class Pipeline:
         with arrays.on(self.mesh):
             return self._rollout(
                 adapters, arrays.awake(self.base), text, text_null, asked, keys,
-                self._start(start), solver, given, sampler=sampler, width=width,
+                self._start(start), solver, given,
+                None if guidance is None else jnp.float32(guidance), sampler=sampler, width=width,
                 shared_by=shared_by, prefix=prefix,
             )  # fmt: skip
 
@@ -285,7 +288,7 @@ class Pipeline:
             "rollout",
             lambda: self._rollout.trace(
                 self.adapters, self.base, shapes.text, shapes.null, shapes.paths, shapes.keys,
-                shapes.start, None, None, **draw,
+                shapes.start, None, None, None, **draw,
             ),
             needed=shapes.steps * shapes.count * branches * (work.linear + work.scores),
         )  # fmt: skip
@@ -301,8 +304,8 @@ class Pipeline:
         )(latents)
 
     def _rollout_batch(
-        self, adapters, base, text, text_null, paths, keys, start, solver, noise, *, sampler, width,
-        shared_by=1, prefix=False,
+        self, adapters, base, text, text_null, paths, keys, start, solver, noise, guidance, *,
+        sampler, width, shared_by=1, prefix=False,
     ):  # fmt: skip
         noise_keys, warp_keys, step_keys = (
             jax.vmap(partial(jax.random.fold_in, data=i))(keys) for i in range(3)
@@ -331,7 +334,7 @@ class Pipeline:
             velocity, step_keys, noise,
             jnp.asarray(self.sigmas) if solver is None else solver, text, text_null,
             sampler=sampler, window=(start, width), on_step=on_step,
-            shared_by=shared_by if prefix else 1,
+            shared_by=shared_by if prefix else 1, guidance=guidance,
         )  # fmt: skip
         # They rest until the update, over all devices that share a video.
         states = sharding.constrain(found.window_latents, None, *COLUMNS)

@@ -113,7 +113,14 @@ class Wan:
 def read(folder: str | Path) -> Shape:
     """The shapes of DiT and VAE, from the small files alone; errors as for `load`."""
     found = parts(folder)
-    return Shape(wan_dit.read_config(found["transformer"]), wan_vae.read_config(found["vae"]))
+    dit, vae = wan_dit.read_config(found["transformer"]), wan_vae.read_config(found["vae"])
+    if not dit.in_channels == dit.out_channels == vae.z_dim:
+        raise ValueError(
+            f"policy.weights {folder}: the transformer has {dit.in_channels} channels in and "
+            f"{dit.out_channels} out, and the latents of the VAE {vae.z_dim}; text-to-video needs "
+            "all equal"
+        )
+    return Shape(dit, vae)
 
 
 def text_files(folder: str | Path) -> list[Path]:
@@ -122,9 +129,15 @@ def text_files(folder: str | Path) -> list[Path]:
     return [found["text_encoder"], found["tokenizer"]]
 
 
-def load_adapters(path: str | Path, folder: str | Path, kind: str) -> lora.Adapters:
-    """Adapters of a run or of a LoRA file for the model of a folder; see policies/adapters.py."""
-    return adapters_of.load(path, read(folder).dit, kind)
+def load_adapters(paths: Sequence[str], folder: str | Path, kind: str) -> lora.Adapters:
+    """Adapters of runs or of LoRA files, "path:0.8" for a strength, for the model of a folder; see
+    policies/adapters.py."""
+    return adapters_of.load_all(paths, read(folder).dit, kind)
+
+
+def read_adapters(paths: Sequence[str], folder: str | Path, kind: str) -> lora_files.Lora:
+    """The same with the differences of whole weights that files hold; for `store`."""
+    return adapters_of.read_all(paths, read(folder).dit, kind)
 
 
 def load(

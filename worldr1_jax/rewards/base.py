@@ -31,6 +31,7 @@ REWARDS = {
     "recon": "worldr1_jax.rewards.recon:Recon",
     "trajectory": "worldr1_jax.rewards.trajectory:Trajectory",
     "meta_view": "worldr1_jax.rewards.meta_view:MetaView",
+    "judge": "worldr1_jax.rewards.judge:Judge",
     "mvcs": "worldr1_jax.rewards.consistency:Mvcs",
     "palette": "worldr1_jax.nano.palette:Palette",
     "hps": "worldr1_jax.rewards.preference:Hps",

@@ -65,8 +65,9 @@ class Choice:
         return (*alone, GENERAL) if self.general else alone
 
     def spatial(self) -> tuple[str, ...]:
-        """Rewards that count and look in 3D: R_3D."""
-        return tuple(name for name in self.counted() if self.rewards[name].needs)
+        """S_recon and S_traj, as far as they are measured: what a report sums as "total_3d",
+        whatever a run learnt from."""
+        return tuple(name for name in ("recon", "trajectory") if name in self.rewards)
 
     def needed(self) -> tuple[Needed, ...]:
         """Files of weights of all rewards."""

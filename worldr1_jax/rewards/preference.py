@@ -89,7 +89,10 @@ class Hps(Reward):
 
     def check(self) -> None:
         super().check()
-        self._words  # noqa: B018 (reads the tokenizer)
+        try:
+            self._words  # noqa: B018 (reads the config and the tokenizer)
+        except ValueError as error:
+            raise ValueError(f"rewards.{self.name}: {error}") from error
 
     def networks(self, mesh: jax.sharding.Mesh, dtype: Any) -> Networks:
         self.check()

@@ -76,7 +76,7 @@ def in_parts(function: Callable[..., Array], parts: int) -> Callable[..., Array]
 
 def guided(
     velocity: Velocity,
-    guidance: float,
+    guidance: float | Float[Array, ""],
     latents: Float[Array, "B f h w C"],
     sigma: Float[Array, ""] | Float[Array, " B"],
     text: Float[Array, "B N D"],
@@ -88,11 +88,12 @@ def guided(
 
     The two branches are two calls of one batch shape, not one call of twice the batch: memory stays
     that of one branch, and samples stay on the devices that hold them. The model is told
-    `timestep`, which is `sigma * 1000` unless given.
+    `timestep`, which is `sigma * 1000` unless given. A guidance that is an array runs both
+    branches, whatever it is.
     """
     told = sigma * 1000.0 if timestep is None else timestep
     timestep = jnp.full(latents.shape[:1], told, jnp.float32)
-    if guidance == 1.0:
+    if isinstance(guidance, float | int) and guidance == 1:
         return velocity(latents, timestep, text).astype(jnp.float32)
     if text_null is None or text_null.ndim != 2:
         shape = None if text_null is None else text_null.shape
@@ -154,6 +155,7 @@ def sample(
     window: tuple[int | Int[Array, ""] | Int[Array, " B"], int] = (0, 0),
     on_step: OnStep | None = None,
     shared_by: int = 1,
+    guidance: Float[Array, ""] | None = None,
 ) -> Trajectory:
     """Denoises a batch: ODE steps, and stochastic ones inside the window.
 
@@ -175,6 +177,7 @@ def sample(
         its camera warp so). Inside, it would change the state whose probability was taken.
       shared_by: so many neighbours have one noise and one text. Up to the first window of the batch
         they are one and are denoised as one; needs a window.
+      guidance: in place of the sampler's, so that one program serves many.
 
     Raises:
       ValueError: when keys are not one a sample, or the window and the sampler's kind disagree, or
@@ -185,8 +188,40 @@ def sample(
     if shared_by > 1 and (width == 0 or on_step is not None):
         raise ValueError("samples that share their steps need a window to part in, and no on_step")
     start = jnp.asarray(start, jnp.int32)
+    scale = sampler.guidance if guidance is None else guidance
     if isinstance(sigmas, unipc.UniPC):
-        return _sample_unipc(velocity, keys, noise, sigmas, text, text_null, sampler, start)
+        return _sample_unipc(velocity, keys, noise, sigmas, text, text_null, scale, start)
+    return _sample_steps(
+        velocity,
+        keys,
+        noise,
+        sigmas,
+        text,
+        text_null,
+        sampler,
+        scale,
+        start,
+        width,
+        on_step,
+        shared_by,
+    )
+
+
+def _sample_steps(
+    velocity: Velocity,
+    keys: PRNGKeyArray,
+    noise: Float[Array, "B f h w C"],
+    sigmas: Float[Array, " T+1"],
+    text: Float[Array, "B N D"],
+    text_null: Float[Array, "N D"] | None,
+    sampler: Sampler,
+    scale: float | Float[Array, ""],
+    start: Int[Array, ""] | Int[Array, " B"],
+    width: int,
+    on_step: OnStep | None,
+    shared_by: int,
+) -> Trajectory:
+    """`sample` by Euler and stochastic steps."""
 
     def ode_step(x, v, index):
         x_next = sde.ode(x, v, sigmas[index], sigmas[index + 1])
@@ -204,7 +239,7 @@ def sample(
 
     def body(carry, index):
         x, states, log_probs = carry
-        v = guided(velocity, sampler.guidance, x, sigmas[index], text, text_null)
+        v = guided(velocity, scale, x, sigmas[index], text, text_null)
         place = index - start  # of this step in the window, or in that of each sample
         if width == 0:
             x_next, log_prob = ode_step(x, v, index)
@@ -215,7 +250,7 @@ def sample(
         return (x_next, _put(states, x_next, place + 1), log_probs), None
 
     def shared_step(index, x):
-        v = guided(velocity, sampler.guidance, x, sigmas[index], text[::shared_by], text_null)
+        v = guided(velocity, scale, x, sigmas[index], text[::shared_by], text_null)
         return ode_step(x, v, index)[0]
 
     x, first, steps = noise.astype(jnp.float32), start.min(), sigmas.shape[0] - 1
@@ -228,13 +263,7 @@ def sample(
         carry = jax.lax.fori_loop(first, steps, lambda i, carry: body(carry, i)[0], carry)
     else:
         carry, _ = jax.lax.scan(body, carry, jnp.arange(steps))
-    return Trajectory(
-        latents=carry[0],
-        window_latents=carry[1],
-        log_prob_old=carry[2],
-        window_start=start,
-        keys=keys,
-    )
+    return Trajectory(*carry, window_start=start, keys=keys)
 
 
 def _sample_unipc(
@@ -244,7 +273,7 @@ def _sample_unipc(
     solver: unipc.UniPC,
     text: Float[Array, "B N D"],
     text_null: Float[Array, "N D"] | None,
-    sampler: Sampler,
+    guidance: float | Float[Array, ""],
     start: Int[Array, ""],
 ) -> Trajectory:
     """`sample` by UniPC: the same scan with the solver's memory beside the state."""
@@ -252,7 +281,7 @@ def _sample_unipc(
     def body(carry, index):
         x, memory = carry
         v = guided(
-            velocity, sampler.guidance, x, solver.sigmas[index], text, text_null,
+            velocity, guidance, x, solver.sigmas[index], text, text_null,
             timestep=solver.timesteps[index],
         )  # fmt: skip
         return unipc.step(solver, index, x, v, memory), None

@@ -43,7 +43,7 @@ class _Canvas(NamedTuple):
     stop: Int[Array, "L P"]  # list position at which the pixel stopped; `RUNNING` while it has not
 
 
-def _alpha(row: Float[Array, "L 6+"], pixels: Float[Array, "P 2"]) -> Float[Array, "L P"]:
+def _alpha(row: Float[Array, "L C"], pixels: Float[Array, "P 2"]) -> Float[Array, "L P"]:
     """Opacity of one Gaussian per tile at each of its pixels, 0 where it is skipped."""
     dx = pixels[:, 0] - row[:, projection.MEAN_X, None]
     dy = pixels[:, 1] - row[:, projection.MEAN_Y, None]
@@ -177,5 +177,5 @@ def _clear(
     )
 
 
-def _whole_blocks(rows: Float[Array, "S L 10"]) -> Float[Array, "S L 10"]:
+def _whole_blocks(rows: Float[Array, "S L 10"]) -> Float[Array, "_ L 10"]:
     return jnp.pad(rows, ((0, -rows.shape[0] % STEPS_PER_CHECK), (0, 0), (0, 0)))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree, UInt32
 
 from worldr1_jax import files
 
@@ -217,13 +217,13 @@ def _describe(state: PyTree, digests: bool) -> dict[str, list[Any]]:
 
 
 @jax.jit
-def digests_of(leaves: list[Array]) -> list[Int[Array, ""]]:
+def digests_of(leaves: list[Array]) -> list[UInt32[Array, ""]]:
     """All in one program: many small ones with collectives in flight at once can starve emulated
     devices."""
     return [_digest(leaf) for leaf in leaves]
 
 
-def _digest(leaf: Array) -> Int[Array, ""]:
+def _digest(leaf: Array) -> UInt32[Array, ""]:
     """Sums the words of an array times odd weights by position, modulo 2^32.
 
     Zarr chunks carry no checksum, so a flipped bit on disk would be restored without a word; this

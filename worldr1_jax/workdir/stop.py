@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -35,9 +36,10 @@ class StopSignal:
     more is lost. Use it in the main thread. After a first ctrl-C a second one interrupts as usual.
     """
 
-    def __init__(self, grace: float = GRACE) -> None:
-        self.requested, self.saved = False, 0
-        self._grace = grace
+    def __init__(self, saved: Callable[[], int] = lambda: 0, *, grace: float = GRACE) -> None:
+        """Args: `saved` says how many updates are in the newest checkpoint."""
+        self.requested = False
+        self._saved, self._grace = saved, grace
         self._former: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
         self._busy = threading.Lock()
@@ -86,7 +88,7 @@ class StopSignal:
         with self._busy:
             self._say(
                 f"stopped in the middle of a stage; the same command goes on after update "
-                f"{self.saved}"
+                f"{self._saved()}"
             )
             os._exit(0)
 

@@ -148,15 +148,15 @@ class Config:
 
     @classmethod
     def nano(cls, vocab_size: int = 512) -> Config:
-        """2.8M parameters, for the nano world's 64x64 images, each 16 tokens. The special tokens
+        """1.3M parameters, for the nano world's 64x64 images, each 16 tokens. The special tokens
         are the last of the vocabulary, where `prompt.train_tokenizer` puts them."""
         text = TextConfig(
-            vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, mrope_section=(6, 5, 5),
+            vocab_size=vocab_size, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=24, mrope_section=(4, 4, 4),
         )  # fmt: skip
         vision = VisionConfig(
-            depth=4, hidden_size=128, intermediate_size=256, num_heads=4, patch_size=8,
-            num_position_embeddings=64, deepstack_visual_indexes=(0, 1, 2),
+            depth=4, hidden_size=96, intermediate_size=256, num_heads=4, patch_size=8,
+            num_position_embeddings=64, deepstack_visual_indexes=(0, 2),
         )  # fmt: skip
         return cls(
             text=text, vision=vision, image_token_id=vocab_size - 1,
