@@ -2,9 +2,9 @@
 
 import json
 
-import ml_collections
 import pytest
 
+from configs import world
 from worldr1_jax import settings
 from worldr1_jax.camera import commands
 from worldr1_jax.data import prompts
@@ -162,6 +162,8 @@ def test_what_is_written_is_read(tmp_path):
 
 @pytest.mark.parametrize(("name", "longer"), [("world", True), ("world_short", False)])
 def test_the_config_field_that_names_ours(name, longer):
-    sets = settings.load_prompts(ml_collections.ConfigDict({"prompts": name}))
+    config = world.get_config("nano")
+    config.prompts = name
+    sets = settings.load_prompts(settings.read(config))
     assert len(sets.train) >= 4000 and len(sets.dynamic) >= 800 and len(sets.test) >= 400
     assert (len(sets.test[0].split()) > 60) == longer

@@ -115,7 +115,7 @@ def stochastic_step(
     latents: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
     sigmas: Float[Array, " T+1"],
-    index: Int[Array, ""] | Int[Array, " B"],
+    index: int | Int[Array, ""] | Int[Array, " B"],
 ) -> sde.Step:
     """Mean and std of step `index` of the schedule, one for all or one a sample, given the velocity
     at its start."""
@@ -128,7 +128,7 @@ def stochastic_step(
 
 
 def step_noise(
-    keys: PRNGKeyArray, index: Int[Array, ""] | Int[Array, " B"], shape: tuple[int, ...]
+    keys: PRNGKeyArray, index: int | Int[Array, ""] | Int[Array, " B"], shape: tuple[int, ...]
 ) -> Float[Array, "B ..."]:
     """Noise of step `index` for samples with these keys `[B]`, each of `shape` (without B)."""
 
