@@ -92,7 +92,7 @@ def test_zeros_behind_the_last_block_of_keys_are_no_keys():
         call = functools.partial(attn.attention, implementation=kernel)
         grads.append(jax.jit(lambda *x, c=call: jax.vjp(c, *x)[1](target))(q, -100.0 * q, v))
     for a, b in zip(*grads, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # logits of hundreds, in float32
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)  # logits of hundreds, in float32
 
 
 def test_devices_loop_over_their_own_heads():
@@ -148,9 +148,8 @@ def test_names_that_do_not_exist_and_shapes_that_do_not_fit_are_refused():
 def test_a_mesh_gets_the_kernel_of_its_devices(platform, kind, dtype, kernel):
     """Else training would hold matrices of scores that no plan has counted."""
     device = SimpleNamespace(platform=platform, device_kind=kind)
-    mesh: Any = SimpleNamespace(
-        devices=np.array([device]), shape={"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
-    )
+    sizes = {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
+    mesh: Any = SimpleNamespace(devices=np.array([device]), shape=sizes, axis_names=tuple(sizes))
     found: Any = attn.for_mesh(mesh, 40, dtype)
     assert isinstance(found.kernel, kernel) and found.context == "ulysses"
     odd: Any = attn.for_mesh(mesh, 6, dtype)

@@ -115,6 +115,19 @@ def to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def shapes(tree: Any) -> Any:
+    """Shapes of a tree of arrays or shapes as they lie on the devices, also of what rests on the
+    hosts."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        place = leaf.sharding
+        if getattr(place, "memory_kind", None) == HOST:
+            place = place.with_memory_kind("device")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(shape, tree)
+
+
 def bytes_on_device(tree: Any) -> int:
     """Bytes of a tree of arrays or shapes on each device, without the padding of its layout there;
     0 of what rests on the hosts."""

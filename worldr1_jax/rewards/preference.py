@@ -106,7 +106,12 @@ class Hps(Reward):
         return {"clip": placement.describe(network, clip.PLACES, mesh)}
 
     def ask(self, prompts: Sequence[str]) -> Int[np.ndarray, "B T"]:
-        """Token ids of the sentences about the scenes; a prompt that is all camera is kept."""
+        """Token ids of the sentences about the scenes; a prompt that is all camera is kept. A plan,
+        which has no tokenizer, gets as many."""
+        if not self.weights:
+            return np.zeros(
+                (len(prompts), clip.Config.vit_h_14().max_position_embeddings), np.int32
+            )
         return self._words([commands.scene(prompt).strip() or prompt for prompt in prompts])
 
     def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:

@@ -289,7 +289,8 @@ class Scorer:
     def programs(self, shapes: Any) -> Iterator[Program]:
         """The stages of one turn; `shapes` (plan.programs.Shapes) describe what it is given."""
         needs, names = self.choice.needs(), self._on(())
-        network = {RECONSTRUCT: self.networks[RECONSTRUCT]} if needs else {}
+        networks = arrays.shapes(self.networks)
+        network = {RECONSTRUCT: networks[RECONSTRUCT]} if needs else {}
         if needs:
             yield Program(
                 RECONSTRUCT,
@@ -307,7 +308,7 @@ class Scorer:
                 shapes.batched, self.choice.rewards[name].ask([""] * len(shapes.some))
             )
             yield Program(
-                name, partial(self._parts[name].trace, self.networks[name], evidence, asked),
+                name, partial(self._parts[name].trace, networks[name], evidence, asked),
                 times=shapes.turns, inputs=evidence,
             )  # fmt: skip
 
