@@ -176,7 +176,8 @@ def _update(found: Settings, pipeline: Pipeline, shapes: Shapes, state: Any) -> 
     forward = work.linear + work.scores
     once = 2 * work.linear + 3 * work.scores + algorithm.forwards * forward
     return Program(
-        "update", lambda: update.trace(state, arrays.shapes(pipeline.base), step, sigmas, shapes.null),
+        "update",
+        lambda: update.trace(state, arrays.shapes(pipeline.base), step, sigmas, shapes.null),
         needed=algorithm.terms * rules.epochs * shapes.count * branches * once,
     )  # fmt: skip
 

@@ -278,7 +278,8 @@ class Pipeline:
         if self._text_cache is None:
             text = self._text
             yield Program(
-                "text", lambda: text.run.trace(arrays.shapes(text.state), shapes.tokens, shapes.tokens),
+                "text",
+                lambda: text.run.trace(arrays.shapes(text.state), shapes.tokens, shapes.tokens),
                 times=-(-shapes.groups // text.at_once),
             )  # fmt: skip
         yield Program("warp", lambda: jax.jit(self._warp).trace(shapes.keys, shapes.paths))
@@ -287,13 +288,14 @@ class Pipeline:
         yield Program(
             "rollout",
             lambda: self._rollout.trace(
-                self.adapters, arrays.shapes(self.base), shapes.text, shapes.null, shapes.paths, shapes.keys,
-                shapes.start, None, None, None, **draw,
+                self.adapters, arrays.shapes(self.base), shapes.text, shapes.null, shapes.paths,
+                shapes.keys, shapes.start, None, None, None, **draw,
             ),
             needed=shapes.steps * shapes.count * branches * (work.linear + work.scores),
         )  # fmt: skip
         yield Program(
-            "decode", lambda: self._decode.trace(arrays.shapes(self._vae_state), shapes.some_latents),
+            "decode",
+            lambda: self._decode.trace(arrays.shapes(self._vae_state), shapes.some_latents),
             times=shapes.turns,
         )  # fmt: skip
 
