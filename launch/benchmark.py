@@ -40,8 +40,8 @@ def main() -> None:
     with jax.set_mesh(mesh):
         for update in range(REPEATS.value + 1):
             # Of the main phase always: the loader's dynamic prompts have fewer rewards.
-            state, _ = train.one_update(programs, state, loader, update, timer)
-            runs.append(timer.collect())
+            state, outcome = train.one_update(programs, state, loader, update, timer)
+            runs.append({k: v for k, v in outcome.scalars.items() if k.startswith("seconds/")})
         shapes = Shapes(found, programs.pipeline)
         flops = {
             program.name: program.times * jaxpr_flops(program.trace().jaxpr.jaxpr)

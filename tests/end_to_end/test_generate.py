@@ -146,11 +146,11 @@ def test_a_run_an_export_and_a_merge_give_one_network(run, folder, mesh, kind, t
 
 
 def test_a_pipeline_takes_given_adapters(run, found, mesh):
-    adapters = settings.load_adapters(found, str(run[0]))
+    adapters = settings.load_adapters(found, [str(run[0])])
     pipeline = settings.build_pipeline(found, mesh, None, adapters)
     held = lora.from_state(pipeline.adapters, 32.0)
     jax.tree.map(np.testing.assert_array_equal, held, adapters)
-    assert settings.load_adapters(found, "") is None
+    assert settings.load_adapters(found, []) is None
 
 
 def test_a_damaged_run_and_a_wrong_kind_are_named(run, folder, tmp_path):
@@ -225,7 +225,7 @@ def test_a_run_on_encoded_prompts_never_reads_the_encoder(
         patch.setattr(umt5, "load", None)
         got = settings.build_pipeline(cached(), mesh, None).encode(PROMPTS[:2])
     assert got.dtype == want.dtype and got.sharding.is_equivalent_to(want.sharding, got.ndim)
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(got, want, atol=1e-5)  # encoded in a batch of another size
     assert settings.open_text_cache(cached()) is not None
     with pytest.raises(ValueError, match="is stale"):
         check(cached(**{"policy.text_tokens": 16}))

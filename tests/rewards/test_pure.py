@@ -90,7 +90,8 @@ def test_it_is_batched(scorer, given, wanted):
 
 
 def test_it_runs_on_a_mesh_of_the_users_own(options, given, wanted):
-    mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=auto, devices=jax.devices()[:4])
     scorer = build(WEIGHTS, mesh=mesh, **options)
     place = NamedSharding(mesh, P("x"))
     some = [1, 2]

@@ -160,7 +160,8 @@ class Scorer:
         asked: Any,
         off: Sequence[str] = (),
     ) -> Scores:
-        """Parts, weighted sum and validity; pure: jit, differentiate and batch it.
+        """Parts, weighted sum and validity; pure: jit, differentiate and batch it, on a mesh of any
+        axis names, whose types are Auto.
 
         Args:
           networks: `self.networks`, or leaves like them.
@@ -305,7 +306,7 @@ class Scorer:
         evidence = jax.tree.map(shapes.batched, made)
         for name in names:
             asked = jax.tree.map(
-                shapes.batched, self.choice.rewards[name].ask([""] * len(shapes.some))
+                shapes.batched, self.choice.rewards[name].ask(["A scene."] * len(shapes.some))
             )
             yield Program(
                 name, partial(self._parts[name].trace, networks[name], evidence, asked),
