@@ -1,5 +1,5 @@
-"""Shapes that annotations promise, enforced while tests run: the type checker that conftest.py
-hands to jaxtyping's import hook.
+"""Shapes that annotations promise, enforced while tests run with WORLDR1_SHAPES=1: the type
+checker that conftest.py hands to jaxtyping's import hook.
 
 Only what holds arrays is checked, and numpy's arrays count as JAX's, for the functions take both.
 What else an annotation says is mypy's business, and tests play pipelines and scorers with small

@@ -45,7 +45,7 @@ def s_traj(
     asked: Float[Array, "B F 4 4"],
     recovered: Float[Array, "B F 4 4"],
     *,
-    depth_scale: float | Float[Array, " B"] = 1.0,
+    depth_scale: float | Float[Array, ""] | Float[Array, " B"] = 1.0,
     sharpness: float = SHARPNESS,
 ) -> Float[Array, " B"]:
     """Agreement of two camera paths, in [0, 1]; 1 is exact.
@@ -84,7 +84,7 @@ def s_traj_segments(
     recovered: Float[Array, "B F 4 4"],
     *,
     frames: int = 3,
-    depth_scale: float | Float[Array, " B"] = 1.0,
+    depth_scale: float | Float[Array, ""] | Float[Array, " B"] = 1.0,
     sharpness: float = SHARPNESS,
 ) -> Float[Array, " B"]:
     """`s_traj` of every run of `frames` neighbouring frames, each from its own first one; the mean.
@@ -150,7 +150,7 @@ def parts(
     asked: Float[Array, "B F 4 4"],
     recovered: Float[Array, "B F 4 4"],
     *,
-    depth_scale: float | Float[Array, " B"] = 1.0,
+    depth_scale: float | Float[Array, ""] | Float[Array, " B"] = 1.0,
     sharpness: float = SHARPNESS,
 ) -> dict[str, Float[Array, " B"]]:
     """The two factors of `s_traj`: translation exp(-sharpness e_t^2), rotation exp(-sharpness
@@ -166,7 +166,7 @@ def errors(
     asked: Float[Array, "B F 4 4"],
     recovered: Float[Array, "B F 4 4"],
     *,
-    depth_scale: float | Float[Array, " B"] = 1.0,
+    depth_scale: float | Float[Array, ""] | Float[Array, " B"] = 1.0,
 ) -> dict[str, Float[Array, " B"]]:
     """rot_err, trans_err and cam_mc, each a sum over frames, as CameraCtrl and CamI2V define them.
 
@@ -215,7 +215,7 @@ def aligned_positions(
     asked: Float[Array, "B F 4 4"],
     recovered: Float[Array, "B F 4 4"],
     *,
-    depth_scale: float | Float[Array, " B"] = 1.0,
+    depth_scale: float | Float[Array, ""] | Float[Array, " B"] = 1.0,
 ) -> tuple[Float[Array, "B F 3"], Float[Array, "B F 3"]]:
     """Positions asked for and recovered, relative to the first camera, in asked units; for
     pictures. A recovered path whose scale cannot be known (nothing is asked for) is in units of
