@@ -19,8 +19,8 @@ from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import tokenizer
 from worldr1_jax.policies import wan
-from worldr1_jax.policies.stages import Pipeline
-from worldr1_jax.rollout import schedule, unipc
+from worldr1_jax.policies.stages import Pipeline, Sampling
+from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler, sample_keys
 
 pytestmark = pytest.mark.parity
@@ -93,7 +93,7 @@ def test_videos_match_diffusers_pipeline(folder):
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
     pipeline = Pipeline(
         wan.load(folder, mesh=mesh, tokens=TOKENS), mesh, size=(5, 32, 48),
-        sigmas=schedule.sigmas(STEPS, SHIFT), camera=Camera("none"),
+        sampling=Sampling(STEPS, SHIFT), camera=Camera("none"),
     )  # fmt: skip
 
     def videos(prompts):

@@ -13,7 +13,7 @@ from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.policies import wan
-from worldr1_jax.policies.stages import Pipeline
+from worldr1_jax.policies.stages import Pipeline, Sampling
 from worldr1_jax.rollout import schedule, unipc
 from worldr1_jax.rollout.sample import Sampler, sample, sample_keys
 
@@ -241,7 +241,8 @@ def model():
     head[...] = 0.3 * jax.random.normal(jax.random.key(4), head.shape)
     vae = nnx.eval_shape(lambda: wan_vae.WanVAE(wan_vae.Config(), nnx.Rngs(0)))
     text = nnx.eval_shape(lambda: umt5.UMT5Encoder(umt5.Config.nano(), nnx.Rngs(0)))
-    return wan.Wan(sharding.place(dit, wan_dit.PLACES, mesh), vae, text, None, 5), mesh
+    dit = sharding.place(dit, wan_dit.PLACES, mesh)
+    return wan.Wan({wan.POLICY: dit, wan.VAE: vae, wan.TEXT: text}, None, 5), mesh
 
 
 PROMPTS = ["A red sphere.", "Pan left. A blue box."]
@@ -250,7 +251,7 @@ PROMPTS = ["A red sphere.", "Pan left. A blue box."]
 def test_pipeline_runs_the_solver_on_the_given_noise(model):
     """Euler stays what it is without the arguments; noise takes the place of what keys draw."""
     pipeline = Pipeline(
-        *model, size=(5, 32, 16), sigmas=schedule.sigmas(3, 3.0), camera=Camera("none")
+        *model, size=(5, 32, 16), sampling=Sampling(3, 3.0), camera=Camera("none")
     )
     rng = np.random.default_rng(0)
     noise, text = (rng.standard_normal((2, *shape)) for shape in (pipeline.latent_shape, (5, 3)))
@@ -283,7 +284,7 @@ def test_pipeline_runs_the_solver_on_the_given_noise(model):
 
 def test_pipeline_refuses_the_solver_with_a_camera_in_its_steps(model):
     pipeline = Pipeline(
-        *model, size=(5, 32, 16), sigmas=schedule.sigmas(3, 3.0), camera=Camera("step")
+        *model, size=(5, 32, 16), sampling=Sampling(3, 3.0), camera=Camera("step")
     )
     with pytest.raises(ValueError, match="on_step"):
         pipeline.rollout(
