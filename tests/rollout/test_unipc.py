@@ -250,9 +250,7 @@ PROMPTS = ["A red sphere.", "Pan left. A blue box."]
 
 def test_pipeline_runs_the_solver_on_the_given_noise(model):
     """Euler stays what it is without the arguments; noise takes the place of what keys draw."""
-    pipeline = Pipeline(
-        *model, size=(5, 32, 16), sampling=Sampling(3, 3.0), camera=Camera("none")
-    )
+    pipeline = Pipeline(*model, size=(5, 32, 16), sampling=Sampling(3, 3.0), camera=Camera("none"))
     rng = np.random.default_rng(0)
     noise, text = (rng.standard_normal((2, *shape)) for shape in (pipeline.latent_shape, (5, 3)))
     text = jnp.asarray(text, jnp.float32)
@@ -283,9 +281,7 @@ def test_pipeline_runs_the_solver_on_the_given_noise(model):
 
 
 def test_pipeline_refuses_the_solver_with_a_camera_in_its_steps(model):
-    pipeline = Pipeline(
-        *model, size=(5, 32, 16), sampling=Sampling(3, 3.0), camera=Camera("step")
-    )
+    pipeline = Pipeline(*model, size=(5, 32, 16), sampling=Sampling(3, 3.0), camera=Camera("step"))
     with pytest.raises(ValueError, match="on_step"):
         pipeline.rollout(
             pipeline.adapters, jnp.zeros((2, 5, 3)), pipeline.paths(PROMPTS),
