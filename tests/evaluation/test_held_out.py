@@ -21,7 +21,7 @@ class Pipeline:
         self.mesh = make_mesh({"data": parts}, jax.devices()[:parts])
         self.most = 0  # videos that ever existed together
 
-    def roll(self, adapters, prompts, keys, *, sampler, text_null):
+    def roll(self, adapters, prompts, keys, *, sampler, text_null, guidance):
         paths = np.tile(np.eye(4, dtype=np.float32), (len(prompts), FRAMES, 1, 1))
         return types.SimpleNamespace(
             prompts=prompts, paths=paths, trajectory=types.SimpleNamespace(latents=keys)
