@@ -114,7 +114,8 @@ def candidates(value: Any) -> tuple[Any, ...]:
 
 
 def changed(config: ml_collections.ConfigDict, name: str, value: Any) -> bool:
-    """Sets a field as a flag would; False where ConfigDict itself refuses the type."""
+    """Sets a field as a flag would; False where ConfigDict itself refuses the type, or makes a
+    number of True."""
     *sections, field = name.split(".")
     for section in sections:
         config = config[section]
@@ -122,7 +123,7 @@ def changed(config: ml_collections.ConfigDict, name: str, value: Any) -> bool:
         config[field] = value
     except TypeError:
         return False
-    return True
+    return not isinstance(value, bool) or config[field] is value
 
 
 def refusal(config: ml_collections.ConfigDict) -> str:

@@ -217,7 +217,7 @@ def test_a_transformer_of_more_channels_than_latents_is_refused(folder, tmp_path
     with pytest.raises(
         ValueError, match="has 36 channels in and 16 out, and the latents of the VAE"
     ):
-        wan.read_configs(tmp_path)
+        wan.read(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
@@ -305,7 +305,7 @@ def test_training_can_start_from_adapters(folder, one):
     """In the config's rank and scale, with the function that they had."""
     given = {"blocks.attn1.to_q": lora.Adapter(np.ones((2, 32, 1)), np.ones((2, 1, 32)), 0.5)}
     model = wan.load(folder, mesh=one, tokens=8, lora_rank=4, lora_alpha=8.0, adapters=given)
-    found = lora.adapters(model.dit)
+    found = lora.adapters(model.networks[wan.POLICY])
     assert len(found) == 8 and {a.scale for a in found.values()} == {2.0}
     q = found["blocks.attn1.to_q"]
     np.testing.assert_allclose(2 * q.a @ q.b, np.full((2, 32, 32), 0.5), rtol=1e-6)

@@ -182,11 +182,14 @@ def load(
         if adapters is not None:
             adapters = lora.grown(lora.adapters(dit), adapters)
             lora.detach(dit)
-        placement.place(dit, wan_dit.ADAPTER_PLACES, mesh, placement.ADAPTERS)
+        else:
+            placement.place(dit, wan_dit.ADAPTER_PLACES, mesh, placement.ADAPTERS)
     if adapters is not None:
         lora.attach(dit, adapters)
         state = nnx.state(dit, nnx.LoRAParam)
         nnx.update(dit, jax.device_put(state, arrays.replicated(mesh)))
+        if lora_rank:
+            placement.place(dit, wan_dit.ADAPTER_PLACES, mesh, placement.ADAPTERS)
     vae = wan_vae.load(found["vae"], mesh=mesh)  # float32, as published
     networks: dict[str, Any] = {POLICY: dit, VAE: vae}
     if not text:
