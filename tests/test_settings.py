@@ -94,7 +94,9 @@ def is_right(name: str, value: Any) -> bool:
     if value in (-1, -1e-9):
         weights = name.startswith("rewards.weights.")
         return weights or (value == -1 and bool(LEFT.fullmatch(name)))
-    return (value == () and name in EMPTY) or (value == (1,) and name == "evaluate.guidances")
+    return (value == () and name in EMPTY) or (
+        name == "evaluate.guidances" and value in ((1,), (5, 1))
+    )
 
 
 def flat(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
