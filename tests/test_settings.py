@@ -95,7 +95,7 @@ def is_right(name: str, value: Any) -> bool:
         weights = name.startswith("rewards.weights.")
         return weights or (value == -1 and bool(LEFT.fullmatch(name)))
     return (value == () and name in EMPTY) or (
-        name == "evaluate.guidances" and value in ((1,), (5, 1))
+        name == "evaluate.guidances" and value in ((1,), (5, 1), (0, 1, 2))
     )
 
 
