@@ -70,7 +70,8 @@ def check(weights: Path | None) -> None:
         "ground_truth": checks.reconstruction(scorer, truth),
         "noise": checks.noise_scores(scorer, truth),
         "clip": checks.retrieval(folder / "clip", truth),
-        "judge": checks.grading(folder / "judge"),
+        # No judge ships yet: null says that nothing was measured.
+        "judge": checks.grading(folder / "judge") if (folder / "judge").is_dir() else None,
     }
     print(json.dumps(figures, indent=2))
 
