@@ -231,6 +231,7 @@ def test_the_exam_is_that_of_the_meta_view(seen):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (WEIGHTS / "judge").is_dir(), reason="no nano judge ships yet: open work")
 def test_the_nano_judge_grades_as_the_damage_is():
     figures = check.grading(WEIGHTS / "judge")
     assert figures["spearman"] >= 0.8 and figures["answered"] == 1
