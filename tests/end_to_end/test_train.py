@@ -196,7 +196,7 @@ def test_wrong_fields_stop_before_anything_is_written(folder, tmp_path, changes,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "empty"), (b"\xff\xfe\x00", "UTF-8"), (b"A red box.\n\nA blue box.\n", "line 2")],
+    [(b"", "empty"), (b"\xff\xfe\x00", "UTF-8"), (b"A red box.\n\nCamera zoom in. A blue box.\n", "line 3")],
 )
 def test_wrong_prompt_files_are_refused(folder, tmp_path, content, message):
     prompts = wrong_prompts(tmp_path, content)
@@ -221,10 +221,10 @@ def test_a_workdir_of_another_config_is_refused_and_kept(folder, unbroken, monke
             ["--config=configs/world.py:huge"],
             "unknown variant 'huge': use one of nano, small, large",
         ),
-        (["--config=configs/world.py", "--config.train.lr=3"], "the config has no field 'lr'"),
+        (["--config=configs/world.py", "--config.train.lr=3"], "the config has no field train.lr"),
         (["--config=configs/nope.py"], "configs/nope.py, which is no file"),
         ([], "--config is missing"),
-        (["--config=configs/world.py:small", "--config.prompts="], "prompts is empty"),
+        (["--config=configs/world.py", "--config.prompts="], "prompts is empty"),
     ],
 )
 def test_the_launcher_answers_in_one_sentence(arguments, message, tmp_path):
