@@ -96,8 +96,8 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
         {"recon": 1.0, "trajectory": 1.0, "meta_view": 1.0, "general": 1.0, "mvcs": 0.0}
     )
     # R_gen: rewards that are "general", averaged with these weights: hps (HPSv2.1) [paper],
-    # pickscore, and palette, the colours that a prompt names, which stands in for them in nano
-    c.rewards.general = ml_collections.ConfigDict({"hps": 1.0, "pickscore": 0.0, "palette": 0.0})
+    # pickscore
+    c.rewards.general = ml_collections.ConfigDict({"hps": 1.0, "pickscore": 0.0})
     c.rewards.reconstruct = ml_collections.ConfigDict()  # (rewards/reconstruct.py: Reconstruct)
     c.rewards.reconstruct.da3 = ""  # folder of Depth Anything 3 with Gaussian head
     c.rewards.reconstruct.frame_stride = 1  # the 3D network sees every so many frames
@@ -214,7 +214,9 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     # one frame for each latent frame
     c.rewards.reconstruct.da3, c.rewards.reconstruct.frame_stride = "nano", 4
     c.rewards.trajectory.depth_scale = 4.0
-    c.rewards.general.hps, c.rewards.general.palette = 0.0, 1.0
+    # R_gen is nano's own CLIP, 64 pixels square; colours are a witness that is not learnt from.
+    c.rewards.hps.weights, c.rewards.hps.fit = "nano", "squeeze"
+    c.rewards.weights.palette = 0.0
     c.rewards.recon.likeness = "ssim"  # LPIPS means little at 64 pixels
     # At this size S_recon is won by stillness and blur, and S_meta by stillness: they are measured
     # and not learnt from. Colours are learnt sooner than cameras, and at full weight instead.

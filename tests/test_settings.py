@@ -75,7 +75,7 @@ ZERO = {
 }  # fmt: skip
 WEIGHTS = re.compile(r"rewards\.(weights|general)\.\w+")
 # The only rewards of the nano config that count with the dynamic phase on: one has to be left.
-ONLY = ("rewards.general.palette", "rewards.weights.general")
+ONLY = ("rewards.general.hps", "rewards.weights.general")
 JUDGE = ("rewards.judge.height", "rewards.judge.width")  # 0: as the video is
 LEFT = re.compile(r"mesh\.data")  # -1: what is left
 # Texts of which files are made, or nothing: checked where they are read.
@@ -187,7 +187,7 @@ MESH_OF_8 = {"data": 8}
         ({"dynamic.off": ("beauty",)}, "dynamic.off names 'beauty'"),
         ({"rewards.weights.general": 0.0}, "dynamic.off leaves no reward"),
         ({"rewards.weights.recon": 1e300}, r"rewards.weights.recon is 1e\+300"),
-        ({"rewards.general.palette": 0.0}, "rewards.general is"),
+        ({"rewards.general.hps": 0.0}, "rewards.general is"),
         ({"algorithm.window": 9}, "algorithm.a window of 9 steps does not fit into window_range"),
         ({"algorithm.window_range": (0, 10)}, r"algorithm.window_range is \(0, 10\)"),
         ({"algorithm.sde": "cps", "algorithm.eta": 1.5}, "algorithm.eta is 1.5"),

@@ -132,12 +132,12 @@ def test_mvcs():
 
 def test_palette_of_black_frames():
     """Black stays without a slope; what is lit has its own."""
-    colors, used = palette.targets(["A red sphere and a white box."])
+    named = palette.targets(["A red sphere and a white box."])
     rng = np.random.default_rng(0)
     video = jnp.asarray(rng.uniform(0.3, 1, (1, 2, 9, 9, 3)), jnp.float32)
     video = video.at[:, :, 3:].set(0.0)
     lit = jnp.ones_like(video).at[:, :, 3:].set(0.0)
-    agree(lambda v: palette.palette(v, colors, used).sum(), video, step=1e-3, where=lit)
+    agree(lambda v: palette.palette(v, named).sum(), video, step=1e-3, where=lit)
 
 
 def test_degenerate_gaussians():
