@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from worldr1_jax.mesh import arrays
 from worldr1_jax.policies.stages import Pipeline, Rolled
 from worldr1_jax.rewards import Scorer
+from worldr1_jax.rewards.base import Evidence
 from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
 
@@ -42,11 +43,13 @@ def judge(
     timer: StageTimer | None = None,
     wanted: Collection[int] = (),
     seen: Seen | None = None,
+    witness: Callable[[Evidence, np.ndarray], None] | None = None,
 ) -> Scores:
     """Scores of a batch.
 
     At full size videos are 46 times their latents: no more of them exist than are scored at a time.
-    Those at the `wanted` places go to the hosts as they are made, each to `seen`.
+    Those at the `wanted` places go to the hosts as they are made, each to `seen`; the evidence of
+    each turn, with its places in the batch, to `witness`.
     """
 
     def decode(latents: jax.Array, places: np.ndarray) -> jax.Array:
@@ -57,5 +60,6 @@ def judge(
         return videos
 
     return scorer(
-        rolled.trajectory.latents, rolled.prompts, rolled.paths, decode=decode, off=off, timer=timer
-    )
+        rolled.trajectory.latents, rolled.prompts, rolled.paths, decode=decode, off=off,
+        timer=timer, seen=witness,
+    )  # fmt: skip

@@ -41,6 +41,8 @@ from worldr1_jax.policies.stages import Pipeline, Sampling
 from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards import scorer as scoring
 from worldr1_jax.rewards.choice import Choice, choose
+from worldr1_jax.rewards.hindsight import Hindsight
+from worldr1_jax.rewards.trajectory import Trajectory
 from worldr1_jax.weights import needed
 from worldr1_jax.weights.needed import Needed
 from worldr1_jax.weights.shipped import resolve
@@ -151,6 +153,8 @@ def read(config: ml_collections.ConfigDict) -> Settings:
     found = Settings(run=run, rewards=choose(**rewards), algorithm=algorithm, **sections)
     _check_dynamic(found)
     _check_parts(found.run.videos, found.train)
+    if found.algorithm.captions > 1:
+        _check_contrast(found)
     try:
         found.algorithm.draw(jax.random.key(0), 0, found.plan)  # which says whether its window fits
     except ValueError as error:
@@ -189,6 +193,19 @@ def _check_dynamic(found: Settings) -> None:
     off = set(choice.meant(dynamic.off))
     if dynamic.dynamic_updates and not set(choice.counted()) - off:
         raise ValueError("dynamic.off leaves no reward that counts: name fewer, or weigh another")
+
+
+def _check_contrast(found: Settings) -> None:
+    """Captions can be contrasted where cameras are measured and any caption can be encoded."""
+    if not found.rewards.weights.get("trajectory"):
+        raise ValueError(
+            "algorithm.contrast is not 0, but rewards.weights.trajectory is: no camera is measured"
+        )
+    if found.policy.text_cache:
+        raise ValueError(
+            "algorithm.contrast is not 0 and policy.text_cache is set: rival captions are written "
+            "while a run goes on, and are in no cache"
+        )
 
 
 def _check_parts(videos: int, rules: learning.Rules) -> None:
@@ -410,6 +427,14 @@ def build_scorer(found: Settings, mesh: jax.sharding.Mesh) -> Scorer:
 def make_advantages(found: Settings, mesh: jax.sharding.Mesh) -> Any:
     """The compiled (scores, off) -> (advantages, valid)."""
     return advantage.make(mesh, found.run.group_size, found.rewards.weights, found.advantage)
+
+
+def make_hindsight(found: Settings, pipeline: Pipeline) -> Hindsight | None:
+    """What chooses rival captions, where the algorithm contrasts captions."""
+    reward = found.rewards.rewards.get("trajectory")
+    if found.algorithm.captions < 2 or not isinstance(reward, Trajectory):
+        return None
+    return Hindsight(reward, pipeline.paths)
 
 
 def make_state(found: Settings, pipeline: Pipeline) -> learning.TrainState:

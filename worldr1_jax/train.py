@@ -20,12 +20,14 @@ from flax import nnx
 import worldr1_jax
 from worldr1_jax import episode, settings
 from worldr1_jax.algorithms import update as learning
+from worldr1_jax.algorithms.base import Rival
 from worldr1_jax.data.loader import Loader, PromptBatch
 from worldr1_jax.evaluation import held_out
 from worldr1_jax.files import write_atomically
 from worldr1_jax.mesh import arrays, hosts
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
+from worldr1_jax.rewards.hindsight import Hindsight, Rivals
 from worldr1_jax.rollout.sample import sample_keys
 from worldr1_jax.settings import Settings
 from worldr1_jax.timing import StageTimer
@@ -51,6 +53,7 @@ class Programs:
     advantages: Any  # (scores, off) -> (advantages, valid)
     train_step: Any  # (state, base, batch, sigmas, text_null) -> (state, metrics)
     text_null: jax.Array | None  # embedding of the negative prompt, when there is guidance
+    hindsight: Hindsight | None  # where the algorithm contrasts captions
     diversity: Any  # latents -> distance of those of a prompt
     keys: tuple[jax.Array, ...]  # of training and of the held-out report
 
@@ -227,6 +230,7 @@ def build(found: Settings, mesh: jax.sharding.Mesh) -> tuple[Programs, learning.
         scorer=settings.build_scorer(found, mesh),
         advantages=settings.make_advantages(found, mesh),
         train_step=settings.make_update(found, pipeline, state),
+        hindsight=settings.make_hindsight(found, pipeline),
         text_null=pipeline.negative() if found.sample.guidance != 1 else None,
         diversity=jax.jit(partial(episode.diversity, group_size=found.run.group_size)),
         keys=tuple(keys),
@@ -272,20 +276,29 @@ def one_update(
     off = found.rewards.measured()
     if batch.is_dynamic:
         off = (*off, *found.rewards.meant(found.dynamic.off))
+    hindsight = None if "trajectory" in off else programs.hindsight
     scores = episode.judge(
         pipeline, programs.scorer, rolled, off=off, timer=timer, wanted=saved,
-        seen=shown.__setitem__,
+        seen=shown.__setitem__, witness=hindsight.see if hindsight else None,
     )  # fmt: skip
 
     between()
 
-    # -- advantages and update
+    # -- rival captions, advantages and update
+    rival = None
+    if algorithm.captions > 1:
+        # Without cameras to look at, as in the dynamic phase, each is its own rival, with no lead.
+        chosen = Rivals(batch.prompts, np.zeros(run.videos, np.float32))
+        if hindsight:
+            chosen = hindsight.choose(batch.prompts, np.random.default_rng((run.seed, update)))
+        place = arrays.batched(programs.mesh)
+        rival = Rival(pipeline.encode(chosen.prompts), arrays.to_global(chosen.lead, place))
     with timer("update") as wait_for:
         advantages, valid = programs.advantages(scores, off)
         state, learnt = wait_for(
             programs.train_step(
                 state, arrays.awake(pipeline.base),
-                learning.Batch(rolled.trajectory, rolled.text, advantages, valid),
+                learning.Batch(rolled.trajectory, rolled.text, advantages, valid, rival),
                 pipeline.sigmas, programs.text_null,
             )
         )  # fmt: skip

@@ -38,10 +38,11 @@ def test_a_scaled_loss_learns_the_same(scale):
     assert np.abs(usual[-1] - expected[-1]).max() > 0.1  # what optax's own epsilon would do
 
 
-def test_share_of_parameters_below_epsilon():
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_share_of_parameters_below_epsilon(warmup):
     """Root mean squares of 3e-9 and 3e-7 against epsilons around them."""
     for eps, share in ((1e-15, 0.0), (1e-8, 0.5), (1e-6, 1.0)):
-        optimizer = make_optimizer(0.1, eps=eps)
+        optimizer = make_optimizer(0.1, eps=eps, warmup_steps=warmup)
         _, state = steps(optimizer, [[3e-9, 3e-7]] * 3)
         assert optimizer.eps_share(state) == share
 

@@ -196,7 +196,11 @@ def test_wrong_fields_stop_before_anything_is_written(folder, tmp_path, changes,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "empty"), (b"\xff\xfe\x00", "UTF-8"), (b"A red box.\n\nCamera zoom in. A blue box.\n", "line 3")],
+    [
+        (b"", "empty"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"A red box.\n\nCamera zoom in. A blue box.\n", "line 3"),
+    ],
 )
 def test_wrong_prompt_files_are_refused(folder, tmp_path, content, message):
     prompts = wrong_prompts(tmp_path, content)

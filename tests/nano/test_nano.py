@@ -94,7 +94,7 @@ def test_other_commands_leave_the_scene_of_a_caption_as_it_is():
     rng = np.random.default_rng(5)
     for _ in range(50):
         drawn, names = captions.sample_spec(rng), captions.sample_commands(rng)
-        text = captions.with_commands(drawn.text(), names)
+        text = commands.replaced(drawn.text(), names)
         assert commands.parse(text) == names and commands.scene(text) == drawn.scene_text()
 
 

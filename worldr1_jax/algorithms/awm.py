@@ -71,13 +71,23 @@ class Awm(Forward):
                 return jnp.zeros_like(found.loss)
             return mean_square(v - self.at(policy, noised, samples.text))
 
+        contrast, gap = self.contrasted(policies, samples, noised, v)
         return Terms(
             losses={
+                "contrast": contrast,
                 "policy_loss": found.loss,
                 "kl": distance(policies.base, self.kl_weight),
                 "kl_average": distance(policies.average, self.average_weight),
             },
-            weights={"kl": self.kl_weight, "kl_average": self.average_weight},
-            metrics={"ratio_mean": found.ratio, "clip_fraction": found.clipped},
+            weights={
+                "kl": self.kl_weight,
+                "kl_average": self.average_weight,
+                "contrast": self.contrast,
+            },
+            metrics={
+                "contrast_gap": gap,
+                "ratio_mean": found.ratio,
+                "clip_fraction": found.clipped,
+            },
             peaks={"ratio_deviation": jnp.abs(found.ratio - 1)},
         )

@@ -81,6 +81,19 @@ class Policies(NamedTuple):
 
 
 @flax.struct.dataclass
+class Rival:
+    """Another caption of each sample, for algorithms with two `captions`.
+
+    Attributes:
+      text: its embedding.
+      lead: by how much the sample obeys its own caption better, in [-1, 1]; 0: no contrast.
+    """
+
+    text: Float[Array, "B N D"]
+    lead: Float[Array, " B"]
+
+
+@flax.struct.dataclass
 class Samples:
     """Some samples of a rollout, as a loss reads them. Values of invalid ones are 0.
 
@@ -90,6 +103,7 @@ class Samples:
       advantages: of each sample.
       valid: samples that count.
       keys: fresh for every term and pass over the rollout; a loss may consume them once.
+      rival: None unless the algorithm has two `captions`.
     """
 
     kept: PyTree
@@ -97,6 +111,7 @@ class Samples:
     advantages: Float[Array, " B"]
     valid: Bool[Array, " B"]
     keys: PRNGKeyArray
+    rival: Rival | None = None
 
 
 class Terms(NamedTuple):
@@ -129,6 +144,11 @@ class Algorithm(Protocol):
     def forwards(self) -> int:
         """Evaluations besides, in each term: of policies that have no gradient."""
         ...
+
+    @property
+    def captions(self) -> int:
+        """Captions under which a term evaluates `now`: 1, or 2 with a rival."""
+        return 1
 
     def draw(self, key: PRNGKeyArray, update: int, plan: Plan) -> Draw:
         """How the rollout of this update (from 0) is drawn; the key is consumed.

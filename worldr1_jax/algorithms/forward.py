@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Velocity
+from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Policies, Samples, Velocity
+from worldr1_jax.algorithms.contrast import contrast
 from worldr1_jax.fields import each_in_range, in_range, of_kind, one_of
 from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler
@@ -41,6 +42,8 @@ class Forward(Algorithm):
         over what guidance did, at half the cost; False trains the guided velocity as it is sampled.
       solver: of the rollout: "euler" or "unipc", which needs fewer steps.
       advantage_max: advantage that counts in full, > 0; larger ones are cut.
+      contrast: weight of the contrast of captions (contrast.py); at 0 there are no rivals.
+      sharpness, margin: of it, see there; > 0, and any.
     """
 
     draws: int = 3
@@ -49,9 +52,15 @@ class Forward(Algorithm):
     absorb: bool = True
     solver: str = "euler"
     advantage_max: float = 5.0
+    contrast: float = 0.0
+    sharpness: float = 20.0
+    margin: float = 4.0
 
     def __post_init__(self):
-        in_range(self, draws=(1, 10**4), kl_weight=(0, 1e9), advantage_max=(1e-9, 1e9))
+        in_range(
+            self, draws=(1, 10**4), kl_weight=(0, 1e9), advantage_max=(1e-9, 1e9),
+            contrast=(0, 1e9), sharpness=(1e-6, 1e6), margin=(-1e6, 1e6),
+        )  # fmt: skip
         one_of(self, solver=SOLVERS)
         of_kind(self, bool, "absorb")
         each_in_range(self, levels=(0, 1), length=2)
@@ -62,6 +71,11 @@ class Forward(Algorithm):
     def terms(self) -> int:
         """One for each noise level."""
         return self.draws
+
+    @property
+    def captions(self) -> int:
+        """Two, where captions are contrasted."""
+        return 2 if self.contrast else 1
 
     def draw(self, key: PRNGKeyArray, update: int, plan: Plan) -> Draw:
         """Deterministic, by the solver that the field names; see `Algorithm.draw`."""
@@ -101,6 +115,19 @@ class Forward(Algorithm):
         """The velocity that is compared; see `absorb`."""
         guidance = {"guidance": 1.0} if self.absorb else {}
         return policy(noised.latents, noised.sigma, text, **guidance)
+
+    def contrasted(
+        self, policies: Policies, samples: Samples, noised: Noised, own: Float[Array, "B f h w C"]
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """Loss and gap of the contrast with the rivals; 0 without any. `own` is the velocity under
+        the samples' own captions."""
+        if samples.rival is None:
+            return jnp.zeros_like(noised.sigma), jnp.zeros_like(noised.sigma)
+        rival = self.at(policies.now, noised, samples.rival.text)
+        return contrast(
+            own, rival, noised.noise - samples.kept, noised.sigma, samples.rival.lead,
+            sharpness=self.sharpness, margin=self.margin,
+        )  # fmt: skip
 
     def strength(self, advantages: Float[Array, " B"]) -> Float[Array, " B"]:
         """Advantages in units of the largest, in [-1, 1]."""

@@ -80,9 +80,14 @@ class Nft(Forward):
         if self.kl_weight > 0:
             kl = mean_square(v - self.at(policies.base, noised, samples.text))
         scale = self.advantage_max / self.beta
+        contrast, gap = self.contrasted(policies, samples, noised, v)
         return Terms(
-            losses={"policy_loss": scale * (r * miss(1) + (1 - r) * miss(-1)), "kl": kl},
-            weights={"kl": self.kl_weight},
-            metrics={"moved": mean_square(v - old)},
+            losses={
+                "policy_loss": scale * (r * miss(1) + (1 - r) * miss(-1)),
+                "kl": kl,
+                "contrast": contrast,
+            },
+            weights={"kl": self.kl_weight, "contrast": self.contrast},
+            metrics={"moved": mean_square(v - old), "contrast_gap": gap},
             peaks={},
         )

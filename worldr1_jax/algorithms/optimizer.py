@@ -79,13 +79,19 @@ def make_optimizer(
     chain = optax.chain(clip_by_norms_seen(clip_norm), adam) if clip_norm else optax.chain(adam)
 
     def eps_share(opt_state: Any) -> Float[Array, ""]:
-        moments, count = (optax.tree.get(opt_state, name) for name in ("nu", "count"))
-        least = eps**2 * (1 - b2 ** jnp.maximum(count, 1))  # sqrt(nu / (1 - b2^n)) < eps
-        leaves = jax.tree.leaves(moments)
+        # by its kind: a schedule has a count of its own
+        adams = jax.tree.leaves(opt_state, is_leaf=_is_adam)
+        (adam,) = filter(_is_adam, adams)
+        least = eps**2 * (1 - b2 ** jnp.maximum(adam.count, 1))  # sqrt(nu / (1 - b2^n)) < eps
+        leaves = jax.tree.leaves(adam.nu)
         below = sum(jnp.sum(leaf < least) for leaf in leaves)
         return below / sum(leaf.size for leaf in leaves)
 
     return Optimizer(chain.init, chain.update, eps_share)
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
 
 
 def clip_by_norms_seen(factor: float) -> optax.GradientTransformation:

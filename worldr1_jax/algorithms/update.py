@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from worldr1_jax.algorithms.base import Algorithm, Policies, Samples, Terms
+from worldr1_jax.algorithms.base import Algorithm, Policies, Rival, Samples, Terms
 from worldr1_jax.algorithms.optimizer import Optimizer, make_optimizer
 from worldr1_jax.fields import in_range
 from worldr1_jax.rollout.sample import guided
@@ -57,12 +57,14 @@ class Batch:
       text: embedding of each sample's prompt.
       advantages: from `advantage.make`.
       valid: samples that may be learnt from; nothing of the others is read.
+      rival: another caption of each sample, where the algorithm has two `captions`.
     """
 
     trajectory: Trajectory
     text: Float[Array, "B N D"]
     advantages: Float[Array, " B"]
     valid: Bool[Array, " B"]
+    rival: Rival | None = None
 
 
 @dataclass(frozen=True)
@@ -276,12 +278,12 @@ def _samples(batch: Batch, algorithm: Algorithm, group_size: int) -> Samples:
             return x
         return jnp.where(batch.valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
 
-    kept, text, advantages = jax.tree.map(
-        clean, (algorithm.keep(batch.trajectory), batch.text, batch.advantages)
+    kept, text, advantages, rival = jax.tree.map(
+        clean, (algorithm.keep(batch.trajectory), batch.text, batch.advantages, batch.rival)
     )
     leaders = batch.trajectory.keys[::group_size]
     keys = jnp.repeat(leaders, group_size, total_repeat_length=batch.valid.shape[0])
-    return Samples(kept, text, advantages, batch.valid, keys)
+    return Samples(kept, text, advantages, batch.valid, keys, rival)
 
 
 def _split(samples: Samples, *parts: int) -> Samples:

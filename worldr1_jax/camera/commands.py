@@ -221,6 +221,13 @@ def scene(text: str) -> str:
     return _read(text).scene
 
 
+def replaced(prompt: str, names: Sequence[str | Move]) -> str:
+    """The prompt, or the sentence about its scene, with these commands in place of its own; errors
+    as for `text`."""
+    clause = text(names)
+    return f"{clause} {scene(prompt)}" if clause else scene(prompt)
+
+
 def text(names: Sequence[str | Move]) -> str:
     """Writes the clause that `moves` reads as `names`; "" for no names.
 

@@ -78,7 +78,7 @@ class Spec:
 
     def text(self) -> str:
         """The whole caption: the camera's clause, if any, then the scene."""
-        return with_commands(self.scene_text(), self.commands)
+        return commands.replaced(self.scene_text(), self.commands)
 
     @property
     def is_held_out(self) -> bool:
@@ -115,13 +115,6 @@ def sample_commands(rng: np.random.Generator) -> tuple[str, ...]:
         return ("fixed",)
     moving = [name for name in commands.PUBLISHED if name != "fixed"]
     return tuple(str(c) for c in rng.choice(moving, size=2 if kind > 0.8 else 1, replace=False))
-
-
-def with_commands(caption: str, names: tuple[str, ...]) -> str:
-    """A caption, or the sentence about its scene, with these commands in place of its own."""
-    scene = commands.scene(caption)
-    clause = commands.text(names)
-    return f"{clause} {scene}" if clause else scene
 
 
 def sample_held_out(rng: np.random.Generator, held_out: bool, *, dynamic: bool = False) -> Spec:

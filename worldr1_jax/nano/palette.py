@@ -51,9 +51,7 @@ def targets(prompts: Sequence[str]) -> Bool[np.ndarray, "B C"]:
     return np.array(rows, bool).reshape(len(prompts), len(PALETTE))
 
 
-def palette(
-    videos: Float[Array, "B F H W 3"], named: Bool[Array, "B C"]
-) -> Float[Array, " B"]:
+def palette(videos: Float[Array, "B F H W 3"], named: Bool[Array, "B C"]) -> Float[Array, " B"]:
     """Mean over named colours of what is shown of them, times 1 - the mean of what is shown of
     colours that are not named (BACKDROPS aside); in [0, 1].
 

@@ -281,7 +281,7 @@ def spoilt(text: str, rng: np.random.Generator) -> str:
     if rng.random() < CAPTION_DROPOUT:
         return ""
     if rng.random() < CAPTION_ERROR:
-        return captions.with_commands(text, captions.sample_commands(rng))
+        return commands.replaced(text, captions.sample_commands(rng))
     return text
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from worldr1_jax import settings
 from worldr1_jax.algorithms import update as learning
+from worldr1_jax.algorithms.base import Rival
 from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.mesh.arrays import bytes_on_device
 from worldr1_jax.mesh.compiler import Program
@@ -166,7 +167,8 @@ def _update(found: Settings, pipeline: Pipeline, shapes: Shapes, state: Any) -> 
     drawn: Any = Trajectory(shapes.latents, shapes.states, shapes.logs, shapes.start, shapes.keys)
     advantages: Any = shapes.of(shapes.count)
     valid: Any = shapes.of(shapes.count, dtype=jnp.bool_)
-    step = learning.Batch(drawn, shapes.text, advantages, valid)
+    rival = Rival(shapes.text, advantages) if algorithm.captions > 1 else None
+    step = learning.Batch(drawn, shapes.text, advantages, valid, rival)
     update = settings.make_update(found, pipeline, state)
     sigmas: Any = jax.ShapeDtypeStruct(
         (found.sample.steps + 1,), jnp.float32, sharding=shapes.whole
@@ -174,7 +176,8 @@ def _update(found: Settings, pipeline: Pipeline, shapes: Shapes, state: Any) -> 
     # Forward, backward through frozen products (as much again) and through attention (twice), and
     # the forwards of policies that are only compared with.
     forward = work.linear + work.scores
-    once = 2 * work.linear + 3 * work.scores + algorithm.forwards * forward
+    once = algorithm.captions * (2 * work.linear + 3 * work.scores)
+    once += algorithm.forwards * forward
     return Program(
         "update",
         lambda: update.trace(state, arrays.shapes(pipeline.base), step, sigmas, shapes.null),

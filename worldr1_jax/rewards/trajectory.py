@@ -281,18 +281,22 @@ class Trajectory(Reward):
         in_range(self, depth_scale=(1e-6, 1e6), segment=(2, 10_000))
         one_of(self, mode=("paper", "segments", "released"))
 
+    def compare(
+        self, asked: Float[Array, "B F 4 4"], recovered: Float[Array, "B F 4 4"]
+    ) -> Float[Array, " B"]:
+        """S_traj of recovered paths, in [0, 1], by `mode`."""
+        if self.mode == "released":
+            return released.s_traj(asked, recovered)
+        if self.mode == "segments":
+            frames = min(self.segment, asked.shape[1])
+            return s_traj_segments(asked, recovered, frames=frames, depth_scale=self.depth_scale)
+        return s_traj(asked, recovered, depth_scale=self.depth_scale)
+
     def score(self, networks: Any, evidence: Evidence, asked: Any) -> Parts:
         path, found = evidence.path, evidence.found().camtoworld
-        if self.mode == "released":
-            score = released.s_traj(path, found)
-        elif self.mode == "segments":
-            frames = min(self.segment, path.shape[1])
-            score = s_traj_segments(path, found, frames=frames, depth_scale=self.depth_scale)
-        else:
-            score = s_traj(path, found, depth_scale=self.depth_scale)
         factors = parts(path, found, depth_scale=self.depth_scale)
         measured = {
-            "trajectory": score,
+            "trajectory": self.compare(path, found),
             **{f"trajectory_{name}": value for name, value in factors.items()},
             **errors(path, found, depth_scale=self.depth_scale),
         }

@@ -1,0 +1,55 @@
+"""The contrast of captions, against numbers by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from worldr1_jax.algorithms.contrast import contrast
+
+
+def velocities():
+    """Of two samples with four numbers: the own caption misses by 1, the rival by 2."""
+    wanted = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
+    return wanted + 1.0, wanted + 2.0, wanted
+
+
+def test_by_hand():
+    own, rival, wanted = velocities()
+    sigma, lead = jnp.array([0.5, 1.0]), jnp.array([0.6, -0.2])
+    loss, gap = contrast(own, rival, wanted, sigma, lead, sharpness=2.0, margin=1.0)
+    # l = mean square over mean size: 1 and 2, so that the own caption fits better by 1
+    np.testing.assert_allclose(gap, [1.0, -1.0], rtol=1e-5)
+    softplus = np.log1p(np.exp([1.0 - 2.0, 1.0 + 2.0]))
+    np.testing.assert_allclose(
+        loss, [0.6 * 0.5 * softplus[0] / 2, 0.2 * softplus[1] / 2], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("lead", [0.7, -0.7])
+def test_it_leads_to_the_better_caption_and_away_from_the_other(lead):
+    own, rival, wanted = velocities()
+
+    def loss(own, rival):
+        options = {"sharpness": 20.0, "margin": 4.0}
+        return contrast(own, rival, wanted, jnp.ones(2), jnp.full(2, lead), **options)[0].sum()
+
+    to_own, to_rival = jax.grad(loss, argnums=(0, 1))(own, rival)
+    assert (jnp.sign(to_own) == jnp.sign(lead)).all()  # both miss by too much
+    assert (jnp.sign(to_rival) == -jnp.sign(lead)).all()
+
+
+def test_a_pair_that_is_told_apart_counts_no_more():
+    own, _, wanted = velocities()
+    slope = jax.grad(
+        lambda own: contrast(
+            own, wanted + 9, wanted, jnp.ones(2), jnp.ones(2), sharpness=20.0, margin=4.0
+        )[0].sum()
+    )
+    assert float(jnp.abs(slope(own)).max()) < 1e-6
+
+
+def test_no_lead_no_loss():
+    own, rival, wanted = velocities()
+    loss, gap = contrast(own, rival, wanted, jnp.ones(2), jnp.zeros(2), sharpness=20.0, margin=4.0)
+    assert not np.any(loss) and not np.any(gap)
