@@ -1,10 +1,14 @@
 """The contrast of captions, against numbers by hand."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.algorithms import toy
+from worldr1_jax.algorithms.base import Rival
 from worldr1_jax.algorithms.contrast import contrast
 
 
@@ -53,3 +57,21 @@ def test_no_lead_no_loss():
     own, rival, wanted = velocities()
     loss, gap = contrast(own, rival, wanted, jnp.ones(2), jnp.zeros(2), sharpness=20.0, margin=4.0)
     assert not np.any(loss) and not np.any(gap)
+
+
+@pytest.mark.parametrize("name", ["nft", "awm"])
+def test_in_an_update(name):
+    """It moves the gradient, in whatever parts; the rival of a sample that is invalid is not read,
+    and a rival without a lead changes nothing."""
+    algorithm, start = toy.make(name, contrast=3.0), toy.params(moved=0.3)
+    batch, _ = toy.rollout(*start, jax.random.key(1), algorithm=algorithm)
+    lead = jnp.linspace(-1, 1, toy.COUNT)
+    text = jnp.roll(batch.text, 1, axis=0).at[2].set(jnp.nan)
+    batch = replace(batch, valid=batch.valid.at[2].set(False), rival=Rival(text, lead))
+    whole, metrics = toy.gradient(algorithm, start, batch)
+    parts, _ = toy.gradient(algorithm, start, batch, microbatches=4)
+    toy.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    alone, _ = toy.gradient(algorithm, start, replace(batch, rival=Rival(text, 0 * lead)))
+    plain, _ = toy.gradient(toy.make(name), start, replace(batch, rival=None))
+    toy.assert_close(alone, plain, rtol=1e-4, atol=1e-6)
+    assert np.abs(whole["b"] - plain["b"]).max() > 1e-3 and np.isfinite(metrics["loss"])

@@ -25,6 +25,7 @@ def folder(tmp_path_factory):
         ("grpo", {"algorithm.share": "prefix", "algorithm.window_place": "group"}),
         ("nft", {"algorithm.solver": "unipc", "sample.guidance": 3.0, "algorithm.absorb": False}),
         ("awm", {"sample.guidance": 3.0, "advantage.rewards": "each"}),
+        ("nft", {"algorithm.contrast": 4.0, "dynamic.main_updates": 1}),
     ],
 )
 def test_learns_from_two_rollouts(folder, tmp_path, name, changes):
