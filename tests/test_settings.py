@@ -68,7 +68,8 @@ ZERO = {
     "seed", "mesh.data", "sample.guidance", "sample.videos_at_once", "camera.strength",
     "camera.degradation", "rewards.reconstruct.gaussian_frames", "rewards.recon.views",
     "rewards.recon.change_floor", "rewards.recon.change_min", "rewards.recon.texture_min",
-    "algorithm.kl_weight", "algorithm.average_weight", "algorithm.decay", "advantage.floor",
+    "algorithm.kl_weight", "algorithm.average_weight", "algorithm.decay", "algorithm.contrast",
+    "algorithm.margin", "advantage.floor",
     "train.warmup", "train.weight_decay", "train.clip_norm", "train.microbatches",
     "train.ema_decay", "dynamic.dynamic_updates", "watch.diversity", "watch.kl",
     "evaluate.prompts",
@@ -78,6 +79,7 @@ WEIGHTS = re.compile(r"rewards\.(weights|general)\.\w+")
 ONLY = ("rewards.general.hps", "rewards.weights.general")
 JUDGE = ("rewards.judge.height", "rewards.judge.width")  # 0: as the video is
 LEFT = re.compile(r"mesh\.data")  # -1: what is left
+SIGNED = ("algorithm.margin",)
 # Texts of which files are made, or nothing: checked where they are read.
 FREE = re.compile(
     r"variant|prompts|policy\.(weights|text_cache)|sample\.negative_prompt|"
@@ -99,8 +101,8 @@ def is_right(name: str, value: Any) -> bool:
     if value == 0:
         return name in ZERO or bool(WEIGHTS.fullmatch(name))
     if value in (-1, -1e-9):
-        weights = name.startswith("rewards.weights.")
-        return weights or (value == -1 and bool(LEFT.fullmatch(name)))
+        signed = name.startswith("rewards.weights.") or name in SIGNED
+        return signed or (value == -1 and bool(LEFT.fullmatch(name)))
     return (value == () and name in EMPTY) or (
         name == "evaluate.guidances" and value in ((1,), (5, 1), (0, 1, 2))
     )
@@ -179,6 +181,8 @@ MESH_OF_8 = {"data": 8}
     ("changes", "message"),
     [
         ({"group_size": 1}, "group_size is 1"),
+        ({"rewards.weights.trajectory": 0.0}, "algorithm.contrast is not 0, but rewards.weights"),
+        ({"policy.text_cache": "cache"}, "rival captions"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"train.minibatches": 3}, "train.minibatches is 3: the 32 videos of an update do not"),
         ({"train.minibatches": 8, "train.microbatches": 8}, "train.microbatches is 8"),
