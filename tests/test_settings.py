@@ -181,8 +181,6 @@ MESH_OF_8 = {"data": 8}
     ("changes", "message"),
     [
         ({"group_size": 1}, "group_size is 1"),
-        ({"rewards.weights.trajectory": 0.0}, "algorithm.contrast is not 0, but rewards.weights"),
-        ({"policy.text_cache": "cache"}, "rival captions"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"train.minibatches": 3}, "train.minibatches is 3: the 32 videos of an update do not"),
         ({"train.minibatches": 8, "train.microbatches": 8}, "train.microbatches is 8"),
@@ -202,6 +200,19 @@ def test_fields_that_do_not_go_together_are_refused(changes, message):
     config = world.get_config("nano,grpo")
     for name, value in changes.items():
         assert changed(config, name, value)
+    assert re.match(message, refusal(config)), refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rewards.weights.trajectory", 0.0, "algorithm.contrast is not 0, but rewards.weights"),
+        ("policy.text_cache", "cache", "algorithm.contrast is not 0 and policy.text_cache"),
+    ],
+)
+def test_what_a_contrast_of_captions_needs(field, value, message):
+    config = world.get_config("nano,nft")
+    assert changed(config, field, value)
     assert re.match(message, refusal(config)), refusal(config)
 
 
