@@ -100,6 +100,7 @@ def test_a_run_writes_what_people_look_at(unbroken):
     assert all(line["ratio_deviation_first"] <= 1e-6 for line in lines)
     summary = json.loads((unbroken / "summary.json").read_text())
     assert summary["updates"] == UPDATES and summary["seed"] == 0
+    assert {"epipolar", "epipolar_asked", "change"} <= set(summary["heldout"])
     row = summary["heldout"]["total_3d"]
     assert row["paired_ci95"][0] <= row["after"] - row["before"] <= row["paired_ci95"][1]
     assert list((unbroken / "videos").glob("*.mp4")) and list((unbroken / "videos").glob("*.png"))

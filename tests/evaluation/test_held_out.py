@@ -38,7 +38,7 @@ class Reward:
     def __init__(self, turns):
         self.turns, self.choice = turns, choose({"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0})
 
-    def __call__(self, latents, prompts, paths, *, decode, off, timer):
+    def __call__(self, latents, prompts, paths, *, decode, off, timer, seen):
         means = np.zeros(len(prompts), np.float32)
         for turn in range(self.turns):
             places = np.arange(turn, len(prompts), self.turns)

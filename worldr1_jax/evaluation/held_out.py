@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from worldr1_jax import episode
+from worldr1_jax.evaluation import epipolar
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
 from worldr1_jax.fields import each_in_range, in_range
 from worldr1_jax.files import write_atomically
@@ -21,6 +22,7 @@ from worldr1_jax.media import contact_sheet
 from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
+from worldr1_jax.rewards.base import Evidence
 from worldr1_jax.rollout.sample import Sampler, sample_keys
 from worldr1_jax.workdir.metrics import Progress
 
@@ -93,9 +95,11 @@ def measure(
     until all of them are made. `on_batch` is told how many prompts are done.
 
     Returns:
-      {every part of the reward, "total_3d", "change", "diversity"} -> [N]; NaN where a video could
-      not be scored. "total_3d" is S_recon + S_traj; "change" how
-      much a video changes, the mean RMS difference of its frames to its middle one.
+      {every part of the reward, "total_3d", "change", "diversity", "epipolar", "epipolar_asked"}
+      -> [N]; NaN where a video could not be scored. "total_3d" is S_recon + S_traj; "change" how
+      much a video changes, the mean RMS difference of its frames to its middle one. The last two
+      are a witness that is no network: by how many pixels matches miss the epipolar lines of the
+      recovered cameras and of those asked for.
     """
     # Without a negative prompt there is one branch; else one program serves every guidance.
     sampler, scale = Sampler(kind="none"), None if text_null is None else guidance
@@ -112,15 +116,17 @@ def measure(
         rolled = pipeline.roll(
             adapters, repeated, keys, sampler=sampler, text_null=text_null, guidance=scale
         )
-        videos = _Videos(len(chosen), samples, keep=SHOWN - len(shown))
+        videos, cameras = _Videos(len(chosen), samples, keep=SHOWN - len(shown)), _Cameras()
         scores = episode.judge(
-            pipeline, scorer, rolled, wanted=range(len(chosen) * samples), seen=videos.add
-        )
+            pipeline, scorer, rolled, wanted=range(len(chosen) * samples), seen=videos.add,
+            witness=cameras.see,
+        )  # fmt: skip
         shown += [videos.kept[prompt] for prompt in sorted(videos.kept)]
         found = {name: arrays.to_host(values) for name, values in scores.parts.items()}
         spatial = scorer.choice.spatial()
         if spatial:
             found["total_3d"] = np.sum([found[name] for name in spatial], axis=0)
+        found |= cameras.errors(batch * samples)
         rows = {name: v.reshape(batch, samples).mean(1) for name, v in found.items()}
         rows["change"] = videos.change
         if samples > 1:
@@ -167,6 +173,39 @@ class _Videos:
         if self._samples > 1:
             pairs = itertools.combinations(videos, 2)
             self.diversity[prompt] = np.mean([_rms(a - b) for a, b in pairs])
+
+
+class _Cameras:
+    """Epipolar errors of a batch's videos, under the cameras that were recovered and under those
+    asked for, turn by turn; of reconstructed frames, on the host's own devices."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[float, float]] = {}
+
+    def see(self, evidence: Evidence, places: np.ndarray) -> None:
+        """Notes those of one turn; for `episode.judge`."""
+        if evidence.reconstruction is None:
+            return
+        found = evidence.reconstruction
+        size = found.depth.shape[-2:]  # that the intrinsics are of
+        frames, asked, recovered, matrices = (
+            arrays.to_host(x)
+            for x in (evidence.seen, evidence.path, found.camtoworld, found.intrinsics)
+        )
+        scale = np.array([frames.shape[3] / size[1], frames.shape[2] / size[0], 1.0], np.float32)
+        matrices = matrices * scale[:, None]
+        errors = [
+            np.asarray(epipolar.errors(frames, path, matrices)["epipolar"])
+            for path in (recovered, asked)
+        ]
+        self._found |= dict(zip(places.tolist(), zip(*errors, strict=True), strict=True))
+
+    def errors(self, count: int) -> Measures:
+        """Of `count` videos; nothing where none was reconstructed."""
+        if not self._found:
+            return {}
+        recovered, asked = np.array([self._found[place] for place in range(count)]).T
+        return {"epipolar": recovered, "epipolar_asked": asked}
 
 
 def compare(
