@@ -240,7 +240,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
         c.algorithm.clip = 1e-2
     c.dynamic.main_updates, c.dynamic.dynamic_updates = 20, 2
     c.evaluate.prompts, c.evaluate.samples = 128, 2
-    c.evaluate.guidances = (1.0, 2.0, 3.0, 5.0)
+    c.evaluate.guidances, c.evaluate.sweep = (2.0, 3.0, 4.0), 64
 
 
 def _wan(c: ml_collections.ConfigDict, variant: str) -> None:
