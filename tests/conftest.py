@@ -1,26 +1,25 @@
 """Tests run on the CPU, as eight emulated devices, whatever the machine has.
 
-Programs are compiled without LLVM's optimiser, which takes half of the time. WORLDR1_SHAPES=1
-enforces what annotations of the rooms in SHAPED promise about arrays (jaxtyping, beartype).
+What annotations of the rooms in SHAPED promise about arrays is enforced (shapes.py).
 """
 
 import os
 
-FLAGS = {
-    "xla_force_host_platform_device_count": "8",
-    "xla_backend_optimization_level": "0",
-}
+from tests.launching import QUICK
 
 # Before anything imports JAX or the package.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), *(f"--{name}={value}" for name, value in FLAGS.items())]
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *QUICK]
 )
 # For the TPU compiler: nothing here holds a chip, and there is no metadata server to ask.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-import pytest  # noqa: E402
+import jaxtyping
+import pytest
+
+import tests.shapes  # noqa: F401
 
 # Rooms of the mathematics; networks speak of one letter's sizes before and after a layer.
 SHAPED = (
@@ -33,14 +32,14 @@ SHAPED = (
     "rollout",
     "splat",
 )
-# Asked for, not the rule: tests that hand over scalars, or that await a function's own error about
-# a wrong shape, meet the checker first and fail.
-if os.environ.get("WORLDR1_SHAPES"):
-    import jaxtyping
+jaxtyping.install_import_hook([f"worldr1_jax.{room}" for room in SHAPED], "tests.shapes.check")
 
-    import tests.shapes  # noqa: F401
 
-    jaxtyping.install_import_hook([f"worldr1_jax.{room}" for room in SHAPED], "tests.shapes.check")
+def pytest_addoption(parser, pluginmanager):
+    """Without pytest-xdist (-p no:xdist), what pyproject.toml says to it says nothing."""
+    if not pluginmanager.hasplugin("xdist"):
+        for option in ("--numprocesses", "--dist"):
+            parser.addoption(option, help="needs pytest-xdist")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The launchers as the commands that users run."""
+"""The launchers as the commands that users run, and how tests compile."""
 
 import os
 import subprocess
@@ -9,12 +9,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 CONFIG = ROOT / "configs" / "world.py"
+# Programs are compiled without LLVM's optimiser and without XLA's generator of fused kernels,
+# which take most of the time.
+QUICK = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
 
 
 def environment(devices: int = 0, **changes: str) -> dict[str, str]:
-    """That of a launcher on a CPU, as so many emulated devices (0: as many as it makes itself);
-    programs are compiled as conftest.py says."""
-    flags = ["--xla_backend_optimization_level=0"]
+    """That of a launcher on a CPU, as so many emulated devices (0: as many as it makes itself)."""
+    flags = list(QUICK)
     if devices:
         flags.append(f"--xla_force_host_platform_device_count={devices}")
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}

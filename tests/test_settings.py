@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import world
 from worldr1_jax import settings
@@ -125,8 +128,8 @@ def candidates(value: Any) -> tuple[Any, ...]:
 
 
 def changed(config: ml_collections.ConfigDict, name: str, value: Any) -> bool:
-    """Sets a field as a flag would; False where ConfigDict itself refuses the type, or makes a
-    number of True."""
+    """Sets a field as code would; False where ConfigDict itself refuses the type, or has made 1.0
+    of a True for a field of fractions: before `settings.read` sees it, and whatever that may do."""
     *sections, field = name.split(".")
     for section in sections:
         config = config[section]
@@ -134,7 +137,7 @@ def changed(config: ml_collections.ConfigDict, name: str, value: Any) -> bool:
         config[field] = value
     except TypeError:
         return False
-    return not isinstance(value, bool) or config[field] is value
+    return not (value is True and isinstance(config[field], float))
 
 
 def refusal(config: ml_collections.ConfigDict) -> str:
@@ -172,6 +175,19 @@ def test_wrong_values_are_refused_by_name(algorithm):
                 wrong.append(f"{name}={bad!r}: {said or 'accepted'}")
     assert not wrong, "\n".join(wrong)
     assert time.perf_counter() - began < 1.0 * count
+
+
+def test_no_flag_makes_a_number_of_a_switch(monkeypatch):
+    """Nor of a word: a flag's text is read as the kind of number that the field holds."""
+    config = world.get_config("nano,grpo")
+    numbers = [name for name, value in flat(config) if type(value) in (int, float)]
+    assert len(numbers) > 50
+    for name in numbers:
+        monkeypatch.setattr(sys, "argv", ["", f"--config.{name}=True"])  # read at the definition
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_dict("config", config, flag_values=values)
+        with pytest.raises(flags.IllegalFlagValueError, match=re.escape(name)):
+            values(sys.argv)
 
 
 MESH_OF_8 = {"data": 8}

@@ -1,6 +1,5 @@
 """A model small enough for tests of the whole loop: random weights in the publishers' files."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,10 +49,10 @@ def save_weights(folder: Path) -> Path:
         head[...] = 0.3 * jax.random.normal(jax.random.key(4), head.shape)
         return made
 
-    wan_dit.save(fresh(transformer), folder / "transformer")
-    umt5.save(fresh(lambda: umt5.UMT5Encoder(text, nnx.Rngs(1))), folder / "text_encoder")
-    wan_vae.save(fresh(lambda: wan_vae.WanVAE(vae, nnx.Rngs(2))), folder / "vae")
-    da3.save(fresh(lambda: da3.DA3(da3_config(), nnx.Rngs(3))), folder / "da3")
+    wan_dit.save(transformer(), folder / "transformer")
+    umt5.save(umt5.UMT5Encoder(text, nnx.Rngs(1)), folder / "text_encoder")
+    wan_vae.save(wan_vae.WanVAE(vae, nnx.Rngs(2)), folder / "vae")
+    da3.save(da3.DA3(da3_config(), nnx.Rngs(3)), folder / "da3")
     tokenizer.save(folder / "tokenizer")
     return folder
 
@@ -65,15 +64,6 @@ def da3_config() -> da3.Config:
     head = replace(nano.head, features=16, out_channels=(16, 16, 16, 16))
     gaussians = replace(head, output_dim=nano.gs_adapter.raw_dim + 1)
     return replace(nano, net=net, head=head, gs_head=gaussians, process_res=32)
-
-
-def fresh(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """The network that `make` gives, made in one program without LLVM's optimiser: eagerly, the
-    initial values of each leaf's shape are compiled by themselves, which takes three times as
-    long."""
-    graph, _ = nnx.split(nnx.eval_shape(make))
-    options = {"xla_backend_optimization_level": 0}
-    return nnx.merge(graph, jax.jit(lambda: nnx.split(make())[1], compiler_options=options)())
 
 
 def config(folder: Path, variant: str = "nano,grpo", **changes):

@@ -11,12 +11,6 @@ from worldr1_jax import train
 from worldr1_jax.algorithms import base
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Weights of a tiny model."""
-    return tiny.save_weights(tmp_path_factory.mktemp("weights"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name,changes",
@@ -28,9 +22,9 @@ def folder(tmp_path_factory):
         ("nft", {"algorithm.contrast": 4.0, "dynamic.main_updates": 1}),
     ],
 )
-def test_learns_from_two_rollouts(folder, tmp_path, name, changes):
+def test_learns_from_two_rollouts(weights, tmp_path, name, changes):
     config = tiny.config(
-        folder, f"nano,{name}", num_updates=2, **{"evaluate.prompts": 0}, **changes
+        weights, f"nano,{name}", num_updates=2, **{"evaluate.prompts": 0}, **changes
     )  # fmt: skip
     train.run(config, str(tmp_path / "run"))
     lines = Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()

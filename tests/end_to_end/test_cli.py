@@ -52,6 +52,12 @@ def test_xla_is_asked_before_it_is_given_a_flag():
         assert done.stdout.strip() in (want, "lacks it")
 
 
+def test_there_is_a_test_of_every_launcher():
+    scripts = {path.stem for path in LAUNCH.glob("*.py")} - {"cli", "config_help"}
+    tests = Path(__file__).with_name("test_launchers.py").read_text("utf-8")
+    assert not [script for script in scripts if f'"{script}"' not in tests]
+
+
 # -- help and wrong input
 
 

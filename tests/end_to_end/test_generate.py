@@ -3,16 +3,13 @@ launchers refuse."""
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import launching, tiny
 from worldr1_jax import settings
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import umt5
@@ -25,7 +22,6 @@ from worldr1_jax.policies.base import POLICY, VAE
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.workdir.checkpoint import Checkpointer, check_workdir
 
-ROOT = Path(__file__).parents[2]
 CHANGES = {
     "sample.guidance": 2.0, "sample.steps": 3, "algorithm.window_range": (0, 2),
     "algorithm.window": 1,
@@ -169,11 +165,7 @@ def test_a_damaged_run_and_a_wrong_kind_are_named(run, folder, tmp_path):
 
 
 def launch(script, *arguments, stdin=""):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, f"launch/{script}.py", "--config=configs/world.py:nano,grpo", *arguments],
-        cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    return launching.launch(script, *arguments, variant="nano,grpo", stdin=stdin)
 
 
 def test_launchers_export_and_generate(folder, run, tmp_path):

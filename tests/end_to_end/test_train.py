@@ -1,8 +1,8 @@
 """The whole loop on tiny random weights: what it writes, kills and resumes, meshes, wrong input."""
 
 import json
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests import tiny
+from tests.launching import environment
 from worldr1_jax import train
 from worldr1_jax.mesh import make as meshes
 
@@ -43,10 +44,9 @@ def cache(tmp_path_factory):
 
 
 def start(folder, workdir, cache):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SCRIPT, str(folder), str(workdir), str(cache)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
 
@@ -69,6 +69,16 @@ def final_state(workdir):
     ]
     manager.close()
     return step, tiny.leaves(state)
+
+
+def assert_same_end(workdir, unbroken):
+    """The same bits in the last checkpoint, and a line for each update."""
+    step, leaves = final_state(workdir)
+    want_step, want = final_state(unbroken)
+    assert step == want_step == UPDATES
+    assert all(np.array_equal(a, b) for a, b in zip(leaves, want, strict=True))
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in lines] == list(range(UPDATES))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,19 @@ def test_a_run_writes_what_people_look_at(unbroken):
     assert len(list((unbroken / "checkpoints").iterdir())) == 3  # the newest k
 
 
+def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(folder, cache, unbroken, tmp_path):
+    """As if the machine had gone while the update after the checkpoint was running."""
+    workdir = tmp_path / "cut"
+    shutil.copytree(unbroken, workdir)
+    for step in (UPDATES - 1, UPDATES):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    (workdir / "summary.json").unlink()
+    finish(start(folder, workdir, cache))
+    assert_same_end(workdir, unbroken)
+    assert json.loads((workdir / "summary.json").read_text())["updates"] == UPDATES
+
+
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(folder, cache, unbroken, tmp_path):
     rng = random.Random(0)
     for kill in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
@@ -122,16 +145,10 @@ def test_a_killed_run_ends_with_the_same_bits(folder, cache, unbroken, tmp_path)
         if kill == signal.SIGTERM:
             assert process.returncode == 0, errors.decode()[-2000:]
     finish(start(folder, tmp_path, cache))
-    step, leaves = final_state(tmp_path)
-    want_step, want = final_state(unbroken)
-    assert step == want_step == UPDATES
-    assert all(np.array_equal(a, b) for a, b in zip(leaves, want, strict=True))
-    lines = [
-        json.loads(line)["update"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert lines == list(range(UPDATES))
+    assert_same_end(tmp_path, unbroken)
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
     results = []
     # The one device samples and scores four of its videos at a time; the networks of the eight wait
@@ -219,17 +236,19 @@ def test_a_workdir_of_another_config_is_refused_and_kept(folder, unbroken, monke
     assert before == {p: p.stat().st_mtime_ns for p in unbroken.rglob("*") if p.is_file()}
 
 
+def slow(*arguments):
+    """A case that starts one process more."""
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--config=configs/world.py:huge"],
-            "unknown variant 'huge': use one of nano, small, large",
-        ),
-        (["--config=configs/world.py", "--config.train.lr=3"], "the config has no field train.lr"),
-        (["--config=configs/nope.py"], "configs/nope.py, which is no file"),
-        ([], "--config is missing"),
+        (["--config=configs/world.py:huge"], "'huge': use one of nano, small, large"),
         (["--config=configs/world.py", "--config.prompts="], "prompts is empty"),
+        slow(["--config=configs/world.py", "--config.train.lr=3"], "has no field train.lr"),
+        slow(["--config=configs/nope.py"], "configs/nope.py, which is no file"),
+        slow([], "--config is missing"),
     ],
 )
 def test_the_launcher_answers_in_one_sentence(arguments, message, tmp_path):

@@ -225,6 +225,7 @@ def test_the_giant_of_a_nested_model(golden, outputs, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state, nnx.state(golden[1], nnx.Param))
 
 
+@pytest.mark.slow
 def test_nano_shapes_and_gradients():
     config = da3.Config.nano()
     small = dataclasses.replace(config.net, embed_dim=16, depth=4, out_layers=(0, 1, 2, 3))

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from tests import tiny
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import lora_files, lora_names
 from worldr1_jax.nn import lora
@@ -202,7 +201,7 @@ def test_differences_of_whole_weights_are_added_on_request(tmp_path):
     }  # fmt: skip
     added = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
     save_file(comfy(added), tmp_path / "x.safetensors")
-    model = tiny.fresh(lambda: wan_dit.WanDiT(CONFIG, nnx.Rngs(0)))
+    model = wan_dit.WanDiT(CONFIG, nnx.Rngs(0))
     before = {k: np.asarray(v.get_raw_value()) for k, v in convert.leaves(model).items()}
     lora_files.into(model, tmp_path)
     changed = {
@@ -304,7 +303,7 @@ def test_half_a_pair_and_a_truncated_file_are_named(tmp_path):
 
 def test_attached_and_merged_give_one_answer():
     """Merging rounds x (W + s A B) in another order than x W + s (x A) B: 1e-5 of the spread."""
-    model = tiny.fresh(lambda: wan_dit.WanDiT(CONFIG, nnx.Rngs(0)))
+    model = wan_dit.WanDiT(CONFIG, nnx.Rngs(0))
     head = model.proj_out.kernel
     head[...] = 0.3 * jax.random.normal(jax.random.key(4), head.shape)
     inputs = (

@@ -386,6 +386,7 @@ def test_flops_are_the_programs():
     assert four.flops(450, 1, (384, 640)) == pytest.approx(6.0e12, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_small_one_learns():
     """Bright or dark, by steps of Adam on the very network that reads files: gradients reach every
     leaf, and the images."""

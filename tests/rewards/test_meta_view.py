@@ -160,6 +160,7 @@ def test_gaussians_of_fewer_frames_are_split_by_their_own(room):
     np.testing.assert_array_equal(score, again)
 
 
+@pytest.mark.slow
 def test_as_a_reward_with_the_right_gradient(room):
     """The class says what the function says; every gradient is finite, and that of the colours has
     the slope of a finite difference."""

@@ -29,7 +29,16 @@ def options(weights):
 
 @pytest.fixture(scope="module")
 def scorer(options):
-    return build(WEIGHTS, **options)
+    """Beside ours a judge on the host, which no program holds."""
+    return build(WEIGHTS | {pleased: 1.0}, **options)
+
+
+def pleased(videos, prompts, camtoworld):
+    """A judge that answers alike whatever it is shown."""
+    return np.ones(len(prompts))
+
+
+OFF = ("pleased",)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,7 @@ def given():
 def wanted(scorer, given):
     """What the convenience object says."""
     videos, paths = given
-    scores = scorer(videos, PROMPTS, np.asarray(paths))
+    scores = scorer(videos, PROMPTS, np.asarray(paths), off=OFF)
     assert scores.valid.all()
     return scores
 
@@ -64,7 +73,7 @@ def test_it_is_one_function_with_a_gradient(scorer, given, wanted):
     @jax.jit
     def program(networks, videos, paths, asked):
         def loss(videos):
-            scores = scorer.score(networks, videos, paths, asked)
+            scores = scorer.score(networks, videos, paths, asked, OFF)
             return -scores.total.sum(), scores
 
         (_, scores), gradient = jax.value_and_grad(loss, has_aux=True)(videos)
@@ -78,7 +87,7 @@ def test_it_is_one_function_with_a_gradient(scorer, given, wanted):
 
 def test_it_is_batched(scorer, given, wanted):
     """Without S_recon, whose loops over tiles a batch would only nest deeper."""
-    off = ("recon",)
+    off = ("recon", *OFF)
 
     def one(video, path, asked):
         lone = jax.tree.map(lambda leaf: leaf[None], (video, path, asked))
@@ -149,21 +158,15 @@ def test_a_function_that_answers_badly_is_named(given):
 # -- videos that are no videos
 
 
-def pleased(videos, prompts, camtoworld):
-    """A judge that answers alike whatever it is shown."""
-    return np.ones(len(prompts))
-
-
 @pytest.mark.parametrize(
     "off", [(), ("recon", "trajectory"), ("recon", "trajectory", "general"),
             ("recon", "trajectory", "pleased")],
 )  # fmt: skip
-def test_a_video_that_is_not_finite_wins_in_no_phase(options, given, off):
+def test_a_video_that_is_not_finite_wins_in_no_phase(scorer, given, off):
     """Not where all 3D rewards are off, not by a prompt that names no colour, and not by a judge
     that likes everything."""
     videos, paths = given
     broken = videos.at[2].set(jnp.nan).at[3, 1, 4, 5, 0].set(jnp.inf)
-    scorer = build(WEIGHTS | {pleased: 1.0}, **options)
     scores = scorer(broken, PROMPTS, np.asarray(paths), off=off)
     assert scores.valid.tolist() == [True, True, False, False]
     assert np.isnan(scores.total[2:]).all() and np.isfinite(scores.total[:2]).all()

@@ -39,12 +39,11 @@ def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, 
         reward(videos, prompts, paths)
 
 
-@pytest.mark.parametrize("at_once", [0, 1, 2])
-def test_videos_may_be_made_as_they_are_scored(at_once):
+@pytest.mark.parametrize("at_once", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1))])
+def test_videos_may_be_made_as_they_are_scored(weights, at_once):
     """From what stands for them, here their bytes, some at a time; the scores are the same."""
-    reward = build(
-        WEIGHTS, recon=SSIM, reconstruct={"frame_stride": 8}, videos_at_once=at_once
-    )  # fmt: skip
+    options = {"frame_stride": 8, "da3": str(weights / "da3")}
+    reward = build(WEIGHTS, recon=SSIM, reconstruct=options, videos_at_once=at_once)
     truth = nano_videos.sample(5, 4)
     videos = np.asarray(truth.video, np.float32) / 255
     want = reward(videos, truth.captions, truth.camtoworld)
@@ -96,6 +95,7 @@ def test_videos_that_show_nothing_cannot_be_learnt_from(reward):
     assert alone.valid.all() and (alone.total[:2] < 0.01).all()
 
 
+@pytest.mark.slow
 def test_half_precision_changes_scores_little():
     truth = nano_videos.sample(3, 2)
     video = jnp.asarray(truth.video, jnp.float32) / 255

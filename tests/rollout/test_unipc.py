@@ -83,7 +83,7 @@ def test_exact_for_polynomials_in_log_snr(order, power):
     sigmas = np.asarray(solver.sigmas, np.float64)
     log_snr = np.log((1 - sigmas[:-1]) / sigmas[:-1])
     predicted, corrected = run(
-        solver, jnp.ones(()), lambda x, i: (x - log_snr[i] ** power) / solver.sigmas[i]
+        solver, jnp.ones(1), lambda x, i: (x - log_snr[i] ** power) / solver.sigmas[i]
     )
     # the antiderivative of e^l l^power
     terms = np.polynomial.Polynomial([0] * power + [1])

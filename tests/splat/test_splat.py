@@ -171,7 +171,9 @@ def test_both_ways_to_sort_by_tile_agree():
         np.testing.assert_array_equal(a[:kept], b[:kept])
 
 
-@pytest.mark.parametrize("renderer", [splat.render, exact])
+@pytest.mark.parametrize(
+    "renderer", [splat.render, pytest.param(exact, marks=pytest.mark.slow)], ids=["tiles", "exact"]
+)
 def test_gradients_match_finite_differences(renderer):
     size = (10, 12)
     gaussians, poses, matrices = scene(count=25, opacity=(0.3, 0.8), size=size)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LEVELS = ("sd3", "linear", "constant")
+Level = float | Float[Array, "..."]  # a sigma or a std: one number, or one a sample [B 1 ...]
 
 
 class Step(NamedTuple):
@@ -54,10 +55,10 @@ def noise_level(
 def flow_sde(
     x: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
-    sigma: Float[Array, "..."],
-    sigma_next: Float[Array, "..."],
+    sigma: Level,
+    sigma_next: Level,
     eta: float,
-    sigma_clamp: Float[Array, ""],
+    sigma_clamp: float | Float[Array, ""],
     level: str = "sd3",
 ) -> Step:
     """Euler-Maruyama step of the SDE that has the marginals of the flow's ODE.
@@ -82,8 +83,8 @@ def flow_sde(
 def cps(
     x: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
-    sigma: Float[Array, "..."],
-    sigma_next: Float[Array, "..."],
+    sigma: Level,
+    sigma_next: Level,
     eta: float,
 ) -> Step:
     """Coefficients-preserving step: part of the predicted noise is replaced by fresh noise.
@@ -102,8 +103,8 @@ def cps(
 def ode(
     x: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
-    sigma: Float[Array, "..."],
-    sigma_next: Float[Array, "..."],
+    sigma: Level,
+    sigma_next: Level,
 ) -> Float[Array, "B ..."]:
     """Deterministic Euler step `x + v dt`, float32."""
     x, v, sigma, sigma_next = _float32(x, v, sigma, sigma_next)
@@ -111,7 +112,7 @@ def ode(
 
 
 def log_prob(
-    x_next: Float[Array, "B ..."], mean: Float[Array, "B ..."], std: Float[Array, "..."]
+    x_next: Float[Array, "B ..."], mean: Float[Array, "B ..."], std: Level
 ) -> Float[Array, " B"]:
     """Log-density of `x_next`, as the mean over latent dimensions (not the sum).
 
@@ -126,7 +127,7 @@ def log_prob(
 
 
 def kl(
-    mean: Float[Array, "B ..."], mean_ref: Float[Array, "B ..."], std: Float[Array, "..."]
+    mean: Float[Array, "B ..."], mean_ref: Float[Array, "B ..."], std: Level
 ) -> Float[Array, " B"]:
     """KL of two steps with one std: `(mean - mean_ref)^2 / (2 std^2)`, mean over latent dims."""
     mean, mean_ref, std = _float32(mean, mean_ref, std)
