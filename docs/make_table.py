@@ -1,6 +1,7 @@
 """The table of docs/results.md, from the summary.json of several runs.
 
-python docs/make_table.py runs/seed0 runs/seed1    # a column each, Markdown on stdout
+python docs/make_table.py runs/seed0 runs/seed1           # a column each, Markdown on stdout
+python docs/make_table.py --same runs/seed0 runs/seed1    # the base at the policy's own guidance
 """
 
 import argparse
@@ -30,18 +31,28 @@ def cell(row: dict) -> str:
     return f"{numbers} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+def compared(run: dict, same: bool) -> dict:
+    """The rows of a run; where the policy's guidance is the base's best, there is one table."""
+    return run.get("heldout_same_guidance", run["heldout"]) if same else run["heldout"]
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="workdirs of finished runs")
-    runs = [json.loads((run / "summary.json").read_text()) for run in parser.parse_args().runs]
-    print("| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |")
-    print("| --- |" + " --- |" * len(runs))
-    print("| guidance of the base, its best | " + " | ".join(
-        f"{run['heldout_guidance']['before']:g}" for run in runs) + " |")  # fmt: skip
+    parser.add_argument("--same", action="store_true", help="both at the policy's guidance")
+    given = parser.parse_args()
+    runs = [json.loads((run / "summary.json").read_text()) for run in given.runs]
+    place = "after" if given.same else "before"
+    lines = {
+        "": [f"seed {run['seed']}" for run in runs],
+        "---": ["---"] * len(runs),
+        "guidance of the base": [f"{run['heldout_guidance'][place]:g}" for run in runs],
+    }
     for name, title in ROWS.items():
-        print(f"| {title} | " + " | ".join(cell(run["heldout"][name]) for run in runs) + " |")
-    print("| seconds | " + " | ".join(f"{run['seconds']:.0f}" for run in runs) + " |")
+        lines[title] = [cell(compared(run, given.same)[name]) for run in runs]
+    lines["seconds"] = [f"{run['seconds']:.0f}" for run in runs]
+    print("\n".join(f"| {title} | {' | '.join(cells)} |" for title, cells in lines.items()))
 
 
 if __name__ == "__main__":
