@@ -139,7 +139,9 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _start(weights, workdir, cache, *, updates, processes=1, devices=8, second=(), **fields):
+def _start(
+    weights, workdir, cache, *, updates, processes=1, devices=8, second=(), heartbeat=60, **fields
+):
     """Starts the launcher once a process and returns the processes; `second` are fields of process
     1 alone."""
     port = _free_port()
@@ -153,7 +155,7 @@ def _start(weights, workdir, cache, *, updates, processes=1, devices=8, second=(
         command = [
             sys.executable, str(ROOT / "launch" / "tpu_train.py"),
             f"--config={ROOT / 'configs' / 'world.py'}:nano,grpo", f"--workdir={workdir}",
-            f"--compilation_cache={cache}", "--heartbeat=10",
+            f"--compilation_cache={cache}", f"--heartbeat={heartbeat}",
             *(f"--config.{name}={value}" for name, value in settings.items()),
         ]  # fmt: skip
         if processes > 1:
@@ -251,7 +253,7 @@ def test_two_processes_stop_together_and_one_that_hangs_ends_the_other(weights, 
         pair[1].kill()
         pair[1].communicate()
     assert pair[0].returncode == 1 and "Traceback" not in errors
-    assert "error: host 1 has been silent for 10 seconds, and no host goes on" in errors
+    assert "error: host 1 has been silent for 60 seconds, and no host goes on" in errors
 
 
 @pytest.mark.slow
