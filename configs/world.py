@@ -62,6 +62,8 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.policy = ml_collections.ConfigDict()  # (policies/base.py: Options)
     # folder in diffusers' layout, of Wan-Video's own release, or of launch/convert_weights.py
     c.policy.weights = ""
+    # what training starts from: the workdir of another run, or a file or folder of LoRA; "": fresh
+    c.policy.adapters = ""
     # folder of launch/encode_prompts.py, with which the text encoder is not loaded; "": encode
     c.policy.text_cache = ""
     # decode by chunks of frames: memory that does not grow with their number

@@ -18,6 +18,16 @@ import config_help
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+
+def _stopped(number: int, *_: object) -> NoReturn:
+    """What is on disk is whole, whenever this comes."""
+    os.write(2, b"\nstopped; the same command goes on from what is on disk\n")
+    os._exit(128 + number)
+
+
+for _number in (signal.SIGTERM, signal.SIGINT):  # first of all: imports take seconds
+    signal.signal(_number, _stopped)
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # transformers only misses torch, which nobody needs here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -48,14 +58,19 @@ def run(main: Callable[[], object], workdir: str = "runs/world") -> None:
     flags.set_default(WORKDIR, workdir)
 
     def guarded(_: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # orbax reports every rename at INFO
+        logging.set_verbosity(logging.WARNING)
+        # Orbax prints the traceback of what it raises as well, which is said in a sentence.
+        logging.get_absl_handler().addFilter(lambda record: "/orbax/" not in record.pathname)
         try:
             _check_backend()
-            main()
+            from worldr1_jax.workdir.stop import listening
+
+            with listening(_stopped):
+                main()
         except (ValueError, OSError) as error:
             if TRACEBACK.value:
                 raise
-            _stop(_sentence(error))
+            _stop(sentence(error))
 
     app.run(guarded, flags_parser=_parse)
 
@@ -270,7 +285,7 @@ def _last_line(error: Exception) -> str:
     return lines[-1].removeprefix("ValueError: ")
 
 
-def _sentence(error: ValueError | OSError) -> str:
+def sentence(error: ValueError | OSError) -> str:
     """What is said of an error: OSErrors name their file first."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"

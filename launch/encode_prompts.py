@@ -19,6 +19,7 @@ def main() -> None:
 
     from worldr1_jax import settings
     from worldr1_jax.data import text_cache
+    from worldr1_jax.files import check_writable
     from worldr1_jax.mesh import placement
     from worldr1_jax.policies.base import family
     from worldr1_jax.policies.stages import TextStage
@@ -38,6 +39,7 @@ def main() -> None:
     texts = settings.texts(found, settings.load_prompts(found))
     made_by, tokens = settings.text_fingerprint(found), found.policy.text_tokens
     dtype, folder = jnp.dtype(found.policy.dtype), resolve(found.policy.weights)
+    check_writable(cli.WORKDIR.value)
     encoder = family(folder).load_text(folder, mesh=mesh, tokens=tokens, dtype=dtype)
     each = max(BATCH.value // placement.batch_parts(mesh, "sequences"), 1)
     encode = TextStage(encoder, mesh, at_once=each)

@@ -10,8 +10,6 @@ Whatever the config says can be set: --config.seed, --config.sample.steps, .shif
 .width, --config.mesh.fsdp. The same prompt, seed and batch give the same bytes.
 """
 
-from pathlib import Path
-
 import cli
 from absl import flags
 
@@ -35,6 +33,7 @@ def main() -> None:
     import jax
 
     from worldr1_jax import settings
+    from worldr1_jax.files import check_writable
     from worldr1_jax.media import write_mp4
     from worldr1_jax.mesh import placement
     from worldr1_jax.policies import generate
@@ -57,6 +56,7 @@ def main() -> None:
             raise ValueError("--sampler=unipc undoes --config.camera.mode=step: use initial")
         solver = unipc.make(found.sample.steps, found.sample.shift, ORDER.value)
     adapters = settings.load_adapters(found, ADAPTERS.value, KIND.value)
+    folder = check_writable(cli.WORKDIR.value)
     pipeline = settings.build_pipeline(found, mesh, None, adapters)
     progress = Progress(wanted, unit="video")
     videos = generate.generate(
@@ -64,7 +64,7 @@ def main() -> None:
         batch=BATCH.value or placement.batch_parts(mesh), solver=solver,
     )  # fmt: skip
     for done, made in enumerate(videos):
-        path = Path(cli.WORKDIR.value) / f"{made.name}.mp4"
+        path = folder / f"{made.name}.mp4"
         if jax.process_index() == 0:
             write_mp4(path, made.video, config.fps)
         progress.update(done)

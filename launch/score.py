@@ -26,7 +26,7 @@ def main() -> None:
     """Scores one video after the other; those that cannot be judged say why."""
     from worldr1_jax import settings
     from worldr1_jax.evaluation import scoring
-    from worldr1_jax.files import write_atomically
+    from worldr1_jax.files import check_writable, write_atomically
     from worldr1_jax.workdir.metrics import write_summary
 
     config = cli.CONFIG.value
@@ -41,8 +41,8 @@ def main() -> None:
         raise ValueError("there is no video: give --video and --prompt, or --list=file.jsonl")
     found = settings.read(config)
     found.rewards.check()
+    folder, rows = check_writable(cli.WORKDIR.value), []
     scorer = settings.build_scorer(found, settings.scoring_mesh(found))
-    folder, rows = Path(cli.WORKDIR.value), []
     for row in scoring.score(
         scorer, pairs, magnitudes=found.camera.units, most_frames=found.run.frames,
         with_pictures=PICTURES.value,
@@ -54,6 +54,7 @@ def main() -> None:
     print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)
     records = [dataclasses.asdict(row) | {"picture": bool(row.picture)} for row in rows]
     write_summary(folder / "scores.json", {"videos": records})
+    scoring.check_any(rows)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ python launch/tpu_train.py --config=configs/world.py
 python launch/tpu_train.py --config=configs/world.py:small --config.policy.weights=... --workdir=...
 """
 
-import os
-import sys
 from pathlib import Path
 
 import cli
@@ -30,13 +28,12 @@ def main() -> None:
     import jax
 
     from worldr1_jax import train
+    from worldr1_jax.mesh import hosts
 
     config = cli.CONFIG.value
+    host = None
     if DISTRIBUTED.value:
-        jax.distributed.initialize(
-            COORDINATOR.value, PROCESSES.value, PROCESS.value,
-            heartbeat_timeout_seconds=HEARTBEAT.value,
-        )  # fmt: skip
+        host = hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value)
     else:
         cli.use_cpu_well_for(config)
     # The second start of a run, or a resume, then compiles nothing.
@@ -45,20 +42,13 @@ def main() -> None:
     try:
         train.run(config, cli.WORKDIR.value)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if host is None:
             raise
-        _give_up(str(error))
-
-
-def _give_up(reason: str) -> None:
-    """Ends this process of several. The others may be gone, so nothing waits for them."""
-    print(
-        "error: this host lost the others, one of which has probably ended "
-        f"({reason.splitlines()[0][:200]}); start the same command on every host, and the run goes "
-        "on from its newest checkpoint",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-    os._exit(1)
+        host.lost(str(error).splitlines()[0][:200])
+    except (ValueError, OSError) as error:
+        if host is None or cli.TRACEBACK.value:
+            raise
+        host.leave(cli.sentence(error))
 
 
 if __name__ == "__main__":

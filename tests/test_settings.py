@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import world
-from worldr1_jax import settings
+from tests import tiny
+from worldr1_jax import settings, timing
 from worldr1_jax.algorithms import base as algorithms
 from worldr1_jax.data.prompts import PromptSets
 from worldr1_jax.mesh.make import make_mesh
@@ -85,7 +87,7 @@ LEFT = re.compile(r"mesh\.data")  # -1: what is left
 SIGNED = ("algorithm.margin",)
 # Texts of which files are made, or nothing: checked where they are read.
 FREE = re.compile(
-    r"variant|prompts|policy\.(weights|text_cache)|sample\.negative_prompt|"
+    r"variant|prompts|policy\.(weights|adapters|text_cache)|sample\.negative_prompt|"
     r"rewards\.(reconstruct\.da3|recon\.lpips|\w+\.(weights|tokenizer))"
 )
 EMPTY = {"idle_on_host", "evaluate.guidances", "dynamic.off"}
@@ -241,6 +243,7 @@ def test_what_a_contrast_of_captions_needs(field, value, message):
         ({"policy.weights": "nowhere"}, "'nowhere'"),
         ({"rewards.reconstruct.da3": "nowhere"}, "'nowhere'"),
         ({"policy.text_cache": "nowhere"}, "nowhere"),
+        ({"policy.adapters": "nowhere"}, "nowhere"),
     ],
 )
 def test_what_does_not_fit_the_mesh_or_the_files_is_refused(changes, message):
@@ -262,3 +265,32 @@ def test_fields_that_are_unknown_or_missing_are_refused():
         with config.unlocked():
             del config[section]
         assert section in refusal(config)
+
+
+def test_advice_on_memory_names_fields_and_what_a_resume_may_change():
+    names = [name for name, _ in flat(world.get_config("nano,grpo"))]
+    for first, then in (*timing.SETTINGS.values(), timing._OTHERS):
+        for name in re.findall(r"[a-z]\w+[._]\w[\w.]+", f"{first}, {then}"):
+            assert name in names, name
+        for name in re.findall(r"[a-z]\w+[._]\w[\w.]+", first):
+            assert {name, name.partition(".")[0]} & set(settings.MAY_CHANGE), name
+
+
+def test_what_paths_hold_counts_and_not_where_they_lead(tmp_path, weights):
+    """Another copy is the same; the same path with other weights is not."""
+    copied = shutil.copytree(weights, tmp_path / "copy")
+    prompts = PromptSets(("a",), ("b",), ("c",))
+
+    def contents(folder, prompts=prompts):
+        return settings.contents(settings.read(tiny.config(folder)), prompts)
+
+    here = contents(weights)
+    assert {"prompts", "policy.weights", "rewards.reconstruct.da3"} == set(here)
+    assert contents(copied) == here != contents(weights, PromptSets(("a",), ("x",)))
+    assert contents(weights, PromptSets(("a",), ("b",))) == here  # none are learnt from
+    (copied / "README.md").write_text("no weights")
+    assert contents(copied) == here
+    with (copied / "da3" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    assert contents(copied)["rewards.reconstruct.da3"] != here["rewards.reconstruct.da3"]

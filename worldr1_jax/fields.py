@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from worldr1_jax.files import short
+
 
 def in_range(owner: Any, **ranges: tuple[float, float]) -> None:
     """Raises ValueError, naming the field, for a value that is no finite number of its closed
@@ -15,7 +17,9 @@ def in_range(owner: Any, **ranges: tuple[float, float]) -> None:
         value, whole = getattr(owner, name), kinds[name] in (int, "int")
         if not is_number(value, low, high, whole):
             kind = "a whole number" if whole else "a number"
-            raise ValueError(f"{name} is {value!r}: it has to be {kind} in [{low:g}, {high:g}]")
+            raise ValueError(
+                f"{name} is {short(repr(value))}: it has to be {kind} in [{low:g}, {high:g}]"
+            )
 
 
 def each_in_range(
@@ -27,7 +31,9 @@ def each_in_range(
         right = isinstance(values, tuple) and (length is None or len(values) == length)
         if not right or not all(is_number(value, low, high, whole) for value in values):
             kind = f"{'' if length is None else f'{length} '}{'whole ' if whole else ''}numbers"
-            raise ValueError(f"{name} is {values!r}: it has to be {kind} in [{low:g}, {high:g}]")
+            raise ValueError(
+                f"{name} is {short(repr(values))}: it has to be {kind} in [{low:g}, {high:g}]"
+            )
 
 
 def is_number(value: Any, low: float, high: float, whole: bool = False) -> bool:
@@ -43,7 +49,9 @@ def one_of(owner: Any, **choices: Sequence[str]) -> None:
     for name, known in choices.items():
         value = getattr(owner, name)
         if value not in known:
-            raise ValueError(f"{name} is {value!r}: it has to be one of {', '.join(known)}")
+            raise ValueError(
+                f"{name} is {short(repr(value))}: it has to be one of {', '.join(known)}"
+            )
 
 
 def each_of(owner: Any, **choices: Sequence[str]) -> None:
@@ -52,7 +60,7 @@ def each_of(owner: Any, **choices: Sequence[str]) -> None:
         of_kind(owner, tuple, name)
         strange = [value for value in getattr(owner, name) if value not in known]
         if strange:
-            raise ValueError(f"{name} names {strange[0]!r}: it knows {', '.join(known)}")
+            raise ValueError(f"{name} names {short(repr(strange[0]))}: it knows {', '.join(known)}")
 
 
 def of_kind(owner: Any, kind: type, *names: str) -> None:
@@ -60,7 +68,7 @@ def of_kind(owner: Any, kind: type, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if not isinstance(value, kind):
-            raise ValueError(f"{name} is {value!r}: it has to be {KINDS[kind]}")
+            raise ValueError(f"{name} is {short(repr(value))}: it has to be {KINDS[kind]}")
 
 
 KINDS = {str: "a text", bool: "True or False", tuple: "a tuple"}

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,31 @@ def named(path: PathLike, doing: str = "read") -> Iterator[None]:
         raise ValueError(f"{short(str(path))} cannot be {doing}: {reason}") from error
 
 
+@contextlib.contextmanager
+def stored(path: PathLike) -> Iterator[None]:
+    """The same for what tensorstore says, in pages, when it cannot write below a path."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else short(str(error).split("\n")[0])
+        raise ValueError(f"{short(str(path))} cannot be written: {reason}") from error
+
+
 def make_folder(path: PathLike) -> Path:
     """Makes a folder and those above it, and returns it; ValueError where that cannot be."""
     folder = local(path)
     with named(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_writable(path: PathLike) -> Path:
+    """Makes a folder (see `make_folder`) and returns it; ValueError where no file can be made in
+    it, which is better known before an hour's work than after it."""
+    folder = make_folder(path)
+    with named(folder, "written to"), tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 def write_atomically(path: PathLike, content: bytes) -> None:

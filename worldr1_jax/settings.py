@@ -8,6 +8,7 @@ compiles before `read` has passed; below this module, functions take plain argum
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -36,6 +37,7 @@ from worldr1_jax.mesh.compiler import Jit
 from worldr1_jax.nano import captions
 from worldr1_jax.nn.layers import HELD
 from worldr1_jax.nn.lora import Adapters
+from worldr1_jax.policies.adapters import strength_of
 from worldr1_jax.policies.base import POLICY, TEXT, VAE, Options, Work, family
 from worldr1_jax.policies.stages import Pipeline, Sampling
 from worldr1_jax.rewards import Scorer
@@ -55,11 +57,12 @@ IDLE = (TEXT, VAE, POLICY, "rewards")  # networks that may wait on the hosts
 # the compiler has refused.
 BLOCK = 160
 
-# What a resume may change without becoming another run: what changes no bit of what is learnt, and
-# how long.
+# What a resume may change without becoming another run: memory, speed, pictures, and how long. Of
+# what is learnt it changes the rounding of sums at most, as another mesh does.
 MAY_CHANGE = (
     "num_updates", "checkpoint_every", "checkpoint_keep", "videos_every", "evaluate", "fps", "mesh",
-    "idle_on_host", "policy.text_cache", "policy.chunked_vae", "sample.videos_at_once",
+    "idle_on_host", "policy.text_cache", "policy.chunked_vae", "policy.remat",
+    "sample.videos_at_once", "train.microbatches",
 )  # fmt: skip
 
 SECTIONS: Mapping[str, type] = {
@@ -224,6 +227,8 @@ def _check_parts(videos: int, rules: learning.Rules) -> None:
 def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.PromptSets) -> None:
     """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
     check_policy(found)
+    if found.policy.adapters:
+        load_adapters(found, [found.policy.adapters])
     found.rewards.check()
     cache = open_text_cache(found)
     if cache is not None:
@@ -245,34 +250,49 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
         )
 
 
+def contents(found: Settings, prompts: prompt_files.PromptSets) -> dict[str, str]:
+    """Field of the config that names files -> hash of what they hold, as far as it is learnt from.
+    What ships with the package ("nano") goes by its version."""
+    start = strength_of(found.policy.adapters)[0]
+    run = Path(start) / "checkpoints"  # of another run, which has more that is not learnt from
+    used = (prompts.train, prompts.dynamic if found.dynamic.dynamic_updates else ())
+    return {
+        "prompts": hashlib.sha256(repr(used).encode()).hexdigest(),
+        **{
+            one.field: _held(one.value)
+            for one in (_policy(found), *found.rewards.needed())
+            if one.value != "nano"
+        },
+        **({"policy.adapters": _held(run if run.is_dir() else start)} if start else {}),
+    }
+
+
+def _held(path: str | Path) -> str:
+    return text_cache.fingerprint([path])
+
+
 def identity(
-    found: Settings, config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets
+    config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets, contents: Mapping[str, str]
 ) -> dict[str, str]:
-    """What hosts have to have in common, as texts: config, prompts, code, and the sizes of their
-    files of weights."""
-    folders = [found.policy.weights, found.rewards.reconstruct.da3]
-    files = [
-        (path.relative_to(root).as_posix(), path.stat().st_size)
-        for root in map(Path, filter(None, folders))
-        if root.is_dir()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    ]
+    """What hosts have to have in common, as texts: config, prompts, code, and weights."""
     return {
         "config": config.to_json(sort_keys=True),
         "prompts": repr(prompts),
         "version of worldr1_jax and jax": f"{worldr1_jax.__version__} {jax.__version__}",
-        "files of weights": repr(files),
+        "files of weights": repr(sorted(contents.items())),
     }
 
 
 def check_files(found: Settings) -> None:
     """Raises ValueError that names every network that is missing, where to get it and its size; to
     be called first, for the mesh already asks for the policy's shape."""
+    needed.check((_policy(found), *found.rewards.needed()))
+
+
+def _policy(found: Settings) -> Needed:
     sizes = {"large": ("Wan-AI/Wan2.1-T2V-14B", "69 GB")}
     what, size = sizes.get(found.run.variant, ("Wan-AI/Wan2.1-T2V-1.3B", "18 GB"))
-    policy = Needed("policy.weights", found.policy.weights, what, size, "Apache-2.0")
-    needed.check((policy, *found.rewards.needed()))
+    return Needed("policy.weights", found.policy.weights, what, size, "Apache-2.0")
 
 
 def check_policy(found: Settings) -> None:
@@ -391,9 +411,11 @@ def build_pipeline(
     key: jax.Array | None,
     adapters: Adapters | None = None,
 ) -> Pipeline:
-    """Loads the policy and prepares its stages; its adapters are fresh ones drawn from `key`, or
-    the given ones, or, with neither, none."""
+    """Loads the policy and prepares its stages; its adapters are drawn from `key`, or grown from
+    those that policy.adapters names, or the given ones, or, with neither, none."""
     cache, p = open_text_cache(found), found.policy
+    if key is not None and p.adapters:
+        adapters = load_adapters(found, [p.adapters])
     folder = resolve(p.weights)
     model = family(folder).load(
         folder, mesh=mesh, tokens=p.text_tokens, dtype=jnp.dtype(p.dtype), remat=p.remat,

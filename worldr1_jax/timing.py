@@ -10,19 +10,29 @@ from typing import Any
 
 import jax
 
-# Stage -> settings that lower its memory, the cheapest in time first.
+# Stage -> settings that lower its memory, the cheapest in time first: those with which the same run
+# goes on, and those that make another run.
 SETTINGS = {
-    "rollout": "sample.videos_at_once=1, mesh.context=2 or more, groups smaller",
-    "decode": "policy.chunked_vae=True, sample.videos_at_once=1, idle_on_host with policy and "
-    "text, groups smaller",
-    "reconstruct": "sample.videos_at_once=1, idle_on_host with policy, text and rewards, "
-    "rewards.frame_stride larger",
-    "render": "sample.videos_at_once=1, idle_on_host with policy and text, rewards.views smaller, "
-    "groups smaller",
-    "general": "groups smaller",
-    "update": "train.microbatches larger, policy.remat=whole, train.minibatches larger, "
-    "idle_on_host with text, vae and rewards, mesh.context=2 or more",
+    "rollout": ("sample.videos_at_once=1, mesh.context=2 or more", "groups smaller"),
+    "decode": (
+        "policy.chunked_vae=True, sample.videos_at_once=1, idle_on_host with policy and text",
+        "groups smaller",
+    ),
+    "reconstruct": (
+        "sample.videos_at_once=1, idle_on_host with policy, text and rewards",
+        "rewards.reconstruct.frame_stride larger",
+    ),
+    "recon": (
+        "sample.videos_at_once=1, idle_on_host with policy and text",
+        "rewards.recon.views or groups smaller",
+    ),
+    "update": (
+        "train.microbatches larger, policy.remat=whole, idle_on_host with text, vae and rewards, "
+        "mesh.context=2 or more",
+        "train.minibatches larger",
+    ),
 }
+_OTHERS = ("sample.videos_at_once=1, idle_on_host with policy and text", "groups smaller")
 _EXHAUSTED = ("RESOURCE_EXHAUSTED", "Ran out of memory", "Out of memory")
 _AMOUNT = re.compile(
     r"(Used [\d.]+\w* of [\d.]+\w* hbm|allocate [\d.]+ ?\w+|allocating [\d.]+ ?\w+)", re.IGNORECASE
@@ -45,10 +55,10 @@ def explained(stage: str) -> Iterator[None]:
             raise
         amount = _AMOUNT.search(text)
         said = amount.group(0) if amount else text.split("\n")[0][:200]
-        advice = SETTINGS.get(stage, "groups smaller")
+        first, then = SETTINGS.get(stage, _OTHERS)
         raise ValueError(
-            f"the stage '{stage}' does not fit into a device's memory ({said}): "
-            f"change first {advice}"
+            f"the stage '{stage}' does not fit into a device's memory ({said}): change first "
+            f"{first}, with which this run goes on; or, in another workdir, {then}"
         ) from error
 
 

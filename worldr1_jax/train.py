@@ -23,7 +23,7 @@ from worldr1_jax.algorithms import update as learning
 from worldr1_jax.algorithms.base import Rival
 from worldr1_jax.data.loader import Loader, PromptBatch
 from worldr1_jax.evaluation import held_out
-from worldr1_jax.files import write_atomically
+from worldr1_jax.files import read_json, write_atomically
 from worldr1_jax.mesh import arrays, hosts
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
@@ -86,12 +86,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     settings.check(found, mesh, prompts)
     loader = settings.make_loader(found, prompts)
     asked = json.loads(config.to_json())
-    compare_config(workdir, asked, settings.MAY_CHANGE)
-    hosts.agree(settings.identity(found, config, prompts))
+    contents = settings.contents(found, prompts)
+    compare_config(workdir, asked, settings.MAY_CHANGE, contents)
+    hosts.agree(settings.identity(config, prompts, contents))
 
     with (
         Lock(workdir) as lock,
-        Checkpointer(workdir, keep=found.run.checkpoint_keep, config=asked) as checkpoints,
+        Checkpointer(
+            workdir, keep=found.run.checkpoint_keep, config=asked, contents=contents
+        ) as checkpoints,
     ):
         # ------------------------------------------------------------ networks, state, checkpoint
         programs, state = build(found, mesh)
@@ -150,6 +153,11 @@ class Keeper:
             self.checkpoints.save(done, state, position, self.meta)
             self.saved = done
 
+    def settled(self) -> int:
+        """Updates in the newest checkpoint, once it is written."""
+        self.checkpoints.wait()
+        return self.saved
+
 
 def learn(
     programs: Programs, state: learning.TrainState, first: int, keeper: Keeper, workdir: str
@@ -171,7 +179,7 @@ def learn(
     progress, keeper.saved = Progress(run.num_updates, first), first
     timer, shown = StageTimer(on_stage=progress.stage), (*SHOWN, *found.rewards.reported())
     with (
-        StopSignal(lambda: keeper.saved) as stop,
+        StopSignal(keeper.settled) as stop,
         jax.set_mesh(programs.mesh),
         MetricsWriter(workdir, first) as writer,
     ):
@@ -200,9 +208,11 @@ def learn(
         except Stopped:
             with stop.saving():
                 keeper.save(done, state)
-                keeper.checkpoints.wait()
+                keeper.settled()
             raise
         progress.close()
+        with stop.saving():
+            keeper.settled()
     return state, done, ended
 
 
@@ -217,7 +227,7 @@ def _finished(workdir: str, updates: int) -> dict[str, Any]:
     if not path.is_file():
         return {}
     _say(f"the run in {workdir} is complete after {updates} updates; see {path}")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def build(found: Settings, mesh: jax.sharding.Mesh) -> tuple[Programs, learning.TrainState]:

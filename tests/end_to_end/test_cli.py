@@ -1,6 +1,7 @@
 """What every launcher does before the library is called."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,10 @@ def test_wrong_input_is_one_sentence(arguments, environment, message):
     [
         ("open('/nowhere/at/all')", "/nowhere/at/all: No such file or directory"),
         ("open('/dev/null/x', 'w')", "/dev/null/x: Not a directory"),
+        (
+            "__import__('worldr1_jax.files').files.check_writable('/proc/self')",
+            "/proc/self cannot be written to: No such file or directory",
+        ),
         ("(_ for _ in ()).throw(ValueError('long ' * 10**5))", "long long"),
     ],
 )
@@ -128,6 +133,24 @@ def test_what_a_path_or_value_raises_is_one_short_sentence(body, message, tmp_pa
     done = subprocess.run([sys.executable, "-c", code], cwd=LAUNCH, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {message}"), done.stderr
     assert done.stderr.count("\n") == 1 and len(done.stderr) < 700
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "ctrl-C"]
+)
+def test_a_launcher_that_is_stopped_says_so_in_one_line(number, status):
+    """Wherever it is; training has a way of its own (workdir/stop.py)."""
+    body = "import time; print('at work', flush=True); time.sleep(60)"
+    code = f"import sys; sys.argv[1:] = [{CONFIG!r}]; import cli; cli.run(lambda: exec({body!r}))"
+    done = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=LAUNCH, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert done.stdout.readline() == "at work\n"
+    done.send_signal(number)
+    _, said = done.communicate(timeout=60)
+    assert done.returncode == status
+    assert said.strip() == "stopped; the same command goes on from what is on disk"
 
 
 def test_a_config_file_that_is_no_python_is_named(tmp_path):

@@ -1,5 +1,6 @@
-"""Two processes of four devices: the run of one process of eight; one killed, the other ends, and
-the same command goes on; a checkpoint keeps its bits on other meshes and numbers of processes."""
+"""Two processes of four devices: the run of one process of eight; one is killed, hangs, is told to
+stop or was given something else, and both end, and the same command goes on; a checkpoint keeps its
+bits on other meshes and numbers of processes."""
 
 import json
 import math
@@ -138,19 +139,23 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _start(weights, workdir, cache, *, updates, processes=1, devices=8, **fields):
-    """Starts the launcher once a process and returns the processes."""
+def _start(
+    weights, workdir, cache, *, updates, processes=1, devices=8, second=(), heartbeat=60, **fields
+):
+    """Starts the launcher once a process and returns the processes; `second` are fields of process
+    1 alone."""
     port = _free_port()
-    settings = {
+    common = {
         **FIELDS, "policy.weights": weights, "rewards.reconstruct.da3": weights / "da3",
         "num_updates": updates, **fields,
     }  # fmt: skip
     started = []
     for process in range(processes):
+        settings = common | (dict(second) if process == 1 else {})
         command = [
             sys.executable, str(ROOT / "launch" / "tpu_train.py"),
             f"--config={ROOT / 'configs' / 'world.py'}:nano,grpo", f"--workdir={workdir}",
-            f"--compilation_cache={cache}", "--heartbeat=10",
+            f"--compilation_cache={cache}", f"--heartbeat={heartbeat}",
             *(f"--config.{name}={value}" for name, value in settings.items()),
         ]  # fmt: skip
         if processes > 1:
@@ -208,19 +213,67 @@ def test_two_processes_make_the_run_of_one_and_resume_after_one_is_killed(weight
             np.testing.assert_allclose(here[name][when], there[name][when], rtol=1e-3)
 
     # One is killed: the other ends by itself, and says why.
-    pair = _start(weights, two, cache, updates=60, processes=2, devices=4)
-    began = _newest(two)
-    while _newest(two) < began + 1:
-        assert all(process.poll() is None for process in pair), pair[0].communicate()
-        time.sleep(0.5)
+    pair = _running(weights, two, cache)
     pair[1].send_signal(signal.SIGKILL)
     _, errors = pair[0].communicate(timeout=300)
     pair[1].communicate()
-    assert pair[0].returncode not in (0, None)
-    assert "distributed service" in errors or "lost the others" in errors
+    assert pair[0].returncode == 1 and "Traceback" not in errors
+    assert "this host lost the others" in errors or "host 1 has been silent" in errors
 
     # Other hosts, another mesh: it goes on from what both wrote together.
     done = _newest(two)
     fields = {"mesh.data": 2, "mesh.fsdp": 4}
     ((out, _),) = _finish(_start(weights, two, cache, updates=done + 1, **fields))
     assert f"resumed after update {done} of {done + 1}" in out
+
+
+def _running(weights, workdir, cache):
+    """Two processes that have written a checkpoint, and have many updates before them."""
+    pair = _start(weights, workdir, cache, updates=200, processes=2, devices=4)
+    began = _newest(workdir)
+    while _newest(workdir) < began + 1:
+        assert all(process.poll() is None for process in pair), pair[0].communicate()
+        time.sleep(0.5)
+    return pair
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_that_hangs_ends_the_other(weights, tmp_path):
+    cache, run = tmp_path / "compiled", tmp_path / "run"
+    pair = _running(weights, run, cache)
+    pair[1].send_signal(signal.SIGTERM)  # process 0 hears of it from process 1
+    (out, _), _ = _finish(pair)
+    assert f"stopped after update {_newest(run)}; the same command goes on" in out
+
+    pair = _running(weights, run, cache)
+    pair[1].send_signal(signal.SIGSTOP)
+    try:
+        _, errors = pair[0].communicate(timeout=300)
+    finally:
+        pair[1].kill()
+        pair[1].communicate()
+    assert pair[0].returncode == 1 and "Traceback" not in errors
+    assert "error: host 1 has been silent for 60 seconds, and no host goes on" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"seed": 1}, "hosts differ in their config: host {} has another one than host {}"),
+        ({"frames": 6}, "frames is 6: it has to be 1 + 4 k"),
+    ],
+)
+def test_processes_that_were_given_something_else_end_before_they_load(
+    weights, tmp_path, second, message
+):
+    run = tmp_path / "run"
+    pair = _start(
+        weights, run, tmp_path / "compiled", updates=2, processes=2, devices=4, second=second
+    )
+    for process, (_, errors) in enumerate(_finish(pair, code=1)):
+        assert message.format(process, 1 - process) in errors or (
+            f"host {1 - process} has ended: {message.format(1 - process, process)}" in errors
+        ), errors
+        assert "Traceback" not in errors and len(errors.strip().splitlines()) == 1, errors
+    assert not run.exists()

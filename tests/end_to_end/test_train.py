@@ -16,6 +16,7 @@ import pytest
 
 from tests import tiny
 from tests.launching import environment
+from tests.measure import kills
 from worldr1_jax import train
 from worldr1_jax.mesh import make as meshes
 
@@ -24,6 +25,7 @@ UPDATES = 5
 SCRIPT = """
 import sys
 from tests import tiny
+from tests.measure import kills
 from worldr1_jax import train
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
@@ -104,6 +106,7 @@ def test_a_run_writes_what_people_look_at(unbroken):
     assert (
         wanted <= set(lines[0]) and "seconds/rollout" in lines[0] and "seconds/update" in lines[0]
     )
+    assert all(line["grad_norm"] > 0 for line in lines)
     # Two main updates, then one dynamic one without 3D rewards, and again.
     assert [line["dynamic"] for line in lines] == [0, 0, 1, 0, 0]
     assert ["recon" in line for line in lines] == [True, True, False, True, True]
@@ -149,6 +152,12 @@ def test_a_killed_run_ends_with_the_same_bits(folder, cache, unbroken, tmp_path)
 
 
 @pytest.mark.slow
+def test_six_kills_at_random_moments_change_no_bit(folder, tmp_path):
+    """`python -m tests.measure.kills` has more of them."""
+    assert kills.compare(folder, tmp_path, kills=6)[1] == 0
+
+
+@pytest.mark.slow
 def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
     results = []
     # The one device samples and scores four of its videos at a time; the networks of the eight wait
@@ -172,6 +181,8 @@ def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
         train.run(config, str(tmp_path / str(count)))
         monkeypatch.setattr(meshes, "make_mesh", make)
         results.append(final_state(tmp_path / str(count))[1])
+        lines = (tmp_path / str(count) / "metrics.jsonl").read_text().splitlines()
+        assert all(json.loads(line)["grad_norm"] > 0 for line in lines)
     # Adam divides by the root of tiny squared gradients, so rounding of 1e-7 in them shows up
     # larger.
     for a, b in zip(*results, strict=True):

@@ -97,6 +97,9 @@ def test_what_cannot_be_judged_says_why(reward, tmp_path):
     for row, text in zip(found, names.values(), strict=True):
         assert text in row.error and not row.scores
     assert "shows next to nothing" in scoring.table(found, ["total"])
+    with pytest.raises(ValueError, match="none of the 7 videos could be scored"):
+        scoring.check_any(found)
+    scoring.check_any([*found, scoring.Scored("a.mp4", PROMPT, {"total": 1.0})])
     (row,) = rows(reward, [(str(tmp_path / "tiny.mp4"), "Camera zoom in. X")])
     assert 'the camera cannot "zoom in"' in row.error and not row.scores  # as training refuses it
 

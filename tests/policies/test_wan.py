@@ -12,11 +12,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from tests import torch_archive
+from tests import tiny, torch_archive
+from worldr1_jax import settings
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import config as wan_dit_config
 from worldr1_jax.models.wan import dit as wan_dit
+from worldr1_jax.models.wan import lora_files
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import lora
 from worldr1_jax.policies import adapters as trained
@@ -396,3 +398,26 @@ def test_damage_to_a_stored_model_is_named(stored, tmp_path):
         refused(r"leaves\.json (is damaged|has to be)")
     (part / "leaves.json").unlink()
     refused(r"holds no \.safetensors file")
+
+
+def test_training_starts_from_the_adapters_that_the_config_names(weights, tmp_path):
+    """The policy is that of the file, in the run's own rank; without one it is the base."""
+    network = wan_dit.read_config(weights / "transformer")
+    shapes = nnx.eval_shape(lambda: wan_dit.WanDiT(network, nnx.Rngs(0)))
+    rng, given = np.random.default_rng(0), {}
+    for path, linear in lora.linears(shapes).items():
+        if path.startswith("blocks.attn1.to_q"):
+            *stack, fan_in, fan_out = linear.kernel.shape
+            halves = ((*stack, fan_in, 2), (*stack, 2, fan_out))
+            given[path] = lora.Adapter(
+                *(rng.normal(size=shape).astype(np.float32) for shape in halves), 1.0
+            )
+    lora_files.save(given, tmp_path / "lora")
+    changes = {"policy.adapters": str(tmp_path / "lora"), "mesh.data": 8}
+    found = settings.read(tiny.config(weights, **changes))
+    pipeline = settings.build_pipeline(found, settings.make_mesh(found), jax.random.key(0))
+    ((path, want),) = given.items()
+    got = lora.from_state(pipeline.adapters, found.policy.lora_alpha)[path]
+    assert got.a.shape[-1] == found.policy.lora_rank
+    product = got.scale * np.asarray(got.a) @ np.asarray(got.b)
+    np.testing.assert_allclose(product, want.scale * want.a @ want.b, atol=1e-4)

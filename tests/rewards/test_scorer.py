@@ -29,6 +29,8 @@ def reward():
         (VIDEO[0], PROMPTS, PATHS, r"want|has to be \(B, F, H, W, 3\)"),
         (VIDEO[..., :1], PROMPTS, PATHS, r"has to be \(B, F, H, W, 3\)"),
         (VIDEO.astype(np.uint8), PROMPTS, PATHS, "uint8: they have to be floats"),
+        (VIDEO + 255, PROMPTS, PATHS, r"values from 0 to 255: they have to be in \[0, 1\]"),
+        (VIDEO - 1, PROMPTS, PATHS, r"values from -1 to 1: they have to be in \[0, 1\]"),
         (VIDEO, PROMPTS[:1], PATHS, "2 videos and 1 prompts"),
         (VIDEO, PROMPTS, PATHS[:, :2], r"camtoworld has the shape \(2, 2, 4, 4\); 2 videos of 3"),
         (VIDEO[:, :1], PROMPTS, PATHS[:, :1], "a camera path needs 2"),

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import multiprocessing
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from worldr1_jax.weights import orbax
 from worldr1_jax.workdir.checkpoint import (
     Checkpointer,
     check_workdir,
@@ -300,6 +302,21 @@ def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path, place):
         with pytest.raises(ValueError, match=r"cannot be made: |is a URL") as error:
             take(workdir)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path):
+    """Files of a limited size stand for one."""
+    large = {"a": jnp.arange(2.0**17) * 1.7}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        wanted = r"checkpoints cannot be written: File too large$"
+        with pytest.raises(ValueError, match=wanted), Checkpointer(tmp_path) as checkpoints:
+            checkpoints.save(1, large, data={}, meta={})
+        with pytest.raises(ValueError, match=r"weights cannot be written: File too large$"):
+            orbax.save(tmp_path / "weights", large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ------------------------------------------------------------------------------------ the lock

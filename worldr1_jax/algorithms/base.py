@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import flax.struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from worldr1_jax.files import short
 from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler
 from worldr1_jax.types import Trajectory
@@ -184,7 +185,9 @@ class Algorithm(Protocol):
 def load(name: str) -> Any:
     """The class of an algorithm; ValueError for a name that is none."""
     if name not in ALGORITHMS:
-        raise ValueError(f"algorithm.name is {name!r}: it is one of {', '.join(ALGORITHMS)}")
+        raise ValueError(
+            f"algorithm.name is {short(repr(name))}: it is one of {', '.join(ALGORITHMS)}"
+        )
     module, kind = ALGORITHMS[name].split(":")
     return getattr(importlib.import_module(module), kind)
 

@@ -38,7 +38,7 @@ class _Problems:
         self._lines: dict[tuple[str, str], list[int]] = {}
 
     def add(self, file: str, complaint: str, line: int | None = None) -> None:
-        lines = self._lines.setdefault((file, complaint), [])
+        lines = self._lines.setdefault((files.short(file), complaint), [])
         if line is not None:
             lines.append(line)
 

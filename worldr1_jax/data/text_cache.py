@@ -27,6 +27,7 @@ from worldr1_jax import files
 from worldr1_jax.weights.convert import is_finite
 
 RECORDS, INDEX = "embeddings.array_record", "index.json"
+_DOCUMENTS = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # of a large file, read for the fingerprint
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -39,8 +40,9 @@ Encode = Callable[[Sequence[str]], tuple[Float[np.ndarray, "B N D"], Int[np.ndar
 
 
 def fingerprint(paths: Iterable[str | Path], *settings: object) -> str:
-    """Hash of what embeddings depend on: tokenizer and text encoder (files, and every file below
-    folders but hidden ones), and settings such as the padded length and the dtype.
+    """Hash of what lies at some paths (files, and every file below folders but hidden ones and
+    documents), and of settings. Of what embeddings depend on, it is that of tokenizer and text
+    encoder, and of the padded length and the dtype.
 
     Files up to 4 MiB count whole; of larger ones, name, size and 64 pieces of 64 KiB evenly spaced,
     so that the check costs seconds on UMT5-XXL's 11 GB. Other weights differ in every piece; a file
@@ -54,8 +56,9 @@ def fingerprint(paths: Iterable[str | Path], *settings: object) -> str:
         alone = os.path.isfile(path)
         folder = path.parent if alone else path
         found = [path] if alone else files.visible(path, "**/*")
+        found = [file for file in found if alone or file.suffix not in _DOCUMENTS]
         if not found:
-            raise ValueError(f"{path} holds no file: text embeddings depend on what is in it")
+            raise ValueError(f"{path} holds no file of weights, nor of a tokenizer")
         for file in found:
             with files.named(file), open(file, "rb") as handle:
                 size = os.fstat(handle.fileno()).st_size

@@ -87,6 +87,12 @@ def table(rows: Sequence[Scored], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def check_any(rows: Sequence[Scored]) -> None:
+    """Raises ValueError unless one of the videos at least was scored."""
+    if all(row.error for row in rows):
+        raise ValueError(f"none of the {len(rows)} videos could be scored; the table says why")
+
+
 def named(rows: Sequence[Scored], names: Sequence[str]) -> list[str]:
     """Those of the names that every scored video has: rewards that were not asked have no score."""
     scored = [row.scores for row in rows if not row.error]

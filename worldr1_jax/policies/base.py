@@ -37,6 +37,8 @@ class Options:
     Attributes:
       weights: folder in diffusers' layout, of the publisher's own release, or of
         launch/convert_weights.py; "nano" for what ships with the package.
+      adapters: what training starts from, a run's workdir or LoRA, "path:0.8" for a strength; "":
+        adapters that change nothing yet. The KL is to the base without any.
       text_cache: folder of launch/encode_prompts.py, with which the text encoder is not loaded; ""
         to encode.
       chunked_vae: decode by chunks of frames, in memory that does not grow with their number.
@@ -47,6 +49,7 @@ class Options:
     """
 
     weights: str
+    adapters: str = ""
     text_cache: str = ""
     chunked_vae: bool = True
     lora_rank: int = 32
@@ -58,7 +61,7 @@ class Options:
     def __post_init__(self) -> None:
         in_range(self, lora_rank=(1, 4096), lora_alpha=(1e-6, 1e6), text_tokens=(1, 10**5))
         one_of(self, dtype=("float32", "bfloat16", "float16"), remat=tuple(HELD))
-        of_kind(self, str, "weights", "text_cache")
+        of_kind(self, str, "weights", "adapters", "text_cache")
         of_kind(self, bool, "chunked_vae")
 
 

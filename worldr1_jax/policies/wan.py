@@ -288,6 +288,7 @@ def store(
     taken = [part for part in LAYOUTS["diffusers"] if os.path.lexists(to / part)]
     if taken:
         raise ValueError(f"{to} has {taken[0]}/ already: write to a new folder")
+    files.check_writable(to)
 
     def write(model: Any, part: str, save: Callable[[Any, Path], None]) -> None:
         if form == "orbax":

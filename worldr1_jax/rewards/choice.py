@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from worldr1_jax.fields import is_number
+from worldr1_jax.files import short
 from worldr1_jax.rewards.base import CAMERAS, GAUSSIANS, Reward, find
 from worldr1_jax.rewards.function import Function, HostFunction
 from worldr1_jax.rewards.reconstruct import Reconstruct
@@ -105,8 +106,8 @@ def choose(
     for named, weight in weights.items():
         if not is_number(weight, -MOST, MOST):
             raise ValueError(
-                f"rewards.weights.{named} is {weight!r}: it has to be a number in [{-MOST:g}, "
-                f"{MOST:g}]"
+                f"rewards.weights.{named} is {short(repr(weight))}: it has to be a number in "
+                f"[{-MOST:g}, {MOST:g}]"
             )
         if named == GENERAL:
             shares = _shares(general)

@@ -24,6 +24,8 @@ from worldr1_jax.rewards.reconstruct import Reconstruct
 from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
 
+_SLACK = 0.01  # beyond [0, 1], as rounding and resampling leave it
+
 # (what stands for some videos, such as latents [b ...], their places in the batch [b]) -> videos
 Decode = Callable[[Array, np.ndarray], Array]
 
@@ -180,6 +182,7 @@ class Scorer:
                 f"the reward {outside[0]} is a plain function: score calls none, turn it off"
             )
         self._check_videos(videos, camtoworld)
+        _check_range(videos)
         evidence = self.evidence(networks, videos, camtoworld, needs=self.choice.needs(names))
         parts: Parts = {}
         for name in names:
@@ -249,6 +252,7 @@ class Scorer:
         """
         if decode is None:
             self._check_videos(videos, camtoworld)
+            _check_range(videos)
         self._check_batch(videos.shape[0], prompts, camtoworld)
         stage, names = timer or StageTimer(), self._on(off)
         turns = placement.turns(self.mesh, len(prompts), self._at_once)
@@ -379,6 +383,24 @@ class Scorer:
                 f"videos have {frames[1]} frame(s), and with frame_stride {self.frame_stride} the "
                 "3D network would see 1: a camera path needs 2"
             )
+
+
+@jax.jit
+def _ends(videos: Array) -> tuple[Array, Array]:
+    """Least and largest value of those that are finite; videos that are not are masked later."""
+    finite = jnp.isfinite(videos)
+    return jnp.min(videos, where=finite, initial=0.0), jnp.max(videos, where=finite, initial=1.0)
+
+
+def _check_range(videos: Any) -> None:
+    """Raises ValueError for videos in 0..255 or -1..1. Inside a program nobody can ask."""
+    if isinstance(videos, jax.core.Tracer):
+        return
+    low, high = (float(arrays.to_host(end)) for end in _ends(videos))
+    if low < -_SLACK or high > 1 + _SLACK:
+        raise ValueError(
+            f"videos have values from {low:.3g} to {high:.3g}: they have to be in [0, 1]"
+        )
 
 
 def _average(parts: Parts, shares: Mapping[str, float]) -> Array:

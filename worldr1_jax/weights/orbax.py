@@ -38,12 +38,12 @@ def save(path: str | Path, leaves: Mapping[str, jax.Array]) -> None:
     """Writes the leaves, in the dtypes that they have; every process of a mesh has to call it.
 
     Raises:
-      ValueError: the folder holds weights already.
+      ValueError: the folder holds weights already, or cannot be written to.
     """
     path = files.local(path).absolute()
     if os.path.lexists(path / LEAVES):
         raise ValueError(f"{path} holds weights already: remove it, or write to another folder")
-    with ocp.StandardCheckpointer() as writer:
+    with files.stored(path), ocp.StandardCheckpointer() as writer:
         writer.save(path / LEAVES, dict(leaves))
     if jax.process_index() == 0:
         index = {

@@ -64,6 +64,8 @@ class Tensor:
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """The part `index`, one slice an axis, in the file's dtype; it may be a view of the file,
         so copy what is to be kept."""
+        if not math.prod(self.shape):  # of which safetensors slices none
+            return np.empty(self.shape, torch_zip.DTYPES[self.dtype])[index]
         if self.dtype.startswith("F8"):
             return _read_fp8(self.path, self.key, torch_zip.DTYPES[self.dtype])[index]
         itemsize = torch_zip.DTYPES[self.dtype].itemsize
@@ -183,7 +185,8 @@ def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
         raise ValueError(f"{index} names the shard '{name}', which is not a file beside it")
     missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
-        raise ValueError(f"{index.parent} lacks the shard {missing[0]}, which {index.name} names")
+        name = files.short(missing[0])
+        raise ValueError(f"{index.parent} lacks the shard {name}, which {index.name} names")
     return [index.parent / name for name in names], listed
 
 

@@ -75,14 +75,16 @@ class Checkpointer:
         """
         if self._config is not None:
             write_config(self._folder.parent, self._config, self._contents)
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(dict(data)),
-                meta=ocp.args.JsonSave({"user": meta, "leaves": _describe(state, digests=True)}),
-            ),
-        )
+        described = {"user": meta, "leaves": _describe(state, digests=True)}
+        with files.stored(self._folder):
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(dict(data)),
+                    meta=ocp.args.JsonSave(described),
+                ),
+            )
         if not saved:
             raise ValueError(
                 f"step {step} cannot be saved in {self._folder}, which has step "
@@ -124,12 +126,14 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Returns when no save is in progress; raises what went wrong in one."""
-        self._manager.wait_until_finished()
+        """Returns when no save is in progress; ValueError for what went wrong in one."""
+        with files.stored(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes what is in progress and frees the threads."""
-        self._manager.close()
+        with files.stored(self._folder):
+            self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -312,7 +316,7 @@ def compare_config(
     here, there = dict(_fields(_plain(config))), dict(_fields(saved))
     passed = [*may_change, *(field for field in now if field in were)]
     differing = [
-        f"{field} is {_value(there, field)} there and {_value(here, field)} here"
+        f"{field} is {_shown(there, field)} there and {_shown(here, field)} here"
         for field in sorted(here | there)
         if _value(here, field) != _value(there, field)
         and not any(field == name or field.startswith(f"{name}.") for name in passed)
@@ -323,8 +327,10 @@ def compare_config(
         if now[field] != were.get(field, now[field]) and field not in may_change
     ]
     if differing:
+        more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(
-            f"workdir {path.parent} belongs to a run with another config: {', '.join(differing)}; "
+            f"workdir {path.parent} belongs to a run with another config: "
+            f"{', '.join(differing[:5])}{more}; "
             "choose another workdir, or the config that this one began with"
         )
 
@@ -361,4 +367,5 @@ def _value(fields: dict[str, Any], name: str) -> str:
     return json.dumps(fields[name]) if name in fields else "absent"
 
 
-# ---------------------------------------------------------------------------------- stopping
+def _shown(fields: dict[str, Any], name: str) -> str:
+    return files.short(_value(fields, name))

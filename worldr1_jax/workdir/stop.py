@@ -1,24 +1,62 @@
-"""Stopping a run: at the end of a stage, or at once where that is too far away."""
+"""Stopping: at the end of a stage, or at once where that is too far away."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 GRACE = 20.0  # seconds; a machine that is taken away gives some 30
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
     """A stage was not begun, because the run is asked to stop."""
+
+
+@contextlib.contextmanager
+def listening(act: Callable[[int], object]) -> Iterator[None]:
+    """Calls `act` with the number of each SIGTERM and ctrl-C, in a thread of its own.
+
+    Python's own handlers wait for the main thread to come back from XLA, which at full size takes
+    most of an hour; the bytes of `set_wakeup_fd` do not. Use it in the main thread; of two that are
+    nested, the inner one listens.
+    """
+    ours, signals = socket.socketpair()
+    signals.setblocking(False)
+    former = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    outer = signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while numbers := ours.recv(64):
+            for number in numbers:
+                if number in _SIGNALS:
+                    act(number)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(outer)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        signals.close()
+        thread.join(1.0)
+        ours.close()
+
+
+def say(text: str) -> None:
+    """A line of its own on standard error, wherever a progress line stands."""
+    os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
 
 
 class StopSignal:
@@ -28,19 +66,18 @@ class StopSignal:
             for update in ...:
                 stop.between_stages()  # raises Stopped
                 ...
-                if stop.agreed():
-                    save, and leave
 
     At full size a stage takes longer than a preempted machine has. So after GRACE seconds the
     process ends, wherever it is: what is on disk then is the last checkpoint, and of one update no
-    more is lost. Use it in the main thread. After a first ctrl-C a second one interrupts as usual.
+    more is lost. A second ctrl-C ends it at once.
     """
 
     def __init__(self, saved: Callable[[], int] = lambda: 0, *, grace: float = GRACE) -> None:
-        """Args: `saved` says how many updates are in the newest checkpoint."""
+        """Args: `saved` waits for a checkpoint that is being written, and says how many updates are
+        in the newest one."""
         self.requested = False
         self._saved, self._grace = saved, grace
-        self._former: dict[int, Any] = {}
+        self._open = contextlib.ExitStack()
         self._timer: threading.Timer | None = None
         self._busy = threading.Lock()
 
@@ -63,34 +100,30 @@ class StopSignal:
         return self._busy
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._former[number] = signal.signal(number, self._handle)
+        self._open.enter_context(listening(self._asked))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        self._open.close()
         if self._timer is not None:
             self._timer.cancel()
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _asked(self, number: int) -> None:
         first, self.requested = not self.requested, True
-        if number == signal.SIGINT:
-            signal.signal(number, self._former[number])
-            if first:
-                self._say("stopping at the end of this stage; ctrl-C again stops at once")
+        if number == signal.SIGTERM:
+            if self._timer is None:
+                self._timer = threading.Timer(self._grace, self._leave, args=(0,))
+                self._timer.daemon = True
+                self._timer.start()
         elif first:
-            self._timer = threading.Timer(self._grace, self._leave)
-            self._timer.daemon = True
-            self._timer.start()
+            say("stopping at the end of this stage; ctrl-C again stops at once")
+        else:
+            self._leave(130)
 
-    def _leave(self) -> None:
+    def _leave(self, status: int) -> None:
         with self._busy:
-            self._say(
+            say(
                 f"stopped in the middle of a stage; the same command goes on after update "
                 f"{self._saved()}"
             )
-            os._exit(0)
-
-    def _say(self, text: str) -> None:
-        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+            os._exit(status)

@@ -10,6 +10,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
+from worldr1_jax.files import short
+
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 _said: set[Path] = set()  # folders whose first cut prompt has been reported
 
@@ -62,11 +64,21 @@ class Tokenizer:
 def _read(folder: Path) -> Any:
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-    if (folder / TOKENIZER).is_file():
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
-    if not all((folder / name).is_file() for name in (VOCABULARY, MERGES)):
+    whole = (folder / TOKENIZER).is_file()
+    if not whole and not all((folder / name).is_file() for name in (VOCABULARY, MERGES)):
         raise ValueError(
             f"{folder} holds no tokenizer of CLIP: give a folder with {TOKENIZER}, or with "
             f"{VOCABULARY} and {MERGES}"
         )
-    return CLIPTokenizer(str(folder / VOCABULARY), str(folder / MERGES))
+    try:
+        if whole:
+            found = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+        else:
+            found = CLIPTokenizer(str(folder / VOCABULARY), str(folder / MERGES))
+        tokens = found(["a box"])["input_ids"][0]
+    except Exception as error:  # the tokenizers library raises no narrower type
+        reason = short(str(error).strip().split("\n")[0])
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
+    if len(tokens) < 3:  # the ends and a word
+        raise ValueError(f"{folder} holds a tokenizer that makes nothing of 'a box'")
+    return found

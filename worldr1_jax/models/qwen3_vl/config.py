@@ -7,7 +7,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from worldr1_jax.files import short
+from worldr1_jax.weights import fields
+
 MODEL_TYPE = "qwen3_vl"
+_LIMITS: fields.Limits = {
+    "num_hidden_layers": (1, 256),
+    "depth": (1, 256),
+    "deepstack_visual_indexes": (0, 255),
+    "rms_norm_eps": (0.0, 1.0),
+    "rope_theta": (1.0, 1e12),
+    "mrope_section": (1, 4096),
+    "image_token_id": (0, 2**20),
+    "vision_start_token_id": (0, 2**20),
+    "vision_end_token_id": (0, 2**20),
+    "min_pixels": (1, 2**28),
+    "max_pixels": (1, 2**28),
+}
 # Values that transformers' config.json may state and that this network takes for granted.
 _TEXT = {"model_type": "qwen3_vl_text", "hidden_act": "silu", "attention_bias": False}
 _VISION = {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3}
@@ -37,10 +53,10 @@ class TextConfig:
                 f"{self.num_key_value_heads} of keys: the first has to be a multiple of the last, "
                 "and head_dim even"
             )
-        if len(self.mrope_section) != 3:
+        if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
             raise ValueError(
                 f"mrope_section is {list(self.mrope_section)}; it has to be three numbers, of "
-                "time, row and column"
+                f"time, row and column, that are together half of head_dim {self.head_dim}"
             )
 
 
@@ -182,7 +198,8 @@ class Config:
         kind = values.get("model_type")
         if kind != MODEL_TYPE:
             raise ValueError(
-                f"config.json is of the architecture '{kind}'; this network is '{MODEL_TYPE}' "
+                f"config.json is of the architecture {short(repr(kind))}; this network is "
+                f"'{MODEL_TYPE}' "
                 "(Qwen3-VL 2B, 4B or 8B)"
             )
         if values.get("quantization_config"):
@@ -193,20 +210,18 @@ class Config:
         if not all(isinstance(part, Mapping) for part in parts):
             raise ValueError("config.json of Qwen3-VL needs a text_config and a vision_config")
         text, vision = (dict(part) for part in parts if part is not None)
-        tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        config = cls(
-            text=_text(text),
-            vision=_vision(vision),
-            tie_word_embeddings=tied,
-            **{
-                name: _field(values, name, "config.json")
-                for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")
-            },
+        own = {
+            name: _field(values, name, "config.json")
+            for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+        }
+        own["tie_word_embeddings"] = values.get(
+            "tie_word_embeddings", text.get("tie_word_embeddings", False)
         )
+        config = cls(text=_text(text), vision=_vision(vision), **fields.checked(cls, own, _LIMITS))
         if vision.get("out_hidden_size", config.text.hidden_size) != config.text.hidden_size:
             raise ValueError(
-                f"vision_config field 'out_hidden_size' is {vision['out_hidden_size']}; it has to "
-                f"be the text's hidden_size, {config.text.hidden_size}"
+                f"vision_config field 'out_hidden_size' is {short(repr(vision['out_hidden_size']))}"
+                f"; it has to be the text's hidden_size, {config.text.hidden_size}"
             )
         return config if preprocessor is None else _with_sizes(config, preprocessor)
 
@@ -300,35 +315,42 @@ def _field(values: Mapping[str, Any], name: str, where: str) -> Any:
 def _require(values: Mapping[str, Any], required: Mapping[str, Any], where: str) -> None:
     for name, value in required.items():
         if values.get(name, value) != value:
-            raise ValueError(f"{where} field '{name}' is {values[name]!r}; it has to be {value!r}")
+            given = short(repr(values[name]))
+            raise ValueError(f"{where} field '{name}' is {given}; it has to be {value!r}")
 
 
 def _text(values: Mapping[str, Any]) -> TextConfig:
     """Of text_config; RoPE in the published spelling (rope_scaling and rope_theta) or in that of
     transformers 5 (rope_parameters)."""
     _require(values, _TEXT, "text_config")
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope |= fields.mapping(values.get(name) or {}, name)
     _require(rope, _ROPE, "text_config's RoPE")
     theta = rope["rope_theta"] if "rope_theta" in rope else _field(
         values, "rope_theta", "text_config"
     )  # fmt: skip
-    names = [field.name for field in dataclasses.fields(TextConfig)]
-    plain = {
+    known = {
         name: _field(values, name, "text_config")
-        for name in names
+        for name in fields.names(TextConfig)
         if name not in ("rope_theta", "mrope_section")
     }
-    section = tuple(_field(rope, "mrope_section", "text_config's RoPE"))
-    return TextConfig(**plain, rope_theta=float(theta), mrope_section=section)
+    known["rope_theta"] = theta
+    known["mrope_section"] = _field(rope, "mrope_section", "text_config's RoPE")
+    return TextConfig(**fields.checked(TextConfig, known, _LIMITS, "text_config."))
 
 
 def _vision(values: Mapping[str, Any]) -> VisionConfig:
     _require(values, _VISION, "vision_config")
-    _require(values.get("rope_parameters") or {}, _AXIAL, "vision_config's RoPE")
-    names = [field.name for field in dataclasses.fields(VisionConfig)]
-    known = {name: _field(values, name, "vision_config") for name in names}
-    known["deepstack_visual_indexes"] = tuple(known["deepstack_visual_indexes"])
-    return VisionConfig(**known)
+    rope = fields.mapping(values.get("rope_parameters") or {}, "rope_parameters")
+    _require(rope, _AXIAL, "vision_config's RoPE")
+    kind = values.get("model_type", MODEL_TYPE)
+    if kind not in (MODEL_TYPE, f"{MODEL_TYPE}_vision"):
+        raise ValueError(
+            f"vision_config field 'model_type' is {short(repr(kind))}; it has to be '{MODEL_TYPE}'"
+        )
+    known = {name: _field(values, name, "vision_config") for name in fields.names(VisionConfig)}
+    return VisionConfig(**fields.checked(VisionConfig, known, _LIMITS, "vision_config."))
 
 
 def _processing(vision: VisionConfig) -> dict[str, Any]:
@@ -346,11 +368,11 @@ def _with_sizes(config: Config, values: Mapping[str, Any]) -> Config:
     """The config with the bounds on pixels of preprocessor_config.json."""
     where = "preprocessor_config.json"
     _require(values, _processing(config.vision), where)
-    size = values.get("size") or {}
+    size = fields.mapping(values.get("size") or {}, "size")
     names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
     given = {ours: values.get(ours) for ours in names}  # as older files have them
     bounds: dict[str, Any] = {
         ours: _field(size, theirs, f"{where} size") if given[ours] is None else given[ours]
         for ours, theirs in names.items()
     }
-    return dataclasses.replace(config, **bounds)
+    return dataclasses.replace(config, **fields.checked(Config, bounds, _LIMITS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldr1_jax import files
 from worldr1_jax.mesh.placement import COLUMN, ROW, SMALL, SPLIT, Rules, placer
 from worldr1_jax.models.qwen3_vl.config import Config
 from worldr1_jax.models.qwen3_vl.model import Qwen3VL
@@ -143,12 +145,11 @@ def read_config(path: str | Path) -> Config:
     values = convert.read_config(path)
     folder = Path(path).parent if Path(path).is_file() else Path(path)
     file = folder / PREPROCESSOR
-    if not file.is_file():
-        return Config.from_dict(values)
+    images = files.read_json(file) if os.path.lexists(file) else None
     try:
-        return Config.from_dict(values, json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        return Config.from_dict(values, images)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def save(model: Qwen3VL, path: str | Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from worldr1_jax import files
 from worldr1_jax.models.qwen3_vl.config import Config
 
 FILE = "tokenizer.json"
@@ -108,10 +109,12 @@ def read_tokens(path: str | Path, config: Config) -> Tokens:
     file = (Path(path).parent if Path(path).is_file() else Path(path)) / FILE
     if not file.is_file():
         raise ValueError(f"{file} is missing: copy the tokenizer's files of the publisher there")
+    content = files.read_bytes(file, 256 * files.MIB)
     try:
-        tokenizer = Tokenizer.from_buffer(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the tokenizers library raises no narrower type
+        reason = files.short(str(error).strip().split("\n")[0])
+        raise ValueError(f"{file} cannot be read as a tokenizer: {reason}") from error
     found = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
     special = {name: number for name, number in found.items() if number is not None}
     for name, token in SPECIAL.items():

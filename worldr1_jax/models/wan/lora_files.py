@@ -250,7 +250,11 @@ class _Settings:
             if not _is_number(values.get(field)):
                 raise ValueError(f"{source} lacks the number '{field}', which gives the scale")
         ranks, alphas = (_patterns(source, values, f"{name}_pattern") for name in ("rank", "alpha"))
-        root = bool(values.get("use_rslora"))
+        root = values.get("use_rslora") or False
+        if root is not True and root is not False:
+            raise ValueError(
+                f"{source} has 'use_rslora' = {files.short(json.dumps(root))}, not true or false"
+            )
         return cls(source, values["r"], values["lora_alpha"], ranks, alphas, root)
 
     def scale(self, key: Key, rank: int) -> float:
