@@ -1,6 +1,7 @@
 """What is counted of a schedule, by hand."""
 
 import os
+import pathlib
 
 from worldr1_jax.plan import schedule
 
@@ -57,8 +58,12 @@ def test_schedules_are_those_that_the_compiler_was_asked_for(monkeypatch, tmp_pa
     (tmp_path / "17-my_kernel.1-00-schedule-analysis_final_bundles.txt").write_text("")
     assert schedule.found({"my_kernel.1", "other"}) == {"my_kernel.1": schedule.read(TEXT)}
     schedule.clear()
-    assert schedule.found({"my_kernel.1"}) == {}
+    assert list(tmp_path.iterdir())
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--flag=1")
     schedule.watch()
     assert os.environ["LIBTPU_INIT_ARGS"].startswith("--flag=1 --xla_jf_dump_to=")
+    folder = pathlib.Path(os.environ["LIBTPU_INIT_ARGS"].split("dump_to=")[1].split()[0])
+    (folder / "17-my_kernel.1-01-final_bundles.txt").write_text(TEXT)
+    assert set(schedule.found({"my_kernel.1"})) == {"my_kernel.1"}
+    schedule.clear()
     assert schedule.found({"my_kernel.1"}) == {}
