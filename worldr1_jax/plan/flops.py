@@ -18,14 +18,15 @@ def matmul_flops(function: Callable[[], Any]) -> float:
     devices: two for each multiplication with its addition.
 
     Of a `cond`, the dearer branch counts, but the definition's where platforms have their own ways
-    to one result; the body of a `while` counts once, for nobody knows how often it runs.
-    Elementwise work is not counted.
+    to one result; the body of a `while` counts once, for nobody knows how often it runs. A Pallas
+    kernel's body counts for every block of its grid, those that it skips too. Elementwise work is
+    not counted.
     """
     return jaxpr_flops(jax.make_jaxpr(function)().jaxpr)
 
 
 def jaxpr_flops(jaxpr: Any) -> float:
-    """`matmul_flops` of what is traced already; nothing of a Pallas kernel."""
+    """`matmul_flops` of what is traced already."""
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
@@ -39,9 +40,9 @@ def _equation_flops(equation: Any) -> float:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
-    if name == "pallas_call":
-        return 0.0  # its body is one block's, and how many blocks do work is the kernel's affair
     inner = [jaxpr_flops(sub) for sub in sub_jaxprs(params)]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * sum(inner)
     if params.get("branches_platforms"):  # of lax.platform_dependent, whose last is any platform's
         return inner[-1]
     if name == "cond":

@@ -1,9 +1,9 @@
 """Reads what the TPU compiler says about a compiled program: cycles, bytes, collectives, loops.
 
 The text of a compiled module gives every XLA operation the compiler's own estimate of its cycles,
-and every loop its number of turns. What carries no estimate is modelled here: collectives, by their
-bytes and the links of the chip; Pallas kernels, by their arithmetic, or the renderer's by its
-steps; gathers and scatters by their rows, and sorts by their keys (plan/splat_cost.py).
+and every loop its number of turns. What carries no estimate is found otherwise: Pallas kernels by
+the compiler's schedule of them (plan/schedule.py); collectives by their bytes and the links of the
+chip; gathers and scatters by their rows, and sorts by their keys (plan/splat_cost.py).
 All figures are for one device and for one run of the program, loops multiplied out.
 """
 
@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from worldr1_jax.plan import splat_cost
-from worldr1_jax.splat import kernel as tile_kernel
 
 BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
@@ -24,16 +23,13 @@ BYTES = {
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
 )  # fmt: skip
-# Products of [N D] by [D M] size that each kernel of jax's splash attention makes for a head:
-# logits and output; logits, their gradient, and dv, dk; logits, their gradient, and dq.
-KERNEL_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 
 _SHAPE = re.compile(r"\b([a-z]\w*?)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+)$")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_KERNEL = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)")
+_BODY = re.compile(r'"body":"([^"]*)"')
 _LIMIT = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
@@ -42,7 +38,7 @@ _DIMENSIONS = re.compile(r"dimensions=\{([\d,]*)\}")
 _SLICES = re.compile(r"slice_sizes=\{([\d,]*)\}")
 _WINDOW = re.compile(r"update_window_dims=\{([\d,]*)\}")
 _UNKNOWN = 2**63 - 1  # what stands for an estimate that the compiler does not have
-_STARTS = re.compile(rf"(async-collective|{'|'.join(COLLECTIVES)})-start")
+_STARTS = re.compile(rf"(async-collective|call|{'|'.join(COLLECTIVES)})-start")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 
 
@@ -52,17 +48,17 @@ class Op:
 
     Attributes:
       name: in the compiled text.
-      kind: "xla", "kernel", or one of COLLECTIVES.
+      kind: "xla"; "moving", of gathers, scatters and sorts that the compiler has no estimate of;
+        "kernel", of Pallas; "unknown", a kernel without a schedule; or one of COLLECTIVES.
       times: how often it runs in one run of the program.
-      cycles: the compiler's estimate for one time, or that of splat_cost.py where it has none; 0
-        for collectives and attention kernels.
+      cycles: for one time: the compiler's estimate, of a kernel that of its schedule, of what moves
+        that of splat_cost.py; 0 for collectives and unknown kernels.
       bytes: HBM traffic of one time (operands and results that do not lie in the core's memory; of
         gathers, scatters and sorts what they move); of a collective, what one device sends.
-      flops: of a kernel.
       group: devices that a collective joins.
       source: the operation's name in the traced program.
-      cover: of a collective, cycles of the XLA operations that run while it is under way; those
-        that are under way together share them.
+      cover: of a collective, cycles of the operations that run while it is under way; those that
+        are under way together share them.
     """
 
     name: str
@@ -70,23 +66,55 @@ class Op:
     times: int
     cycles: int
     bytes: int
-    flops: float
     group: int
     source: str
     cover: int = 0
 
 
-def read(text: str, turns: int | None = None) -> list[Op]:
+def read(text: str, turns: int | None = None, kernels: Mapping[str, int] | None = None) -> list[Op]:
     """Every operation of the module that takes time.
 
     Args:
+      kernels: cycles of Pallas calls by their names; equal calls are scheduled once, so that one
+        name stands for all of them.
       turns: of loops whose number of turns depends on the data; None takes none of these.
 
     Raises:
       ValueError: a loop without a known number of turns, unless its body takes no time.
     """
     computations, entry = _computations(text)
-    return list(_walk(computations, entry, 1, turns))
+    program = _Module(computations, turns, _alike(computations, kernels or {}))
+    return list(_walk(program, entry, 1))
+
+
+def kernel_names(text: str) -> set[str]:
+    """Of the module's Pallas calls."""
+    return {match.group(1) for match in map(_kernel, text.splitlines()) if match}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """Lines by computation, turns of loops that depend on the data, and cycles of kernels."""
+
+    computations: dict[str, list[str]]
+    unknown: int | None
+    kernels: dict[str, int]
+
+
+def _kernel(line: str) -> re.Match[str] | None:
+    return _INSTRUCTION.match(line) if '"tpu_custom_call"' in line else None
+
+
+def _alike(computations: dict[str, list[str]], known: Mapping[str, int]) -> dict[str, int]:
+    """`known` for all calls of the same kernel with the same results."""
+    calls = dict[str, str]()
+    for match in (_kernel(line) for lines in computations.values() for line in lines):
+        if match:
+            name, rest = match.groups()
+            body = _BODY.search(rest)
+            calls[name] = rest.split(" custom-call(")[0] + body.group(1) if body else name
+    cycles = {call: known[name] for name, call in calls.items() if name in known}
+    return {name: cycles[call] for name, call in calls.items() if call in cycles}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -107,11 +135,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _walk(
-    computations: dict[str, list[str]], name: str, times: int, unknown: int | None
-) -> Iterator[Op]:
+def _walk(module: _Module, name: str, times: int) -> Iterator[Op]:
     shapes: dict[str, str] = {}
-    covers = _covers(computations[name])
+    computations = module.computations
+    covers = _covers(computations[name], module.kernels)
     for line in computations[name]:
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -124,26 +151,29 @@ def _walk(
         shapes[result] = rest[: opcode_match.start(1)]
         operands = _operands(rest[opcode_match.end() :])
         if opcode == "while":
-            inner = list(_walk(computations, _called(rest, "body"), 1, unknown))
+            inner = list(_walk(module, _called(rest, "body"), 1))
             turns = _turns(rest, computations[_called(rest, "condition")])
-            turns = unknown if turns is None else turns
+            turns = module.unknown if turns is None else turns
             if turns is None and inner:
                 raise ValueError(f"the loop {result} has no known number of turns")
             count = times * (turns or 0)
             yield from (dataclasses.replace(op, times=op.times * count) for op in inner)
         elif opcode == "conditional":
-            branches = [list(_walk(computations, b, times, unknown)) for b in _branches(rest)]
+            branches = [list(_walk(module, b, times)) for b in _branches(rest)]
             yield from max(branches, key=lambda ops: sum(op.cycles * op.times for op in ops))
         elif opcode == "call":
-            yield from _walk(computations, _called(rest, "to_apply"), times, unknown)
+            yield from _walk(module, _called(rest, "to_apply"), times)
+        elif opcode == "call-start":  # a collective that a SparseCore sees to
+            for op in _walk(module, _called(rest, "to_apply"), times):
+                yield dataclasses.replace(op, cover=covers.get(result, 0))
         elif opcode == "async-start":
-            yield from _walk(computations, _called(rest, "calls"), times, unknown)
+            yield from _walk(module, _called(rest, "calls"), times)
         elif opcode not in _FREE:
-            for op in _op(computations, result, opcode, rest, shapes, operands, times):
+            for op in _op(module, result, opcode, rest, shapes, operands, times):
                 yield dataclasses.replace(op, cover=covers.get(op.name, 0))
 
 
-def _covers(lines: list[str]) -> dict[str, int]:
+def _covers(lines: list[str], kernels: Mapping[str, int]) -> dict[str, int]:
     """Cycles between the start of each asynchronous collective and its end, in schedule order.
     Those that are under way together share them, as they may share links."""
     begins, spans = dict[str, int](), dict[str, range]()
@@ -160,6 +190,8 @@ def _covers(lines: list[str]) -> dict[str, int]:
             start = name.replace("-done", "-start")
             if start in begins:
                 spans[start] = range(begins[start], place)
+        elif name in kernels:
+            work.append((place, kernels[name]))
         elif cycles and int(cycles.group(1)) != _UNKNOWN:
             work.append((place, int(cycles.group(1))))
     found = dict.fromkeys(spans, 0.0)
@@ -182,12 +214,15 @@ def _turns(rest: str, condition: list[str]) -> int | None:
     return int(limits[0]) if len(limits) == 1 else None
 
 
-def _op(computations, result, opcode, rest, shapes, operands, times) -> Iterator[Op]:
+def _op(module, result, opcode, rest, shapes, operands, times) -> Iterator[Op]:
+    computations = module.computations
     source = re.search(r'op_name="([^"]*)"', rest)
     cycles = _CYCLES.search(rest)
     base = opcode.removesuffix("-start")
-    kind, flops, group, count = "xla", 0.0, 1, int(cycles.group(1)) if cycles else 0
-    traffic = _bytes(shapes[result]) + sum(_bytes(shapes.get(name, "")) for name in operands)
+    kind, group, count = "xla", 1, int(cycles.group(1)) if cycles else 0
+    traffic = _traffic(
+        computations, opcode, rest, shapes[result], [shapes.get(n, "") for n in operands]
+    )
     if opcode.endswith("-done") or opcode.endswith("-update"):
         return
     collective = base if base in COLLECTIVES else _inner_collective(computations, opcode, rest)
@@ -200,17 +235,51 @@ def _op(computations, result, opcode, rest, shapes, operands, times) -> Iterator
         group = _group(rest) or _inner_group(computations, rest)
         traffic = sent(kind, max(_sizes(shapes[result]), default=0), group)
     elif opcode == "custom-call" and "tpu_custom_call" in rest:
-        inputs = [shapes.get(name, "") for name in operands]
-        kind, count = "kernel", _kernel_cycles(result, shapes[result], inputs)
-        flops = _kernel_flops(result, shapes[result], inputs)
+        kind = "kernel" if result in module.kernels else "unknown"
+        count = module.kernels.get(result, 0)
     elif count in (0, _UNKNOWN):
         estimated = count == 0
         cycles_of, moved = _moving(computations, opcode, rest, shapes, operands)
-        count, traffic = int(cycles_of), moved or traffic
+        kind, count, traffic = "moving", int(cycles_of), moved or traffic
         if not count and estimated:
             return
     name = source.group(1) if source else ""
-    yield Op(result, kind, times, count, traffic, flops, group, name)
+    yield Op(result, kind, times, count, traffic, group, name)
+
+
+def _traffic(computations, opcode, rest, made: str, operands: list[str]) -> int:
+    """Bytes of HBM that an operation moves: what it makes and reads, of an array of which it takes
+    or changes a slice, such as one layer's of stacked weights, that slice."""
+    read = [_bytes(shape) for shape in operands]
+    if opcode == "dynamic-slice":
+        return 2 * _bytes(made)
+    if opcode != "fusion":
+        return _bytes(made) + sum(read)
+    shapes, slices, users, changed = {}, dict[str, list[int]](), dict[str, int](), 0
+    places = dict[str, int]()
+    for line in computations.get(_called(rest, "calls"), ()):
+        match = _INSTRUCTION.match(line)
+        inner = _OPCODE.search(match.group(2)) if match else None
+        if match is None or inner is None:
+            continue
+        name, text = match.groups()
+        shapes[name], kind = text[: inner.start(1)], inner.group(1)
+        names = _operands(text[inner.end() :])
+        if kind == "parameter":
+            places[name] = int(text[inner.end() :].partition(")")[0])
+        for used in names:
+            users[used] = users.get(used, 0) + 1
+        if kind == "dynamic-slice":
+            slices.setdefault(names[0], []).append(_bytes(shapes[name]))
+        elif kind == "dynamic-update-slice":
+            part = _bytes(shapes.get(names[1], ""))
+            slices.setdefault(names[0], []).append(0)  # what stays is not read
+            changed = part if line.lstrip().startswith("ROOT") else changed
+    for name, taken in slices.items():
+        place = places.get(name, len(read))
+        if place < len(read) and users[name] == len(taken):
+            read[place] = min(read[place], sum(taken))
+    return (changed or _bytes(made)) + sum(read)
 
 
 def sent(kind: str, size: int, group: int) -> int:
@@ -253,27 +322,6 @@ def _group(rest: str) -> int:
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match.group(2)))
     match = _LISTED_GROUP.search(rest)
     return len(match.group(1).split(",")) if match else 0
-
-
-def _kernel_flops(name: str, result: str, operands: list[str]) -> float:
-    """Of jax's splash attention, from the shapes of its [heads N D] operands; else 0."""
-    match = _KERNEL.search(name)
-    if match is None:
-        return 0.0
-    shapes = [s for s in (_dimensions(text) for text in operands) if len(s) >= 3 and s[-1] >= 64]
-    query, key = shapes[0], shapes[1]
-    products = KERNEL_PRODUCTS[match.group(1)]
-    if any(dims.count(",") > 2 for _, dims, _ in _SHAPE.findall(result)):
-        products += 1  # the kernel of dk and dv gives dq as well, apart for each block of keys
-    return 2.0 * products * math.prod(query) * key[-2]
-
-
-def _kernel_cycles(name: str, result: str, operands: list[str]) -> int:
-    """Of the renderer's kernel, a step for each chunk of its first operand; else 0."""
-    if not name.startswith(tile_kernel.NAME):
-        return 0
-    steps, pixels = _dimensions(operands[0])[0], _dimensions(result)[-1]
-    return int(splat_cost.KERNEL_CYCLES * steps * pixels / 256)
 
 
 def _moving(computations, opcode, rest, shapes, operands) -> tuple[float, int]:
