@@ -42,7 +42,7 @@ def main() -> None:
         see = functools.cache(
             lambda: cached(workdir / "videos", SEED.value, VIDEOS.value, **choices)
         )
-        start = resolve(START.value) if START.value else None
+        start = resolve(START.value, field="--start") if START.value else None
         options: dict[str, Any] = {"seed": SEED.value, "scale": SCALE.value, "start": start}
         for stage in stages:
             print(f"stage {stage}", flush=True)

@@ -84,13 +84,13 @@ class Choice:
 
 
 def choose(
-    weights: Mapping[Named, float],
+    weights: Mapping[Named, float | None],
     *,
     general: str | Mapping[str, float] = "palette",
     reconstruct: Mapping[str, Any] | Reconstruct | None = None,
     **sections: Mapping[str, Any],
 ) -> Choice:
-    """The rewards that `weights` names; arguments as those of `build`.
+    """The rewards that `weights` names, but for those of weight None; arguments as those of `build`.
 
     Raises:
       ValueError: an unknown reward, section or field, a value out of its range, or no reward that
@@ -103,6 +103,8 @@ def choose(
     counts: dict[str, float] = {}
     shares: dict[str, float] = {}
     for named, weight in weights.items():
+        if weight is None:
+            continue
         if not is_number(weight, -MOST, MOST):
             raise ValueError(
                 f"rewards.weights.{named} is {weight!r}: it has to be a number in [{-MOST:g}, "
