@@ -90,7 +90,7 @@ def choose(
     reconstruct: Mapping[str, Any] | Reconstruct | None = None,
     **sections: Mapping[str, Any],
 ) -> Choice:
-    """The rewards that `weights` names, but for those of weight None; arguments as those of `build`.
+    """The rewards that `weights` names, but for those of weight None; arguments are `build`'s.
 
     Raises:
       ValueError: an unknown reward, section or field, a value out of its range, or no reward that
