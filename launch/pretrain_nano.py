@@ -70,8 +70,7 @@ def check(weights: Path | None) -> None:
         "ground_truth": checks.reconstruction(scorer, truth),
         "noise": checks.noise_scores(scorer, truth),
         "clip": checks.retrieval(folder / "clip", truth),
-        # No judge ships yet: null says that nothing was measured.
-        "judge": checks.grading(folder / "judge") if (folder / "judge").is_dir() else None,
+        "judge": checks.grading(folder / "judge"),
     }
     print(json.dumps(figures, indent=2))
 

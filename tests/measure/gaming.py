@@ -151,19 +151,23 @@ def climb(terms: Terms, term: str, start: Pixels | Latents, rate: float, steps: 
 # ---- Cheats without a gradient -------------------------------------------------------------------
 
 
+def named(prompt: str) -> np.ndarray:
+    """The colours that a prompt names [C 3]."""
+    chosen = palette.targets([prompt])[0]
+    return np.array(list(palette.PALETTE.values()))[chosen]
+
+
 def bands(video: np.ndarray, prompt: str) -> np.ndarray:
     """Nothing but the colours that the prompt names, side by side."""
-    colors, used = palette.targets([prompt])
-    named = colors[0, used[0] > 0]
-    place = np.arange(video.shape[2]) * len(named) // video.shape[2]
-    return np.broadcast_to(named[place], video.shape)
+    colors = named(prompt)
+    place = np.arange(video.shape[2]) * len(colors) // video.shape[2]
+    return np.broadcast_to(colors[place], video.shape)
 
 
 def stickers(video: np.ndarray, prompt: str) -> np.ndarray:
     """A square of each colour that the prompt names, stuck to the screen."""
-    colors, used = palette.targets([prompt])
     out = video.copy()
-    for place, color in enumerate(colors[0, used[0] > 0]):
+    for place, color in enumerate(named(prompt)):
         out[:, -STICKER:, place * STICKER : (place + 1) * STICKER] = color
     return out
 
