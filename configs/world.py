@@ -93,10 +93,11 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.camera.magnitudes = "released"  # how far a command goes: released (1000 units deep) or nano
 
     c.rewards = ml_collections.ConfigDict()  # (rewards/base.py: a section for each reward)
-    # 0 measures a reward and does not learn from it
+    # 0 measures a reward and does not learn from it; None leaves it out
     c.rewards.weights = ml_collections.ConfigDict(
         {"recon": 1.0, "trajectory": 1.0, "meta_view": 1.0, "general": 1.0, "mvcs": 0.0}
     )
+    c.rewards.weights.judge = ml_collections.config_dict.placeholder(float)
     # R_gen: rewards that are "general", averaged with these weights: hps (HPSv2.1) [paper],
     # pickscore
     c.rewards.general = ml_collections.ConfigDict({"hps": 1.0, "pickscore": 0.0})
@@ -220,6 +221,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     # R_gen is nano's own CLIP, 64 pixels square; colours are a witness that is not learnt from.
     c.rewards.hps.weights, c.rewards.hps.fit = "nano", "squeeze"
     c.rewards.weights.palette = 0.0
+    c.rewards.judge.weights = "nano"  # for a rewards.weights.judge; why it has none: docs/rewards
     c.rewards.recon.likeness = "ssim"  # LPIPS means little at 64 pixels
     # At this size S_recon is won by stillness and blur, and S_meta by stillness: they are measured
     # and not learnt from. Colours are learnt sooner than cameras, and at full weight instead.

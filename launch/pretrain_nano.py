@@ -42,7 +42,7 @@ def main() -> None:
         see = functools.cache(
             lambda: cached(workdir / "videos", SEED.value, VIDEOS.value, **choices)
         )
-        start = resolve(START.value) if START.value else None
+        start = resolve(START.value, field="--start") if START.value else None
         options: dict[str, Any] = {"seed": SEED.value, "scale": SCALE.value, "start": start}
         for stage in stages:
             print(f"stage {stage}", flush=True)
@@ -70,8 +70,7 @@ def check(weights: Path | None) -> None:
         "ground_truth": checks.reconstruction(scorer, truth),
         "noise": checks.noise_scores(scorer, truth),
         "clip": checks.retrieval(folder / "clip", truth),
-        # No judge ships yet: null says that nothing was measured.
-        "judge": checks.grading(folder / "judge") if (folder / "judge").is_dir() else None,
+        "judge": checks.grading(folder / "judge"),
     }
     print(json.dumps(figures, indent=2))
 

@@ -83,6 +83,8 @@ WEIGHTS = re.compile(r"rewards\.(weights|general)\.\w+")
 # The only rewards of the nano config that count with the dynamic phase on: one has to be left.
 ONLY = ("rewards.general.hps", "rewards.weights.general")
 JUDGE = ("rewards.judge.height", "rewards.judge.width")  # 0: as the video is
+# None: left out, as is no reward that dynamic.off names.
+OPTIONAL = ("rewards.weights.judge", "rewards.weights.mvcs", "rewards.weights.palette")
 LEFT = re.compile(r"mesh\.data")  # -1: what is left
 SIGNED = ("algorithm.margin",)
 # Texts of which files are made, or nothing: checked where they are read.
@@ -99,6 +101,8 @@ def is_right(name: str, value: Any) -> bool:
         return False
     if name in JUDGE and (value == 0 and not isinstance(value, bool)):
         return True
+    if value is None:
+        return name in OPTIONAL
     if isinstance(value, str):
         return name == "rewards.judge.question" or bool(FREE.fullmatch(name))
     if isinstance(value, bool):

@@ -117,6 +117,25 @@ def jump(video, strength, rng):
     return np.concatenate([video[:middle], np.stack(later)])
 
 
+def card(frame, camtoworld, distance):
+    """A video of one picture on a flat card, seen along a path; no corruption, for it needs no
+    video."""
+    at = [_on_cloth(pose, distance, len(frame)) - 0.5 for pose in camtoworld]
+    return np.stack([_sample(frame, y, x) for x, y in (np.moveaxis(each, -1, 0) for each in at)])
+
+
+def _on_cloth(pose, distance, side):
+    """Where the pixels of a camera see a cloth that faces the first one, in the first one's pixels
+    [side side 2]."""
+    matrix = world.intrinsics(side, side)
+    focal, centre = matrix[0, 0], matrix[:2, 2]
+    pixels = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1) + 0.5
+    rays = np.concatenate([(pixels - centre) / focal, np.ones((side, side, 1))], -1)
+    position, along = pose[:3, 3].astype(np.float64), rays @ pose[:3, :3].astype(np.float64).T
+    points = position + along * ((distance - position[2]) / along[..., 2])[..., None]
+    return points[..., :2] / points[..., 2:] * focal + centre
+
+
 def painted(video, strength, rng, depth, camtoworld):
     """The scene turns into the first frame's picture on a flat cloth at its median depth.
 
@@ -130,13 +149,10 @@ def painted(video, strength, rng, depth, camtoworld):
     first = depth[0].astype(np.float64)
     cloth = float(np.median(first))
     pixels = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1) + 0.5
-    rays = np.concatenate([(pixels - centre) / focal, np.ones((side, side, 1))], -1)
     out = []
     for frame, pose in zip(video, camtoworld, strict=True):
         turn, position = pose[:3, :3].astype(np.float64), pose[:3, 3].astype(np.float64)
-        along = rays @ turn.T
-        points = position + along * ((cloth - position[2]) / along[..., 2])[..., None]
-        painting = points[..., :2] / points[..., 2:] * focal + centre
+        painting = _on_cloth(pose, cloth, side)
         x, y = np.moveaxis(painting.astype(int).clip(0, side - 1), -1, 0)
         there = np.concatenate([(painting - centre) / focal, np.ones((side, side, 1))], -1)
         seen = (there * first[y, x][..., None] - position) @ turn

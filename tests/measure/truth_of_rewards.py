@@ -42,8 +42,8 @@ BATCH = 16
 # runs of 3 frames; epipolar is the error (px) of matches under the recovered cameras, negated so
 # that better is more, and of the path asked for.
 COLUMNS = (
-    "recon", "trajectory", "segments", "meta_view", "R_3D", "strict", "mvcs", "psnr", "ssim",
-    "epipolar", "epipolar_asked",
+    "recon", "trajectory", "segments", "meta_view", "judge", "R_3D", "strict", "mvcs", "psnr",
+    "ssim", "epipolar", "epipolar_asked",
 )  # fmt: skip
 CUT = 0.12  # mean change of brightness from a frame to the next that is taken for another shot
 STRICT = {"change_min": 0.3, "texture_min": 0.04}
@@ -72,9 +72,9 @@ class Rewards:
     def __init__(self):
         sections = {
             "recon": {"likeness": "ssim"}, "trajectory": {"depth_scale": 4.0},
-            "reconstruct": {"da3": "nano", "frame_stride": STRIDE},
+            "reconstruct": {"da3": "nano", "frame_stride": STRIDE}, "judge": {"weights": "nano"},
         }  # fmt: skip
-        weights = {"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0, "meta_view": 0.0}
+        weights = {"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0, "meta_view": 0.0, "judge": 0.0}
         self.plain = build(weights, **sections)
         self._strict = jax.jit(
             lambda evidence: recon.Recon(likeness="ssim", **STRICT).score({}, evidence, ())
@@ -168,7 +168,8 @@ def report(rewards, name, clips, asked, chosen, members=1, depth=None):
 
 def together(rewards, groups, members=8):
     """Correlations between scores within groups of the base policy's videos of one prompt each:
-    each score less its group's mean."""
+    each score less its group's mean. Beside them the spread within groups and that of the groups'
+    means."""
     config = get_config("nano")
     found = settings.read(config)
     prompts = list(captions.prompt_sets().train)
@@ -177,15 +178,18 @@ def together(rewards, groups, members=8):
     made = list(generate.generate(pipeline, prompts, seed=3, samples=members, batch=BATCH))
     clips = np.stack([np.asarray(one.video) for one in made])
     scores = rewards.measure(clips, np.asarray(pipeline.paths([one.prompt for one in made])))
-    names = ("recon", "trajectory", "meta_view", "mvcs", "epipolar")
+    names = ("recon", "trajectory", "meta_view", "judge", "mvcs", "epipolar")
     rows = np.stack([scores[name] for name in names]).reshape(len(names), groups, members)
     known = np.isfinite(rows).all(0)
-    centred = np.where(known, rows, np.nan)
-    centred = centred - np.nanmean(centred, axis=2, keepdims=True)
+    rows = np.where(known, rows, np.nan)
+    means = np.nanmean(rows, axis=2, keepdims=True)
+    centred = rows - means
+    within, between = centred[:, known].std(1), np.nanstd(means[..., 0], axis=1)
     table = np.corrcoef(centred[:, known])
     print(f"\nbase policy: {groups} groups of {members}, {known.sum()} videos known to all scores")
-    for name, row, spread in zip(names, table, centred[:, known].std(1), strict=True):
-        print(f"{name:<12}" + "".join(f"{r:8.2f}" for r in row) + f"   spread {spread:.3f}")
+    for name, row, own, other in zip(names, table, within, between, strict=True):
+        cells = "".join(f"{r:8.2f}" for r in row)
+        print(f"{name:<12}{cells}   spread {own:.3f} within, {other:.3f} between")
     return {"scores": names, "correlation": table.tolist()}
 
 

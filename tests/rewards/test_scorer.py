@@ -41,6 +41,10 @@ def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, 
         reward(videos, prompts, paths)
 
 
+def test_a_reward_without_a_weight_is_left_out():
+    assert dict(choose({"palette": 1.0, "judge": None}).weights) == {"palette": 1.0}
+
+
 @pytest.mark.parametrize("at_once", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1))])
 def test_videos_may_be_made_as_they_are_scored(weights, at_once):
     """From what stands for them, here their bytes, some at a time; the scores are the same."""

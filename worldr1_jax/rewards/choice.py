@@ -85,13 +85,13 @@ class Choice:
 
 
 def choose(
-    weights: Mapping[Named, float],
+    weights: Mapping[Named, float | None],
     *,
     general: str | Mapping[str, float] = "palette",
     reconstruct: Mapping[str, Any] | Reconstruct | None = None,
     **sections: Mapping[str, Any],
 ) -> Choice:
-    """The rewards that `weights` names; arguments as those of `build`.
+    """The rewards that `weights` names, but for those of weight None; arguments are `build`'s.
 
     Raises:
       ValueError: an unknown reward, section or field, a value out of its range, or no reward that
@@ -104,6 +104,8 @@ def choose(
     counts: dict[str, float] = {}
     shares: dict[str, float] = {}
     for named, weight in weights.items():
+        if weight is None:
+            continue
         if not is_number(weight, -MOST, MOST):
             raise ValueError(
                 f"rewards.weights.{named} is {short(repr(weight))}: it has to be a number in "

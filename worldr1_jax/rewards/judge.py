@@ -215,7 +215,7 @@ def make(
       ValueError: weights or a tokenizer that cannot be read.
     """
     mesh = mesh or make_mesh({"data": 1}, jax.devices()[:1])
-    folder = resolve(weights, "judge")
+    folder = resolve(weights, "judge", field="weights")
     network = qwen3_vl.load(folder, dtype=jnp.dtype(dtype), mesh=mesh)
     tokens = qwen3_vl.read_tokens(folder, network.config)
     graph, state = nnx.split(network)
@@ -293,8 +293,9 @@ class Judge(Reward):
 
     def check(self) -> None:
         super().check()
+        folder = self._folder
         try:
-            config = qwen3_vl.read_config(self._folder)
+            config = qwen3_vl.read_config(folder)
             self._ids(1)
         except ValueError as error:
             raise ValueError(f"rewards.judge: {error}") from error
@@ -348,7 +349,7 @@ class Judge(Reward):
 
     @property
     def _folder(self) -> Path:
-        return resolve(self.weights, "judge")
+        return resolve(self.weights, "judge", field="rewards.judge.weights")
 
     @cached_property
     def _tokens(self) -> qwen3_vl.Tokens:

@@ -89,6 +89,7 @@ class Hps(Reward):
 
     def check(self) -> None:
         super().check()
+        self._source  # noqa: B018 (says what is missing in a sentence of its own)
         try:
             self._words  # noqa: B018 (reads the config and the tokenizer)
         except ValueError as error:
@@ -127,7 +128,9 @@ class Hps(Reward):
 
     @property
     def _source(self) -> Path:
-        return resolve("nano", "clip") if self.weights == "nano" else Path(self.weights)
+        if self.weights != "nano":
+            return Path(self.weights)  # or one file
+        return resolve("nano", "clip", field=f"rewards.{self.name}.weights")
 
     @cached_property
     def _words(self) -> clip.Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ class Reconstruct:
 
     def check(self, needs: str) -> None:
         """Raises ValueError where there is no such network, or none with what rewards need."""
-        config = Config.from_dict(read_config(resolve(self.da3, "da3")))
+        config = Config.from_dict(read_config(self._folder))
         if needs == GAUSSIANS and config.gs_head is None:
             raise ValueError(
                 f"rewards.reconstruct.da3 is '{self.da3}', a {config.model_name} without Gaussian "
@@ -73,7 +74,7 @@ class Reconstruct:
     def networks(self, mesh: jax.sharding.Mesh, dtype: Any) -> Networks:
         """The network on a mesh, with the attention that fits device and length. `dtype` is of the
         backbone's products; the publisher runs it in half precision."""
-        return {"da3": da3.load(resolve(self.da3, "da3"), dtype=jnp.dtype(dtype), mesh=mesh)}
+        return {"da3": da3.load(self._folder, dtype=jnp.dtype(dtype), mesh=mesh)}
 
     def described(
         self, mesh: jax.sharding.Mesh, dtype: Any, config: Config | None = None
@@ -115,6 +116,10 @@ class Reconstruct:
             height, width = found.depth.shape[2:]
             shown = texture(resize_frames(videos[:, :: self.frame_stride], (height, width)))
         return Evidence(videos, asked, found, shown, self.frame_stride, renderer)
+
+    @property
+    def _folder(self) -> Path:
+        return resolve(self.da3, "da3", field="rewards.reconstruct.da3")
 
 
 def thinned(reconstruction: Reconstruction, keep: int | None) -> Reconstruction:

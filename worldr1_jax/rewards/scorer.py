@@ -31,7 +31,7 @@ Decode = Callable[[Array, np.ndarray], Array]
 
 
 def build(
-    weights: Mapping[Named, float],
+    weights: Mapping[Named, float | None],
     *,
     general: str | Mapping[str, float] = "palette",
     reconstruct: Mapping[str, Any] | Reconstruct | None = None,
@@ -48,7 +48,7 @@ def build(
     Args:
       weights: weight in the sum of each reward: a name of `base.REWARDS`, "general", a `Reward`,
         or a plain function (videos, prompts, camtoworld) -> [B] that is called on the host. A
-        weight of 0 keeps the part as a measurement only.
+        weight of 0 keeps the part as a measurement only; None leaves it out, as if not named.
       general: what "general" means: one reward, or several with their weights, averaged.
       reconstruct: fields of `Reconstruct`, which rewards look through in 3D.
       mesh: videos are split over its data and fsdp axes; None uses one device. On a mesh with other
