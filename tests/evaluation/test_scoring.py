@@ -24,7 +24,7 @@ NANO = trajectory.Magnitudes.nano()
 @pytest.fixture(scope="module")
 def reward():
     weights = {"recon": 1.0, "trajectory": 1.0, "general": 1.0, "mvcs": 0.0}
-    return build(weights, recon={"likeness": "ssim"})
+    return build(weights, general="palette", recon={"likeness": "ssim"})
 
 
 def noise(*shape):

@@ -30,7 +30,7 @@ def options(weights):
 @pytest.fixture(scope="module")
 def scorer(options):
     """Beside ours a judge on the host, which no program holds."""
-    return build(WEIGHTS | {pleased: 1.0}, **options)
+    return build(WEIGHTS | {pleased: 1.0}, general="palette", **options)
 
 
 def pleased(videos, prompts, camtoworld):
@@ -101,7 +101,7 @@ def test_it_is_batched(scorer, given, wanted):
 def test_it_runs_on_a_mesh_of_the_users_own(options, given, wanted):
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=auto, devices=jax.devices()[:4])
-    scorer = build(WEIGHTS, mesh=mesh, **options)
+    scorer = build(WEIGHTS, general="palette", mesh=mesh, **options)
     place = NamedSharding(mesh, P("x"))
     some = [1, 2]
     arrays = (*(array[jnp.array(some)] for array in given), scorer.ask([PROMPTS[i] for i in some]))
@@ -132,7 +132,7 @@ class Brightness(Reward):
 
 def test_a_plain_function_and_an_object_are_rewards(given):
     videos, paths = given
-    scorer = build({Brightness(least=1.0): 1.0, calm: 0.5, "general": 2.0})
+    scorer = build({Brightness(least=1.0): 1.0, calm: 0.5, "general": 2.0}, general="palette")
     scores = scorer(videos, PROMPTS, np.asarray(paths))
     bright = videos.mean((1, 2, 3, 4))
     want = calm(np.asarray(videos), PROMPTS, paths)

@@ -49,7 +49,9 @@ def test_a_reward_without_a_weight_is_left_out():
 def test_videos_may_be_made_as_they_are_scored(weights, at_once):
     """From what stands for them, here their bytes, some at a time; the scores are the same."""
     options = {"frame_stride": 8, "da3": str(weights / "da3")}
-    reward = build(WEIGHTS, recon=SSIM, reconstruct=options, videos_at_once=at_once)
+    reward = build(
+        WEIGHTS, general="palette", recon=SSIM, reconstruct=options, videos_at_once=at_once
+    )
     truth = nano_videos.sample(5, 4)
     videos = np.asarray(truth.video, np.float32) / 255
     want = reward(videos, truth.captions, truth.camtoworld)

@@ -87,7 +87,7 @@ class Choice:
 def choose(
     weights: Mapping[Named, float | None],
     *,
-    general: str | Mapping[str, float] = "palette",
+    general: str | Mapping[str, float] = "hps",
     reconstruct: Mapping[str, Any] | Reconstruct | None = None,
     **sections: Mapping[str, Any],
 ) -> Choice:

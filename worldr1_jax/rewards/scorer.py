@@ -33,7 +33,7 @@ Decode = Callable[[Array, np.ndarray], Array]
 def build(
     weights: Mapping[Named, float | None],
     *,
-    general: str | Mapping[str, float] = "palette",
+    general: str | Mapping[str, float] = "hps",
     reconstruct: Mapping[str, Any] | Reconstruct | None = None,
     mesh: jax.sharding.Mesh | None = None,
     videos_at_once: int = 0,
