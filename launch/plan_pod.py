@@ -22,7 +22,6 @@ ROW = flags.DEFINE_bool("row", False, "print one row of docs/pods.md only")
 JSON = flags.DEFINE_bool("json", False, "print JSON only")
 PRICE = flags.DEFINE_float("price", 0.0, "of one chip for an hour, for the cost of an update")
 ONLY = flags.DEFINE_list("programs", [], "plan these alone, such as rollout,update")
-BESIDE = flags.DEFINE_list("rewards", [], "plan these beside the config's own, such as judge")
 HLO = flags.DEFINE_string("hlo", "", "folder for the compiled programs' text, to read by eye")
 SWEEP = flags.DEFINE_bool("sweep", False, "try meshes, remat and windows, and rank them")
 CONTEXTS = flags.DEFINE_list("contexts", ["1", "2", "4"], "devices for one video, for --sweep")
@@ -36,8 +35,6 @@ def main() -> None:
     from worldr1_jax.plan import report as plan
 
     config = cli.CONFIG.value
-    with config.unlocked():  # a weight of a reward that the config does not measure is no field
-        config.rewards.weights.update(dict.fromkeys(BESIDE.value, 1.0))
     devices = plan.topology_devices(TOPOLOGY.value)
     if SWEEP.value:
         _sweep(config, devices)
