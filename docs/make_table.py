@@ -51,7 +51,6 @@ def main() -> None:
     }
     for name, title in ROWS.items():
         lines[title] = [cell(compared(run, given.same)[name]) for run in runs]
-    lines["seconds"] = [f"{run['seconds']:.0f}" for run in runs]
     print("\n".join(f"| {title} | {' | '.join(cells)} |" for title, cells in lines.items()))
 
 
