@@ -42,6 +42,17 @@ def pytest_addoption(parser, pluginmanager):
             parser.addoption(option, help="needs pytest-xdist")
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs see one device, which `tiny.config` asks for."""
+    import jax
+
+    from worldr1_jax.mesh import make
+
+    whole = make.make_mesh
+    monkeypatch.setattr(make, "make_mesh", lambda sizes, *_: whole(sizes, jax.devices()[:1]))
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """The folder of `tiny.save_weights`, for all tests: leave it as it is."""

@@ -22,7 +22,7 @@ from worldr1_jax.algorithms import base
         ("nft", {"algorithm.contrast": 4.0, "dynamic.main_updates": 1}),
     ],
 )
-def test_learns_from_two_rollouts(weights, tmp_path, name, changes):
+def test_learns_from_two_rollouts(weights, one_device, tmp_path, name, changes):
     config = tiny.config(
         weights, f"nano,{name}", num_updates=2, **{"evaluate.prompts": 0}, **changes
     )  # fmt: skip
