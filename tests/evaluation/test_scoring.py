@@ -131,7 +131,7 @@ def test_the_launcher_writes_a_table_json_and_pictures(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     head, bad, good = done.stdout.strip().splitlines()[-3:]
-    assert head.split()[0] == "video" and "cam_mc" in head and "mvcs" in head
+    assert head.split()[0] == "video" and "trajectory" in head and "psnr" in head
     assert "no video that ffmpeg can read" in bad and good.startswith("good.mp4")
     videos = json.loads((tmp_path / "out" / "scores.json").read_text())["videos"]
     assert videos[0]["error"] and not videos[0]["scores"]
