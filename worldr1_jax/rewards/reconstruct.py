@@ -163,7 +163,7 @@ def thinned(reconstruction: Reconstruction, keep: int | None) -> Reconstruction:
 
 def reconstruct(
     network: da3.DA3,
-    video: Float[Array, "..."],  # [B F H W 3]; what is not is refused in words
+    video: Float[Array, "*shape"],  # [B F H W 3]; what is not is refused in words
     *,
     frame_stride: int = 1,
     process_size: tuple[int, int] | None = None,
