@@ -174,7 +174,7 @@ class Embedding(nnx.Module):
     ):
         self.embedding = nnx.Param(init(rngs.params(), (*stack, entries, features), param_dtype))
 
-    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
+    def __call__(self, ids: Int[Array, ...]) -> Float[Array, "... d"]:
         """The rows of the table at `ids`, which have to be in [0, entries)."""
         return jnp.take(self.embedding[...], ids, axis=0)
 
