@@ -195,4 +195,11 @@ def test_reference_frame_is_the_packages(frames):
     tokens = np.random.default_rng(frames).normal(size=(6, frames, 48)).astype(np.float32)
     for strategy in STRATEGIES:
         want = select_reference_view(torch.from_numpy(tokens)[:, :, None], strategy).tolist()
-        assert reference_frame(jnp.asarray(tokens), strategy).tolist() == want, strategy
+        ours = reference_frame(jnp.asarray(tokens), strategy).tolist()
+        if strategy == "saddle_sim_range":  # both frames of the least similar pair may tie
+            unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+            alike = unit @ unit.swapaxes(1, 2)
+            span, rows = alike.max(-1) - alike.min(-1), np.arange(len(tokens))
+            np.testing.assert_allclose(span[rows, ours], span[rows, want], atol=1e-6)
+        else:
+            assert ours == want, strategy

@@ -28,7 +28,7 @@ CASES = {  # text fields, vision fields, others, images, their size, padding of 
         2, (48, 16), (0, 0),
     ),
     "deep": (
-        {"num_hidden_layers": 6, "hidden_size": 48, "head_dim": 8},
+        {"num_hidden_layers": 6, "hidden_size": 48, "head_dim": 16},
         {"depth": 7, "deepstack_visual_indexes": [1, 4, 6], "num_heads": 4,
          "out_hidden_size": 48, "num_position_embeddings": 49},
         {}, 3, (80, 112), (7, 0, 2),

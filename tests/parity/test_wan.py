@@ -198,11 +198,13 @@ def test_the_original_vae_has_the_names_that_diffusers_converts(theirs, original
 def test_both_layouts_give_one_model(folder, original, monkeypatch):
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
     want = wan.load(folder, mesh=mesh, tokens=TOKENS)
-    monkeypatch.setattr(wan_vae.Config, "wan2_1", lambda: want.vae.config)
-    monkeypatch.setattr(umt5.Config, "xxl", lambda: want.text_encoder.config)
+    monkeypatch.setattr(wan_vae.Config, "wan2_1", lambda: want.networks["vae"].config)
+    monkeypatch.setattr(umt5.Config, "xxl", lambda: want.networks["text"].config)
     got = wan.load(original, mesh=mesh, tokens=TOKENS)
-    for a, b in ((got.dit, want.dit), (got.vae, want.vae), (got.text_encoder, want.text_encoder)):
-        jax.tree.map(np.testing.assert_array_equal, *(_leaves(network) for network in (a, b)))
+    assert got.networks.keys() == want.networks.keys()
+    for name in want.networks:
+        ours, theirs = (_leaves(model.networks[name]) for model in (got, want))
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def _leaves(network):

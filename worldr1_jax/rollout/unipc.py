@@ -108,7 +108,7 @@ def start(solver: UniPC, noise: Float[Array, "B ..."]) -> Memory:
 
 def step(
     solver: UniPC,
-    index: Int[Array, ""],
+    index: Int[Array, ""] | int,
     x: Float[Array, "B ..."],
     v: Float[Array, "B ..."],
     memory: Memory,
