@@ -232,7 +232,10 @@ def test_full_size_is_bounded_and_fast():
         path = trajectory.path(("push_in", "pan_left"), 81)[:frames]
         shape = ((frames - 1) // 4 + 1, 60, 104, 16)
         lowered = noise_warp.warp.lower(jax.random.key(0), path, shape)
-        program = lowered.compile()
+        # As it runs, not as tests compile.
+        program = lowered.compile(
+            {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+        )
         temporaries.append(program.memory_analysis().temp_size_in_bytes)
         if frames == 5:
             jax.block_until_ready(program(jax.random.key(0), path))
@@ -242,6 +245,5 @@ def test_full_size_is_bounded_and_fast():
             print(f"{seconds / 4:.2f} s a frame, {cpu / 4:.2f} s of processor time")
     assert max(temporaries) < 1e9
     assert temporaries[1] < 1.1 * temporaries[0]
-    # The published code takes 9.3 s of processor time a frame on the same machine; tests compile
-    # without optimisations, which doubles ours.
-    assert cpu / 4 < 9.3 / 2
+    # The published code takes 9.3 s of processor time a frame on the same machine.
+    assert cpu / 4 < 9.3 / 5

@@ -11,7 +11,7 @@ asks the policy, taken as a classifier (arXiv 2303.16203), which of two captions
 to. Both share x_t and eps, so that what the video shows besides, nearly all of the noise of a
 policy gradient, cancels. Traps, measured on nano: without the softplus the gap grows without bound
 and the videos break; with a margin of 0, videos that obeyed count less than those that did not,
-which teaches the policy to ignore its captions.
+and a run like that came out as with less guidance.
 """
 
 import jax

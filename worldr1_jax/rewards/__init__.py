@@ -1,6 +1,6 @@
 """Rewards of videos, usable without the trainer:
 
-    reward = rewards.build({"recon": 1.0, "trajectory": 1.0, "general": 1.0}, mesh=mesh)
+    reward = rewards.build({"recon": 1.0, "trajectory": 1.0}, recon={"likeness": "ssim"}, mesh=mesh)
     # Scores(parts={name: [B]}, total [B], valid [B])
     scores = reward(videos, prompts, camtoworld)
 
