@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tests import tiny
+from tests.launching import QUICK
 from worldr1_jax import train
 
 UPDATES = 5
@@ -35,14 +37,14 @@ _FORK.set_forkserver_preload(["tests.tiny", "worldr1_jax.train"])
 
 
 def run(weights: Path, workdir: Path, cache: Path) -> None:
-    """Trains, in a process of its own."""
+    """Trains, in a process of its own, which writes to a log until it is gone."""
+    os.environ["XLA_FLAGS"] = " ".join(QUICK)  # one device, whatever the parent has
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with (workdir.parent / "log").open("a") as log:
-        sys.stdout = sys.stderr = log
-        train.run(
-            tiny.config(weights, num_updates=UPDATES, **{"evaluate.prompts": 0}), str(workdir)
-        )
+    log = (workdir.parent / "log").open("a")  # noqa: SIM115
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    train.run(tiny.config(weights, num_updates=UPDATES, **{"evaluate.prompts": 0}), str(workdir))
 
 
 def start(weights: Path, workdir: Path, cache: Path) -> Any:
@@ -58,7 +60,7 @@ def finished(process: Any) -> None:
     process.join(900)
     if process.exitcode != 0:
         process.kill()
-        raise RuntimeError(f"a run that nobody killed ended with {process.exitcode}")
+        raise RuntimeError(f"a run that nobody killed ended with {process.exitcode}: see its log")
 
 
 def last(workdir: Path) -> tuple[list[np.ndarray], list[dict[str, float]]]:
