@@ -4,7 +4,6 @@ bits on other meshes and numbers of processes."""
 
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -17,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.launching import ROOT, environment
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.workdir.checkpoint import Checkpointer
 
-ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
     "frames": 5, "height": 32, "width": 32, "groups": 2, "group_size": 4, "checkpoint_every": 1,
     "sample.steps": 3, "algorithm.window": 1, "algorithm.window_range": "(0,2)",
     "rewards.recon.views": 2, "evaluate.prompts": 0, "videos_every": 100, "mesh.data": 4,
-    "mesh.fsdp": 2,
+    "mesh.fsdp": 2, "rewards.weights.recon": 1.0,
 }  # fmt: skip
 
 
@@ -100,16 +99,12 @@ def _bits(array: np.ndarray) -> np.ndarray:
 def _two_processes(task, folder, data, fsdp):
     """Runs `save` or `restore` in two processes of four devices."""
     port = _free_port()
-    environment = {
-        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
     _finish(
         [
             subprocess.Popen(
                 [sys.executable, "-c", SAVE_OR_RESTORE, str(port), str(process), task, str(folder),
                  str(data), str(fsdp)],
-                env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                env=environment(4), cwd=ROOT, text=True, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
             for process in range(2)
@@ -163,11 +158,9 @@ def _start(
                 "--distributed", f"--coordinator=localhost:{port}", f"--processes={processes}",
                 f"--process={process}",
             ]  # fmt: skip
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         started.append(
             subprocess.Popen(
-                command, env=environment, cwd=ROOT, text=True,
+                command, env=environment(devices), cwd=ROOT, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )
         )  # fmt: skip
