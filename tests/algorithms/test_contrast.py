@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tests.algorithms import toy
+from worldr1_jax.algorithms import base
 from worldr1_jax.algorithms.base import Rival
 from worldr1_jax.algorithms.contrast import contrast
+from worldr1_jax.algorithms.forward import Noised
 
 
 def velocities():
@@ -75,3 +77,41 @@ def test_in_an_update(name):
     plain, _ = toy.gradient(toy.make(name), start, replace(batch, rival=None))
     toy.assert_close(alone, plain, rtol=1e-4, atol=1e-6)
     assert np.abs(whole["b"] - plain["b"]).max() > 1e-3 and np.isfinite(metrics["loss"])
+
+
+def test_the_anchor_holds_what_both_captions_share_by_hand():
+    """The policy says the text's mean, and the base 0.5: 1 and 3 are 2 on average, 1.5 too much."""
+
+    def says(scale, offset):
+        def velocity(latents, sigma, text, *, guidance=None):
+            return scale * text.mean((1, 2))[:, None, None, None, None] + 0 * latents + offset
+
+        return velocity
+
+    x = jnp.ones((2, 1, 1, 1, 3))
+    text, other = (jnp.full((2, 4, 5), value) for value in (1.0, 3.0))
+    samples = base.Samples(
+        x, text, jnp.zeros(2), jnp.ones(2, bool), jax.random.split(jax.random.key(0), 2),
+        base.Rival(other, jnp.zeros(2)),
+    )  # fmt: skip
+    policies = base.Policies(says(1.0, 0.0), says(1.0, 0.0), says(1.0, 0.0), says(0.0, 0.5))
+    noised = Noised(x, jnp.ones(2), x)
+    held = toy.make("nft", contrast=1.0, anchor=2.0)
+    found = held.contrasted(policies, samples, noised, jnp.ones_like(x))
+    np.testing.assert_allclose(found.shared, 1.5**2, rtol=1e-6)
+    free = toy.make("nft", contrast=1.0)
+    assert not np.any(free.contrasted(policies, samples, noised, x).shared)
+    assert held.forwards == free.forwards + 2
+
+
+@pytest.mark.parametrize("name", ["nft", "awm"])
+def test_the_anchor_pulls_back_to_the_base(name):
+    """Where nothing else is learnt, it takes what captions share back."""
+    algorithm, start = toy.make(name, contrast=1.0, anchor=1.0), toy.params(moved=0.3)
+    batch, _ = toy.rollout(*start, jax.random.key(1), algorithm=algorithm)
+    rival = Rival(jnp.roll(batch.text, 1, axis=0), jnp.zeros(toy.COUNT))
+    batch = replace(batch, rival=rival, advantages=0 * batch.advantages)
+    pulled, metrics = toy.gradient(algorithm, start, batch)
+    free, _ = toy.gradient(replace(algorithm, anchor=0.0), start, batch)
+    assert metrics["shared"] > 0
+    assert np.sum((pulled["b"] - free["b"]) * start[0]["b"]) > 0

@@ -49,7 +49,7 @@ class Awm(Forward):
     @property
     def forwards(self) -> int:
         """That of the policy that drew, and those of the two that it is held to."""
-        return 1 + (self.kl_weight > 0) + (self.average_weight > 0)
+        return 1 + (self.kl_weight > 0) + (self.average_weight > 0) + self.anchors
 
     def loss(
         self, policies: Policies, samples: Samples, sigmas: Float[Array, " T+1"], term: Array
@@ -71,10 +71,11 @@ class Awm(Forward):
                 return jnp.zeros_like(found.loss)
             return mean_square(v - self.at(policy, noised, samples.text))
 
-        contrast, gap = self.contrasted(policies, samples, noised, v)
+        told = self.contrasted(policies, samples, noised, v)
         return Terms(
             losses={
-                "contrast": contrast,
+                "contrast": told.loss,
+                "shared": told.shared,
                 "policy_loss": found.loss,
                 "kl": distance(policies.base, self.kl_weight),
                 "kl_average": distance(policies.average, self.average_weight),
@@ -83,9 +84,10 @@ class Awm(Forward):
                 "kl": self.kl_weight,
                 "kl_average": self.average_weight,
                 "contrast": self.contrast,
+                "shared": self.anchor,
             },
             metrics={
-                "contrast_gap": gap,
+                "contrast_gap": told.gap,
                 "ratio_mean": found.ratio,
                 "clip_fraction": found.clipped,
             },

@@ -30,6 +30,14 @@ class Noised(NamedTuple):
     noise: Float[Array, "B f h w C"]  # eps
 
 
+class Contrasted(NamedTuple):
+    """What the contrast of captions asks of each sample; 0 without a rival."""
+
+    loss: Float[Array, " B"]
+    gap: Float[Array, " B"]  # see contrast.py
+    shared: Float[Array, " B"]  # how far the mean of both captions is from the base's, squared
+
+
 @dataclass(frozen=True)
 class Forward(Algorithm):
     """The fields that they share.
@@ -44,6 +52,8 @@ class Forward(Algorithm):
       advantage_max: advantage that counts in full, > 0; larger ones are cut.
       contrast: weight of the contrast of captions (contrast.py); at 0 there are no rivals.
       sharpness, margin: of it, see there; > 0, and any.
+      anchor: weight of `mean |(v(c) + v(c')) / 2 - the base's|^2`: captions that differ in the
+        camera alone may part, and what they have in common stays; at 0 the base is not run.
     """
 
     draws: int = 3
@@ -55,11 +65,12 @@ class Forward(Algorithm):
     contrast: float = 0.0
     sharpness: float = 20.0
     margin: float = 4.0
+    anchor: float = 0.0
 
     def __post_init__(self):
         in_range(
             self, draws=(1, 10**4), kl_weight=(0, 1e9), advantage_max=(1e-9, 1e9),
-            contrast=(0, 1e9), sharpness=(1e-6, 1e6), margin=(-1e6, 1e6),
+            contrast=(0, 1e9), sharpness=(1e-6, 1e6), margin=(-1e6, 1e6), anchor=(0, 1e9),
         )  # fmt: skip
         one_of(self, solver=SOLVERS)
         of_kind(self, bool, "absorb")
@@ -76,6 +87,11 @@ class Forward(Algorithm):
     def captions(self) -> int:
         """Two, where captions are contrasted."""
         return 2 if self.contrast else 1
+
+    @property
+    def anchors(self) -> int:
+        """Evaluations of the base that the anchor takes: both captions'."""
+        return 2 if self.contrast and self.anchor else 0
 
     def draw(self, key: PRNGKeyArray, update: int, plan: Plan) -> Draw:
         """Deterministic, by the solver that the field names; see `Algorithm.draw`."""
@@ -118,16 +134,21 @@ class Forward(Algorithm):
 
     def contrasted(
         self, policies: Policies, samples: Samples, noised: Noised, own: Float[Array, "B f h w C"]
-    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-        """Loss and gap of the contrast with the rivals; 0 without any. `own` is the velocity under
-        the samples' own captions."""
+    ) -> Contrasted:
+        """Of the samples' own captions, under which the velocity is `own`, and their rivals."""
+        zero = jnp.zeros_like(noised.sigma)
         if samples.rival is None:
-            return jnp.zeros_like(noised.sigma), jnp.zeros_like(noised.sigma)
+            return Contrasted(zero, zero, zero)
         rival = self.at(policies.now, noised, samples.rival.text)
-        return contrast(
+        loss, gap = contrast(
             own, rival, noised.noise - samples.kept, noised.sigma, samples.rival.lead,
             sharpness=self.sharpness, margin=self.margin,
         )  # fmt: skip
+        if not self.anchor:
+            return Contrasted(loss, gap, zero)
+        texts = (samples.text, samples.rival.text)
+        base = sum(self.at(policies.base, noised, text) for text in texts)
+        return Contrasted(loss, gap, mean_square((own + rival - base) / 2))
 
     def strength(self, advantages: Float[Array, " B"]) -> Float[Array, " B"]:
         """Advantages in units of the largest, in [-1, 1]."""

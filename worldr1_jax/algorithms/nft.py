@@ -46,8 +46,8 @@ class Nft(Forward):
 
     @property
     def forwards(self) -> int:
-        """The old policy's, and the base's where there is a KL."""
-        return 1 + (self.kl_weight > 0)
+        """The old policy's, and the base's where there is a KL or an anchor."""
+        return 1 + (self.kl_weight > 0) + self.anchors
 
     def remember(self, adapters: PyTree) -> PyTree:
         """The old policy's adapters."""
@@ -80,14 +80,19 @@ class Nft(Forward):
         if self.kl_weight > 0:
             kl = mean_square(v - self.at(policies.base, noised, samples.text))
         scale = self.advantage_max / self.beta
-        contrast, gap = self.contrasted(policies, samples, noised, v)
+        told = self.contrasted(policies, samples, noised, v)
         return Terms(
             losses={
                 "policy_loss": scale * (r * miss(1) + (1 - r) * miss(-1)),
                 "kl": kl,
-                "contrast": contrast,
+                "contrast": told.loss,
+                "shared": told.shared,
             },
-            weights={"kl": self.kl_weight, "contrast": self.contrast},
-            metrics={"moved": mean_square(v - old), "contrast_gap": gap},
+            weights={
+                "kl": self.kl_weight,
+                "contrast": self.contrast,
+                "shared": self.anchor,
+            },
+            metrics={"moved": mean_square(v - old), "contrast_gap": told.gap},
             peaks={},
         )
