@@ -1,5 +1,7 @@
 """Known damage: what breaks a cloud of Gaussians, and grades of it."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -68,3 +70,12 @@ def test_rank_correlation_by_hand():
     # ranks 1.5 1.5 3 4 against 1 2 3 4: covariance 4.5 / 4, variances 4.5 / 4 and 5 / 4
     tied = check.spearman(np.array([1.0, 1, 2, 3]), np.array([1.0, 2, 3, 4]))
     assert tied == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+
+
+def test_varied_views_have_the_same_damage():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (6, 5, 3), np.uint8)
+    mirrored = image[:, ::-1]
+    kinds = {tuple(view[0, 0]) for view in damage.varied(np.stack([image] * 200), rng)}
+    wanted = itertools.chain(*(itertools.permutations(one[0, 0]) for one in (image, mirrored)))
+    assert kinds == set(wanted)

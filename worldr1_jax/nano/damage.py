@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from worldr1_jax.geometry import SH_C0
 from worldr1_jax.models import qwen3_vl
@@ -281,6 +281,17 @@ def grades(damage: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     return np.clip((RUINED - damage) / (RUINED - FLAWLESS), 0, 1)
 
 
+def varied(
+    images: UInt8[np.ndarray, "N H W 3"], rng: np.random.Generator
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Views with the same damage: each as it is or mirrored, with its three colours in any order.
+    The damage is a mean over places and colours, and grey stays grey."""
+    mirrored = rng.random((len(images), 1, 1, 1)) < 0.5
+    order = rng.permuted(np.tile(np.arange(3), (len(images), 1)), axis=1)
+    images = np.where(mirrored, images[:, :, ::-1], images)
+    return np.take_along_axis(images, order[:, None, None], axis=3)
+
+
 def train_judge(
     views: Graded,
     folder: Path,
@@ -316,11 +327,7 @@ def train_judge(
         wanted = grades(views.damage).astype(np.float32)
         while True:
             rows = rng.integers(0, len(views), schedule.batch)
-            flips = rng.random((schedule.batch, 1, 1, 1)) < 0.5
-            images = views.images[rows]
-            yield {
-                "images": np.where(flips, images[:, :, ::-1], images), "grades": wanted[rows],
-            }  # fmt: skip
+            yield {"images": varied(views.images[rows], rng), "grades": wanted[rows]}
 
     def snapshot(average: Any) -> None:
         qwen3_vl.save(nnx.merge(graph, average), folder)
