@@ -20,6 +20,7 @@ ROWS = {
     "change": "movement (change)",
     "texture": "texture",
     "diversity": "diversity within a prompt",
+    "diversity_first": "the same of first frames",
 }
 
 
@@ -49,8 +50,10 @@ def main() -> None:
         "---": ["---"] * len(runs),
         "guidance of the base": [f"{run['heldout_guidance'][place]:g}" for run in runs],
     }
+    tables = [compared(run, given.same) for run in runs]
     for name, title in ROWS.items():
-        lines[title] = [cell(compared(run, given.same)[name]) for run in runs]
+        if all(name in rows for rows in tables):  # what older versions did not measure is left out
+            lines[title] = [cell(rows[name]) for rows in tables]
     print("\n".join(f"| {title} | {' | '.join(cells)} |" for title, cells in lines.items()))
 
 

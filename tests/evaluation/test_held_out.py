@@ -61,7 +61,8 @@ def test_turns_and_the_mesh_change_no_measure():
     whole, first, _ = measure(1, 1)
     parts, same, pipeline = measure(8, 4)
     assert pipeline.most == 2  # a quarter of the 8 videos of a batch
-    assert set(whole) == {"recon", "trajectory", "mvcs", "total_3d", "change", "diversity"}
+    rewards = {"recon", "trajectory", "mvcs", "total_3d"}
+    assert set(whole) == rewards | {"change", "diversity", "diversity_first"}
     for name, values in whole.items():
         assert values.shape == (11,) and np.isfinite(values).all()
         np.testing.assert_allclose(parts[name], values, rtol=1e-6)
@@ -73,8 +74,10 @@ def test_diversity_is_the_mean_distance_of_a_prompts_videos():
     found, first, pipeline = measure(1, 1, samples=3, count=1, batch=1)
     keys = evaluate.sample_keys(jax.random.key(0), 3, first=0)
     a, b, c = np.asarray(pipeline.decode(keys), np.float64)
-    distances = [np.sqrt(((x - y) ** 2).mean()) for x, y in ((a, b), (a, c), (b, c))]
-    np.testing.assert_allclose(found["diversity"], [np.mean(distances)], rtol=1e-5)
+    pairs = np.stack([a - b, a - c, b - c])
+    for name, apart in (("diversity", pairs), ("diversity_first", pairs[:, :1])):
+        distances = np.sqrt((apart**2).mean((1, 2, 3, 4)))
+        np.testing.assert_allclose(found[name], [distances.mean()], rtol=1e-5)
     np.testing.assert_allclose(first, [a], rtol=1e-6)
 
 

@@ -41,7 +41,7 @@ def run(weights: Path, workdir: Path, cache: Path) -> None:
     os.environ["XLA_FLAGS"] = " ".join(QUICK)  # one device, whatever the parent has
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    log = (workdir.parent / "log").open("a")  # noqa: SIM115
+    log = (workdir.parent / "log").open("a")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     train.run(tiny.config(weights, num_updates=UPDATES, **{"evaluate.prompts": 0}), str(workdir))

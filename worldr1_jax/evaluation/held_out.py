@@ -65,7 +65,7 @@ class Exam:
       prompts: held out.
       key: the noise of video s of prompt p depends on (key, p, s) alone.
       samples: videos per prompt; with two or more, their mean RMS difference is the "diversity" in
-        [0, 1].
+        [0, 1], and that of their first frames, where no camera has moved yet, "diversity_first".
       batch: prompts at a time, or so many more that the mesh can divide their videos; the last
         batch is filled up with repeats, which are not counted.
       at_once: videos that a device takes at a time, as pipeline and scorer have it; 0: all.
@@ -95,11 +95,11 @@ def measure(
     until all of them are made. `on_batch` is told how many prompts are done.
 
     Returns:
-      {every part of the reward, "total_3d", "change", "diversity", "epipolar", "epipolar_asked"}
-      -> [N]; NaN where a video could not be scored. "total_3d" is S_recon + S_traj; "change" how
-      much a video changes, the mean RMS difference of its frames to its middle one. The last two
-      are a witness that is no network: by how many pixels matches miss the epipolar lines of the
-      recovered cameras and of those asked for.
+      {every part of the reward, "total_3d", "change", "diversity", "diversity_first", "epipolar",
+      "epipolar_asked"} -> [N]; NaN where a video could not be scored. "total_3d" is S_recon +
+      S_traj; "change" how much a video changes, the mean RMS difference of its frames to its middle
+      one. The last two are a witness that is no network: by how many pixels matches miss the
+      epipolar lines of the recovered cameras and of those asked for.
     """
     # Without a negative prompt there is one branch; else one program serves every guidance.
     sampler, scale = Sampler(kind="none"), None if text_null is None else guidance
@@ -130,7 +130,7 @@ def measure(
         rows = {name: v.reshape(batch, samples).mean(1) for name, v in found.items()}
         rows["change"] = videos.change
         if samples > 1:
-            rows["diversity"] = videos.diversity
+            rows["diversity"], rows["diversity_first"] = videos.diversity
         for name, values in rows.items():
             collected.setdefault(name, []).append(values[: len(chosen)])
         if on_batch is not None:
@@ -156,7 +156,8 @@ class _Videos:
         self._samples, self._keep = samples, keep
         self._waiting: dict[int, np.ndarray] = {}
         self.kept: dict[int, np.ndarray] = {}
-        self.diversity, self.change = np.full((2, count), np.nan, np.float32)
+        self.change = np.full(count, np.nan, np.float32)
+        self.diversity = np.full((2, count), np.nan, np.float32)  # of videos, of first frames
 
     def add(self, place: int, video: Float[np.ndarray, "F H W 3"]) -> None:
         """The video at this place of the batch; for `episode.judge`."""
@@ -171,8 +172,8 @@ class _Videos:
             self.kept[prompt] = videos[0]
         self.change[prompt] = np.mean([_change(video) for video in videos])
         if self._samples > 1:
-            pairs = itertools.combinations(videos, 2)
-            self.diversity[prompt] = np.mean([_rms(a - b) for a, b in pairs])
+            pairs = [a - b for a, b in itertools.combinations(videos, 2)]
+            self.diversity[:, prompt] = np.mean([(_rms(x), _rms(x[0])) for x in pairs], axis=0)
 
 
 class _Cameras:
