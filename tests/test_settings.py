@@ -233,9 +233,20 @@ def test_fields_that_do_not_go_together_are_refused(changes, message):
     ],
 )
 def test_what_a_contrast_of_captions_needs(field, value, message):
-    config = world.get_config("nano,nft")
+    config = world.get_config("nano,fast")
     assert changed(config, field, value)
     assert re.match(message, refusal(config)), refusal(config)
+
+
+@pytest.mark.parametrize(("variant", "forwards"), [("nano", 34), ("small,fast", 54)])
+def test_forwards_of_the_policy_for_a_video_and_update(variant, forwards):
+    """A forward with its backward counts three."""
+    found = settings.read(world.get_config(variant))
+    algorithm, sampling = found.algorithm, found.sample
+    guided = 1 + (sampling.guidance != 1)
+    assert algorithm.absorb  # else terms would be guided too
+    update = algorithm.terms * (3 * algorithm.captions + algorithm.forwards)
+    assert guided * sampling.steps + update == forwards
 
 
 @pytest.mark.parametrize(
