@@ -16,8 +16,8 @@ import ml_collections
 from worldr1_jax.algorithms import base
 
 VARIANTS = ("nano", "small", "large")
-# Flow-GRPO is the paper's. Nano learns by `_fast`: on it, Flow-GRPO gains less than turning guidance
-# on does, and what it gains is in part stillness (docs/results).
+# Flow-GRPO is the paper's. Nano learns by `_fast`: there, Flow-GRPO gains less than turning
+# guidance on does, and what it gains is in part stillness (docs/results).
 DEFAULTS = {"nano": "fast"}
 
 
