@@ -4,6 +4,7 @@ What annotations of the rooms in SHAPED promise about arrays is enforced (shapes
 """
 
 import os
+import time
 
 from tests.launching import QUICK
 
@@ -42,6 +43,12 @@ def pytest_addoption(parser, pluginmanager):
             parser.addoption(option, help="needs pytest-xdist")
 
 
+@pytest.fixture(scope="session")
+def worker_id(request):
+    """Which process this is, as pytest-xdist names it."""
+    return getattr(request.config, "workerinput", {"workerid": "master"})["workerid"]
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """Runs see one device, which `tiny.config` asks for."""
@@ -54,8 +61,21 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """The folder of `tiny.save_weights`, for all tests: leave it as it is."""
+def weights(tmp_path_factory, worker_id):
+    """The folder of `tiny.save_weights`, for all tests of all processes: leave it as it is."""
     from tests import tiny  # which imports the package
 
-    return tiny.save_weights(tmp_path_factory.mktemp("weights"))
+    own = tmp_path_factory.mktemp("weights")
+    if worker_id == "master":
+        return tiny.save_weights(own)
+    shared = tmp_path_factory.getbasetemp().parent / "weights"
+    try:
+        shared.mkdir()
+    except FileExistsError:  # another process is at it
+        for _ in range(1200):
+            if (shared / "whole").exists():
+                return (shared / "whole").resolve()
+            time.sleep(0.1)
+        raise TimeoutError(f"no weights in {shared} within two minutes") from None
+    (shared / "whole").symlink_to(tiny.save_weights(own))
+    return own

@@ -85,7 +85,7 @@ def test_microbatches_do_not_change_the_gradient():
 
 
 @pytest.mark.parametrize("name", ["grpo", "nft"])
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_invalid_samples_contribute_nothing(name, microbatches):
     """NaNs in them reach nothing, and the mean is over the others: as if they were not there."""
     algorithm = toy.make(name)

@@ -1,5 +1,6 @@
 """The world prompts: what their text is held to, and that it is always the same."""
 
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -19,8 +20,7 @@ from worldr1_jax.data.world_prompts import (
     phrasing,
 )
 
-MADE = generate.records()
-EVERY = [record for records in MADE.values() for record in records]
+made = functools.cache(generate.records)  # four seconds, which no other test has to wait for
 FORMS = ("prompt", "prompt_long")
 STOCK = re.compile(
     r"masterpiece|\b[48]k\b|\bultra-|hyper-?real|photo-?real|highly detailed|cinematic|stunning|"
@@ -29,19 +29,26 @@ STOCK = re.compile(
 )
 
 
+@functools.cache
+def every():
+    """All records, in order."""
+    return [record for records in made().values() for record in records]
+
+
 def test_there_are_as_many_as_asked_for():
-    counts = {split: len(records) for split, records in MADE.items()}
+    counts = {split: len(records) for split, records in made().items()}
     assert counts == generate.COUNTS
     assert counts["train"] >= 4000 and counts["dynamic"] >= 800 and counts["test"] >= 400
-    assert {r.category for r in EVERY} == set(material.CATEGORIES)
-    for split, records in MADE.items():
+    assert {r.category for r in every()} == set(material.CATEGORIES)
+    for split, records in made().items():
         assert {r.is_dynamic for r in records} == {
             "train": {False}, "dynamic": {True}, "test": {False, True},
         }[split]  # fmt: skip
 
 
-@pytest.mark.parametrize("record", EVERY[::97], ids=lambda record: record.scene)
-def test_form(record):
+@pytest.mark.parametrize("place", range(0, sum(generate.COUNTS.values()), 97))
+def test_form(place):
+    record = every()[place]
     for text in (record.prompt, record.prompt_long):
         assert commands.parse(text) == record.commands and 1 <= len(record.commands) <= 3
         assert text.startswith(commands.text(record.commands))
@@ -51,9 +58,10 @@ def test_form(record):
     assert "  " not in record.prompt_long
 
 
+@pytest.mark.slow
 def test_lengths_and_stock_phrases():
     least, most = compose.LONG_WORDS
-    for record in EVERY:
+    for record in every():
         assert least <= len(measure.words(commands.scene(record.prompt_long))) <= most
         assert 8 <= len(commands.scene(record.prompt).split()) <= 45
         assert not STOCK.search(record.prompt + record.prompt_long), record
@@ -62,43 +70,46 @@ def test_lengths_and_stock_phrases():
 
 def test_the_camera_does_what_the_scene_allows():
     tags = {nucleus.name: nucleus.camera for nucleus in material.read().nuclei}
-    for record in EVERY:
+    for record in every():
         assert not material.CAMERAS[tags[record.scene]] & set(record.commands), record
         assert "fixed" not in record.commands[:-1]
 
 
-@pytest.mark.parametrize("split", MADE)
+@pytest.mark.parametrize("split", generate.COUNTS)
 def test_movements_are_balanced(split):
-    asked = Counter(name for record in MADE[split] for name in record.commands)
+    asked = Counter(name for record in made()[split] for name in record.commands)
     mean = sum(asked.values()) / len(commands.PUBLISHED)
     # 5%: the chooser evens counts out to a few; the test split asks for each some 80 times.
     assert all(abs(asked[name] - mean) <= 0.05 * mean for name in commands.PUBLISHED), asked
 
 
 def test_no_scene_is_in_two_splits():
-    scenes = [{record.scene for record in records} for records in MADE.values()]
+    scenes = [{record.scene for record in records} for records in made().values()]
     assert sum(map(len, scenes)) == len(set.union(*scenes)) >= 700
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("split", MADE)
+@pytest.mark.parametrize("split", generate.COUNTS)
 def test_no_sequence_of_eight_words_in_more_than_one_prompt_of_a_hundred(split, form):
-    texts = [getattr(record, form) for record in MADE[split]]
+    texts = [getattr(record, form) for record in made()[split]]
     for kind in (texts, [commands.scene(text) for text in texts]):
         sequence, share = measure.most_repeated(kind)
         assert share <= 0.01, sequence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_no_two_prompts_are_nearly_the_same(form):
-    index, first, second = measure.most_alike([commands.scene(getattr(r, form)) for r in EVERY])
+    index, first, second = measure.most_alike([commands.scene(getattr(r, form)) for r in every()])
     assert index < 0.4, (first, second)
 
 
+@pytest.mark.slow
 def test_vocabulary():
-    distinct, stems = measure.vocabulary(commands.scene(r.prompt_long) for r in EVERY)
+    distinct, stems = measure.vocabulary(commands.scene(r.prompt_long) for r in every())
     assert distinct >= 10_000 and stems >= 7000
-    assert measure.vocabulary(commands.scene(r.prompt_long) for r in MADE["train"])[0] >= 8000
+    assert measure.vocabulary(commands.scene(r.prompt_long) for r in made()["train"])[0] >= 8000
 
 
 def test_measures_on_small_texts():
@@ -109,18 +120,18 @@ def test_measures_on_small_texts():
 
 
 def test_the_text_is_that_of_its_version(tmp_path):
-    checksums.verify(MADE)
+    checksums.verify(made())
     other = tmp_path / "checksums.json"
     other.write_text('{"version": "0.9.0"}')
     with pytest.raises(ValueError, match=r"differ from checksums.json in version, train"):
-        checksums.verify(MADE, other)
+        checksums.verify(made(), other)
 
 
 def test_another_seed_makes_other_text_from_the_same_scenes():
     counts = {"train": 800, "dynamic": 160, "test": 240}
-    made = generate.generate(material.read(), 1, counts)
-    assert {split: len(records) for split, records in made.items()} == counts
-    assert not {r.prompt_long for r in made["train"]} & {r.prompt_long for r in EVERY}
+    others = generate.generate(material.read(), 1, counts)
+    assert {split: len(records) for split, records in others.items()} == counts
+    assert not {r.prompt_long for r in others["train"]} & {r.prompt_long for r in every()}
 
 
 def test_the_builder_writes_the_same_bytes_and_reads_back(tmp_path):
@@ -135,7 +146,7 @@ def test_the_builder_writes_the_same_bytes_and_reads_back(tmp_path):
     first = build(tmp_path / "one")
     assert first == build(tmp_path / "two") and len(first) >= 6
     dataset = builder.WorldPrompts(data_dir=str(tmp_path / "one"), file_format="array_record")
-    for split, records in MADE.items():
+    for split, records in made().items():
         source = dataset.as_data_source(split)
         assert len(source) == len(records)
         found, record = source[7], records[7]
@@ -150,8 +161,8 @@ def test_text_files_hold_the_same_prompts(tmp_path):
     sets = generate.prompt_sets("short")
     prompts.write(tmp_path, sets)
     assert prompts.read(tmp_path, commands.complaint) == sets
-    assert sets.test[3] == MADE["test"][3].prompt
-    assert generate.prompt_sets().train[5] == MADE["train"][5].prompt_long
+    assert sets.test[3] == made()["test"][3].prompt
+    assert generate.prompt_sets().train[5] == made()["train"][5].prompt_long
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_a_run_writes_what_people_look_at(unbroken):
     assert len(list((unbroken / "checkpoints").iterdir())) == 3  # the newest k
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(folder, cache, unbroken, tmp_path):
     """As if the machine had gone while the update after the checkpoint was running."""
     workdir = tmp_path / "cut"

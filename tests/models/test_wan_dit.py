@@ -81,24 +81,36 @@ def test_bfloat16_is_near_float32(golden, published, inputs):
     assert np.sqrt(np.mean((velocity - golden["velocity"]) ** 2)) <= 0.03 * golden["velocity"].std()
 
 
-def test_remat_changes_no_gradient(published, inputs, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "LONG", 1)  # so that "attention" has something to keep
-    gradients = {}
-    for remat in layers.REMAT_POLICIES:
+@pytest.fixture(scope="module")
+def plain_gradient(published, inputs):
+    """That of the adapters, with nothing recomputed."""
+    return gradient_with("none", published, inputs)
+
+
+def gradient_with(remat, published, inputs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_kernels, "LONG", 1)  # so that "attention" has something to keep
         model = with_lora(published, remat=remat, implementation="blocks")
         graphdef, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
 
-        def loss(adapters, base, graphdef=graphdef):
+        def loss(adapters, base):
             return jnp.square(nnx.merge(graphdef, adapters, base)(*inputs)).mean()
 
-        gradients[remat] = jax.jit(jax.grad(loss))(adapters, base)
-    assert len(jax.tree.leaves(gradients["none"])) == 16  # A and B of q, k, v, o, twice
-    for remat in layers.REMAT_POLICIES[1:]:
-        for got, want in zip(
-            jax.tree.leaves(gradients[remat]), jax.tree.leaves(gradients["none"]), strict=True
-        ):
-            # the same float32 sums, fused otherwise
-            np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(adapters, base))
+
+
+@pytest.mark.parametrize(
+    "remat",
+    [
+        name if name in ("attention", "whole") else pytest.param(name, marks=pytest.mark.slow)
+        for name in layers.REMAT_POLICIES[1:]
+    ],
+)
+def test_remat_changes_no_gradient(remat, published, inputs, plain_gradient):
+    assert len(plain_gradient) == 16  # A and B of q, k, v, o, twice
+    for got, want in zip(gradient_with(remat, published, inputs), plain_gradient, strict=True):
+        # the same float32 sums, fused otherwise
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 def test_fresh_adapters_change_nothing(published, inputs, base_velocity):
