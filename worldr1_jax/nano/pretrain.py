@@ -43,17 +43,15 @@ TURN_SHARE = 3  # pans and orbits, the hardest movements to draw, come so many t
 # (steps, learning rate, batch) of each stage; the batch of "vae" is in frames. The shipped weights
 # were made in three rounds: AdamW on a sharper world; these stages with `start` at its result, with
 # exact captions (camera: 1100 steps of AdamW; policy: 2800 steps); the policy once more as here.
-# The judge that ships went on from its step 200 with --scale=0.75: it knows its views by heart
-# (off 0.05 there, 0.15 on held-out ones), and wants more VIEWS, not more steps.
 STEPS = {
     "vae": (1000, 2e-3, 32),
     "camera": (1100, 1e-3, 10),
     "da3": (650, 8e-4, 6),
     "policy": (2500, 1.5e-3, 48),
     "clip": (450, 2e-3, 96),
-    "judge": (350, 3e-3, 48),
+    "judge": (900, 3e-3, 48),
 }
-VIEWS = 2000  # that the judge learns from
+VIEWS = 8000  # that the judge learns from; 2,000 it knows by heart, and grades others worse
 
 
 def run_stage(
