@@ -268,7 +268,7 @@ def sheet(cheats: dict[str, np.ndarray]) -> bytes:
     """A PNG of the first video of each cheat."""
     names = list(cheats)
     strips = []
-    for first in range(COLUMNS):
+    for first in range(min(COLUMNS, len(names))):
         shown = np.stack([cheats[name][0] for name in names[first::COLUMNS]]).astype(np.float32)
         png = media.contact_sheet(shown, names[first::COLUMNS], SHOWN)
         strips.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
@@ -308,10 +308,10 @@ class Table:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4, help="videos of each cheat")
+    parser.add_argument("--prompts", type=int, default=3, help="videos of each cheat")
     parser.add_argument("--steps", type=int, default=100, help="of Adam")
     parser.add_argument(
-        "--drawn-steps", type=int, default=40, help="of Adam, for the terms that render"
+        "--drawn-steps", type=int, default=25, help="of Adam, for the terms that render"
     )
     parser.add_argument("--seed", type=int, default=4321, help="of scenes and videos")
     parser.add_argument("--climb", nargs="*", default=[*TERMS, "learnt"], choices=[*TERMS, *SUMS])

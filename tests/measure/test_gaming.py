@@ -69,3 +69,4 @@ def test_cheats_without_a_gradient():
                                base[0, 0, 1:-1, 1:-1], atol=1e-6)  # fmt: skip
     image = Image.open(io.BytesIO(sheet(found)))
     assert image.width > gaming.COLUMNS * gaming.SHOWN * 16
+    assert Image.open(io.BytesIO(sheet({"one": base}))).width < image.width / 2
