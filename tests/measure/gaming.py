@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from PIL import Image
 
@@ -46,8 +45,10 @@ TERMS = ("recon", "trajectory", "meta_view", "judge", "palette", "hps")
 # base policy's videos of a prompt, as nano's advantages have it. equal: all terms, weight 1.
 SUMS = ("default", "learnt", "equal")
 DRAWN = ("recon", "meta_view", "judge")  # ten times as dear a step as the others: they render
-# How far Adam may move in all: pixels are in [0, 1], latents have a std of 1.
-REACH = {"pixels": 2.0, "latents": 5.0}
+RATES = {
+    "pixels": 0.01,
+    "latents": 0.05,
+}  # of the first step; pixels are in [0, 1], latents about 1
 CARD = 3.0  # distance of the flat card, world units: that of a thing
 STICKER = 10  # px
 SAMPLES = 4  # videos a prompt, of which the spreads are
@@ -84,8 +85,7 @@ class Terms:
             weights[name] * jnp.concatenate([one[1] for one in each])
             for name, each in found.items()
         )
-        known = np.isfinite(scores)[:, None, None, None, None]
-        return scores, jnp.where(known, jnp.nan_to_num(gradient), 0.0)
+        return scores, jnp.where(_rows(np.isfinite(scores)), jnp.nan_to_num(gradient), 0.0)
 
     def measure(self, videos: np.ndarray, terms: Sequence[str] = TERMS) -> Scored:
         """Scores of terms."""
@@ -121,8 +121,12 @@ class Pixels:
     def __init__(self, videos: np.ndarray):
         self.free = jnp.asarray(videos, jnp.float32)
 
-    def decode(self, free: jax.Array) -> jax.Array:
+    def within(self, free: jax.Array) -> jax.Array:
+        """The nearest that is a video."""
         return jnp.clip(free, 0, 1)
+
+    def decode(self, free: jax.Array) -> jax.Array:
+        return free
 
     def pull(self, free: jax.Array, gradient: jax.Array) -> jax.Array:
         """By what is free, where `gradient` is by the video."""
@@ -135,33 +139,42 @@ class Latents:
     def __init__(self, videos: np.ndarray):
         vae = wan_vae.load(WEIGHTS / "vae")
         self.free = jax.jit(vae.encode)(jnp.asarray(videos, jnp.float32))
+        self.within = lambda free: free
         self.decode = jax.jit(vae.decode)
         self.pull = jax.jit(lambda free, gradient: jax.vjp(vae.decode, free)[1](gradient)[0])
 
 
 def climb(slope: Slope, start: Pixels | Latents, rate: float, steps: int) -> np.ndarray:
-    """The best videos that Adam finds from a start; one without a score stays as it is."""
-    optimizer = optax.adam(rate)
+    """The best videos found from a start; one without a score stays as it is.
 
-    @jax.jit
-    def step(free, state, gradient):
-        updates, state = optimizer.update(-gradient, state)
-        free = optax.apply_updates(free, updates)
-        return jnp.clip(free, 0, 1) if isinstance(start, Pixels) else free, state
-
-    free, state = start.free, optimizer.init(start.free)
-    found = np.array(start.decode(free))
-    best = np.full(len(found), -np.inf)
-    for count in range(steps + 1):
+    Each step goes by `rate` along the sign of the gradient, which moves most where no number may
+    move by more. A step to a worse video is taken back and the next is half as long, after one to a
+    better video half as long again, video by video: terms such as exp(-error) are so steep that
+    what is once lost shows no way back.
+    """
+    best, found = start.free, np.asarray(start.decode(start.free))
+    scores, gradient = slope(start.decode(best))
+    uphill, rates = start.pull(best, gradient), np.full(len(scores), rate)
+    if not np.isfinite(scores).any():
+        return found
+    for _ in range(steps):
+        free = start.within(best + _rows(rates) * jnp.sign(uphill))
         video = start.decode(free)
-        scores, gradient = slope(video)
-        better = scores > best
-        best[better], found[better] = scores[better], np.asarray(video)[better]
-        if not np.isfinite(best).any():
-            break
-        if count < steps:
-            free, state = step(free, state, start.pull(free, gradient))
+        tried, gradient = slope(video)
+        better = tried > scores
+        best, uphill, found = (
+            np.where(_rows(better), new, old)
+            for new, old in (
+                (free, best), (start.pull(free, gradient), uphill), (video, found),
+            )
+        )  # fmt: skip
+        scores, rates = np.where(better, tried, scores), rates * np.where(better, 1.5, 0.5)
     return found
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """[B] -> [B 1 1 1 1]"""
+    return values[:, None, None, None, None]
 
 
 # ---- Cheats without a gradient -------------------------------------------------------------------
@@ -309,9 +322,9 @@ class Table:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=3, help="videos of each cheat")
-    parser.add_argument("--steps", type=int, default=100, help="of Adam")
+    parser.add_argument("--steps", type=int, default=100, help="of a climb")
     parser.add_argument(
-        "--drawn-steps", type=int, default=25, help="of Adam, for the terms that render"
+        "--drawn-steps", type=int, default=25, help="of a climb of the terms that render"
     )
     parser.add_argument("--seed", type=int, default=4321, help="of scenes and videos")
     parser.add_argument("--climb", nargs="*", default=[*TERMS, "learnt"], choices=[*TERMS, *SUMS])
@@ -356,7 +369,7 @@ def main() -> None:
         chosen = weights.get(climbed, {climbed: 1.0})
         for name, start in starts.items():
             steps = args.drawn_steps if set(chosen) & set(DRAWN) else args.steps
-            rate = REACH[name.partition(" ")[0]] / steps
+            rate = RATES[name.partition(" ")[0]]
             best = climb(partial(terms.slope, chosen), start, rate, steps)
             table.add(f"{climbed} by {name}", best, list(chosen))
     print(f"{time.time() - began:.0f} s, {time.process_time():.0f} s of CPU")
