@@ -4,12 +4,13 @@ python -m tests.measure.gaming [--sheet docs/pictures/gaming.png] [--json gaming
 
 Every term of nano is climbed by its own gradient: by the pixels of a video, from the base policy's
 videos and from white noise, and by the latents that the VAE decodes, which is how a policy would
-have to do it. Beside these stand cheats that need no gradient. All are scored by all terms.
+have to do it. So is what nano learns from. Beside these stand cheats that need no gradient. All are
+scored by all terms. Prompts are of held-out scenes.
 
-The table has a row a cheat: mean scores over the videos that can be scored, in bold the term that
-is climbed, behind a bar how many cannot. `default` is the sum with nano's own weights, `equal` that
-of all terms; "wins" says for how many of the videos a sum is higher than that of the base policy's
-video of the same prompt. What cannot be scored wins nothing. Prompts are of held-out scenes.
+The table has a row a cheat: mean scores over the videos that can be scored, in bold what is
+climbed, in brackets how many cannot. Behind them, how far each of SUMS is from that of the base
+policy's video of the same prompt, in the mean, and in how many of the videos it wins. What cannot
+be scored wins nothing.
 """
 
 import argparse
@@ -25,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from PIL import Image
 
@@ -37,62 +37,79 @@ from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nano import palette, videos
 from worldr1_jax.policies import generate
-from worldr1_jax.rewards.choice import RECONSTRUCT, Choice, choose
+from worldr1_jax.rewards.choice import RECONSTRUCT, Choice
 from worldr1_jax.weights.shipped import WEIGHTS
 
-SPATIAL = ("recon", "trajectory", "meta_view", "judge")
-PLAIN = ("palette", "hps")
-TERMS = (*SPATIAL, *PLAIN)
-RATES = {"pixels": 0.02, "latents": 0.05}  # of Adam; pixels are in [0, 1], latents have a std of 1
+TERMS = ("recon", "trajectory", "meta_view", "judge", "palette", "hps")
+# default: by the weights of nano. learnt: by the same, each term in units of its spread among the
+# base policy's videos of a prompt, as nano's advantages have it. equal: all terms, weight 1.
+SUMS = ("default", "learnt", "equal")
+DRAWN = ("recon", "meta_view", "judge")  # ten times as dear a step as the others: they render
+RATES = {
+    "pixels": 0.01,
+    "latents": 0.05,
+}  # of the first step; pixels are in [0, 1], latents about 1
 CARD = 3.0  # distance of the flat card, world units: that of a thing
 STICKER = 10  # px
+SAMPLES = 4  # videos a prompt, of which the spreads are
 SHOWN, COLUMNS = 3, 3  # frames of a cheat on the sheet, and cheats side by side
+
+Scored = dict[str, np.ndarray]  # by term, [B]
+Slope = Callable[[jax.Array], tuple[np.ndarray, jax.Array]]  # scores [B] and gradients of videos
 
 
 class Terms:
-    """Scores of B videos and their gradients. One program holds the four terms that look through
-    the 3D network, and picks one of them as it runs."""
+    """Scores of B videos and their gradients. A program a term, for one video at a time: it need
+    not be compiled anew for another B."""
 
     def __init__(self, choice: Choice, prompts: Sequence[str], paths: np.ndarray):
         mesh = make_mesh({"data": 1}, jax.devices()[:1])
         networks = {name: choice.rewards[name].networks(mesh, "float32") for name in TERMS}
         networks[RECONSTRUCT] = choice.reconstruct.networks(mesh, "float32")
-        self._choice, self._paths = choice, jnp.asarray(paths, jnp.float32)
+        self._choice, self._paths = choice, np.asarray(paths, np.float32)
         self._asked = {name: choice.rewards[name].ask(prompts) for name in TERMS}
         self._graph, self._state = nnx.split(networks)
-        self._spatial = self._program(SPATIAL)
-        self._plain = {name: self._program((name,)) for name in PLAIN}
+        self._programs = {name: self._program(name) for name in TERMS}
 
-    def slope(self, term: str, videos: jax.Array) -> tuple[np.ndarray, jax.Array]:
-        """Scores [B] of a term, NaN where there is none, and their gradients, 0 there."""
-        program = self._spatial if term in SPATIAL else self._plain[term]
-        which = SPATIAL.index(term) if term in SPATIAL else 0
-        scores, gradient = program(self._state, videos, which)
-        return np.asarray(scores), jnp.nan_to_num(gradient)
+    def slope(self, weights: dict[str, float], videos: Any) -> tuple[np.ndarray, jax.Array]:
+        """Sums of terms [B], NaN where one has no score, and their gradients, 0 there."""
+        videos = jnp.asarray(videos, jnp.float32)
+        # All are dispatched before any is waited for.
+        found = {name: [self._one(name, videos, row) for row in range(len(videos))]
+                 for name in weights}  # fmt: skip
+        scores = weighed(
+            {name: np.concatenate([one[0] for one in each]) for name, each in found.items()},
+            weights,
+        )
+        gradient = sum(
+            weights[name] * jnp.concatenate([one[1] for one in each])
+            for name, each in found.items()
+        )
+        return scores, jnp.where(_rows(np.isfinite(scores)), jnp.nan_to_num(gradient), 0.0)
 
-    def measure(self, videos: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores of all terms."""
-        return {term: self.slope(term, jnp.asarray(videos, jnp.float32))[0] for term in TERMS}
+    def measure(self, videos: np.ndarray, terms: Sequence[str] = TERMS) -> Scored:
+        """Scores of terms."""
+        return {term: self.slope({term: 1.0}, videos)[0] for term in terms}
 
-    def _program(self, terms: Sequence[str]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        rewards, needs = self._choice.rewards, self._choice.needs(terms)
+    def _one(self, name: str, videos: jax.Array, row: int) -> tuple[jax.Array, jax.Array]:
+        given = (videos, self._paths, self._asked[name])
+        return self._programs[name](self._state, *jax.tree.map(lambda x: x[row : row + 1], given))
+
+    def _program(self, name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        reward, look = self._choice.rewards[name], self._choice.reconstruct
+
+        def total(videos, state, paths, asked):
+            networks = nnx.merge(self._graph, state)
+            evidence = look.evidence(
+                networks[RECONSTRUCT], videos, paths, needs=reward.needs, renderer="tiled"
+            )
+            scores = reward.score(networks[name], evidence, asked)[name]
+            return jnp.nansum(scores), scores
 
         @jax.jit
-        def program(state, videos, which):
-            networks = nnx.merge(self._graph, state)
-
-            def total(videos):
-                evidence = self._choice.reconstruct.evidence(
-                    networks[RECONSTRUCT], videos, self._paths, needs=needs, renderer="tiled"
-                )
-
-                def one(name):
-                    return rewards[name].score(networks[name], evidence, self._asked[name])[name]
-
-                scores = jax.lax.switch(which, [partial(one, name) for name in terms])
-                return jnp.nansum(scores), scores
-
-            (_, scores), gradient = jax.value_and_grad(total, has_aux=True)(videos)
+        def program(state, videos, paths, asked):
+            slope = jax.value_and_grad(total, has_aux=True)
+            (_, scores), gradient = slope(videos, state, paths, asked)
             return scores, gradient
 
         return program
@@ -104,8 +121,12 @@ class Pixels:
     def __init__(self, videos: np.ndarray):
         self.free = jnp.asarray(videos, jnp.float32)
 
-    def decode(self, free: jax.Array) -> jax.Array:
+    def within(self, free: jax.Array) -> jax.Array:
+        """The nearest that is a video."""
         return jnp.clip(free, 0, 1)
+
+    def decode(self, free: jax.Array) -> jax.Array:
+        return free
 
     def pull(self, free: jax.Array, gradient: jax.Array) -> jax.Array:
         """By what is free, where `gradient` is by the video."""
@@ -118,34 +139,42 @@ class Latents:
     def __init__(self, videos: np.ndarray):
         vae = wan_vae.load(WEIGHTS / "vae")
         self.free = jax.jit(vae.encode)(jnp.asarray(videos, jnp.float32))
+        self.within = lambda free: free
         self.decode = jax.jit(vae.decode)
         self.pull = jax.jit(lambda free, gradient: jax.vjp(vae.decode, free)[1](gradient)[0])
 
 
-def climb(terms: Terms, term: str, start: Pixels | Latents, rate: float, steps: int) -> np.ndarray:
-    """The videos with the best score of a term that Adam finds from a start; a video that has no
-    score at first stays as it is until it has one."""
-    optimizer = optax.adam(rate)
+def climb(slope: Slope, start: Pixels | Latents, rate: float, steps: int) -> np.ndarray:
+    """The best videos found from a start; one without a score stays as it is.
 
-    @jax.jit
-    def step(free, state, gradient):
-        updates, state = optimizer.update(-gradient, state)
-        free = optax.apply_updates(free, updates)
-        return jnp.clip(free, 0, 1) if isinstance(start, Pixels) else free, state
-
-    free, state = start.free, optimizer.init(start.free)
-    best, found = None, None
-    for count in range(steps + 1):
+    Each step goes by `rate` along the sign of the gradient, which moves most where no number may
+    move by more. A step to a worse video is taken back and the next is half as long, after one to a
+    better video half as long again, video by video: terms such as exp(-error) are so steep that
+    what is once lost shows no way back.
+    """
+    best, found = start.free, np.asarray(start.decode(start.free))
+    scores, gradient = slope(start.decode(best))
+    uphill, rates = start.pull(best, gradient), np.full(len(scores), rate)
+    if not np.isfinite(scores).any():
+        return found
+    for _ in range(steps):
+        free = start.within(best + _rows(rates) * jnp.sign(uphill))
         video = start.decode(free)
-        scores, gradient = terms.slope(term, video)
-        if best is None:
-            best, found = scores, np.asarray(video)
-        better = (scores > best) | (np.isfinite(scores) & ~np.isfinite(best))
-        best = np.where(better, scores, best)
-        found = np.where(better[:, None, None, None, None], video, found)
-        if count < steps:
-            free, state = step(free, state, start.pull(free, gradient))
+        tried, gradient = slope(video)
+        better = tried > scores
+        best, uphill, found = (
+            np.where(_rows(better), new, old)
+            for new, old in (
+                (free, best), (start.pull(free, gradient), uphill), (video, found),
+            )
+        )  # fmt: skip
+        scores, rates = np.where(better, tried, scores), rates * np.where(better, 1.5, 0.5)
     return found
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """[B] -> [B 1 1 1 1]"""
+    return values[:, None, None, None, None]
 
 
 # ---- Cheats without a gradient -------------------------------------------------------------------
@@ -172,21 +201,28 @@ def stickers(video: np.ndarray, prompt: str) -> np.ndarray:
     return out
 
 
+def on_cards(videos: np.ndarray, paths: np.ndarray) -> np.ndarray:
+    """Their first frames on a flat card, seen along the paths asked for."""
+    pairs = zip(videos, paths, strict=True)
+    return np.stack([corruptions.card(video[0], path, CARD) for video, path in pairs])
+
+
 def simple(base: np.ndarray, prompts: Sequence[str], paths: np.ndarray) -> dict[str, np.ndarray]:
     """By name; made of the base policy's videos, or of nothing."""
     rng = np.random.default_rng(0)
     noise = rng.uniform(size=base.shape)
     told = list(zip(base, prompts, strict=True))
-    cards = [corruptions.card(v[0], path, CARD) for v, path in zip(base, paths, strict=True)]
+    colors = np.stack([bands(*pair) for pair in told])
     return {
         "white noise": noise,
         "noise that stands still": np.repeat(noise[:, :1], base.shape[1], 1),
         "grey": np.full_like(base, 0.5),
-        "bands of the named colours": np.stack([bands(*pair) for pair in told]),
+        "bands of the named colours": colors,
         "stickers of the named colours": np.stack([stickers(*pair) for pair in told]),
         "a still": np.repeat(base[:, :1], base.shape[1], 1),
         "blur": np.stack([corruptions.blur(video, 1.0, rng) for video in base]),
-        "a flat card on the asked path": np.stack(cards),
+        "a flat card on the asked path": on_cards(base, paths),
+        "a card of the named colours": on_cards(colors, paths),
     }
 
 
@@ -195,43 +231,59 @@ def scenes(seed: int, count: int) -> videos.Videos:
     drawn = videos.sample(seed, 3 * count, held_out=True)
     moves = [commands.parse(text) not in ((), ("fixed",)) for text in drawn.captions]
     rows = np.flatnonzero(moves)[:count]
-    kept = {
-        field.name: [getattr(drawn, field.name)[row] for row in rows]
-        for field in dataclasses.fields(drawn)
-    }
-    return videos.Videos(**{k: v if k == "captions" else np.stack(v) for k, v in kept.items()})
+
+    def kept(values: Any) -> Any:
+        return [values[row] for row in rows] if isinstance(values, list) else values[rows]
+
+    fields = [field.name for field in dataclasses.fields(drawn)]
+    return videos.Videos(**{name: kept(getattr(drawn, name)) for name in fields})
 
 
 # ---- The table -----------------------------------------------------------------------------------
 
 
-def line(name: str, scores: dict, base: dict, sums: dict[str, dict[str, float]], own: str) -> str:
-    """A row of the table."""
-    cells = []
-    for term in TERMS:
-        lost = int(np.sum(~np.isfinite(scores[term])))
-        mean = f"{np.nanmean(scores[term]):.2f}" if lost < len(scores[term]) else "none"
-        cells.append((f"**{mean}**" if term == own else mean) + (f" ({lost} lost)" if lost else ""))
-    for weights in sums.values():
-        total, before = (weighed(one, weights) for one in (scores, base))
-        known = np.isfinite(total)
-        mean = f"{total[known].mean():.2f}" if known.any() else "none"
-        cells.append(f"{mean}, wins {int(np.sum(total > before))} of {len(total)}")
-    return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def weighed(scores: dict, weights: dict[str, float]) -> np.ndarray:
+def weighed(scores: Scored, weights: dict[str, float]) -> np.ndarray:
     """The sum of the terms that count; NaN where one is missing."""
-    return sum(weight * scores[name] for name, weight in weights.items() if weight)
+    return np.sum([weight * scores[name] for name, weight in weights.items() if weight], axis=0)
+
+
+def spread(scores: np.ndarray) -> float:
+    """Std of scores [prompts samples] around the mean of their prompt, as in an advantage."""
+    known = scores[np.isfinite(scores).all(1)]
+    return float((known - known.mean(1, keepdims=True)).std())
+
+
+def sums(counted: dict[str, float], spreads: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Weights of SUMS."""
+    learnt = {name: weight / spreads[name] for name, weight in counted.items()}
+    return dict(zip(SUMS, (counted, learnt, dict.fromkeys(TERMS, 1.0)), strict=True))
+
+
+def line(
+    name: str, scores: Scored, base: Scored, sums: dict[str, dict[str, float]], own: Sequence[str]
+) -> str:
+    """A row of the table, with `own` in bold."""
+    cells = [name]
+    for term in TERMS:
+        known = scores[term][np.isfinite(scores[term])]
+        mean = f"{known.mean():.2f}" if len(known) else "none"
+        lost = f" ({len(scores[term]) - len(known)})" if 0 < len(known) < len(scores[term]) else ""
+        cells.append((f"**{mean}**" if term in own else mean) + lost)
+    for weights in sums.values():
+        gain = weighed(scores, weights) - weighed(base, weights)
+        known = gain[np.isfinite(gain)]
+        mean = f"{known.mean():+.2f}" if len(known) else "none"
+        cells.append(f"{mean}, {int(np.sum(gain > 0))} of {len(gain)}")
+    return f"| {' | '.join(cells)} |"
 
 
 def sheet(cheats: dict[str, np.ndarray]) -> bytes:
     """A PNG of the first video of each cheat."""
-    columns = [list(cheats)[first::COLUMNS] for first in range(COLUMNS)]
+    names = list(cheats)
     strips = []
-    for names in columns:
-        shown = np.stack([cheats[name][0] for name in names]).astype(np.float32)
-        png = media.contact_sheet(shown, names, SHOWN)
+    for first in range(min(COLUMNS, len(names))):
+        shown = np.stack([cheats[name][0] for name in names[first::COLUMNS]]).astype(np.float32)
+        png = media.contact_sheet(shown, names[first::COLUMNS], SHOWN)
         strips.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
     height = max(len(strip) for strip in strips)
     padded = [
@@ -243,56 +295,84 @@ def sheet(cheats: dict[str, np.ndarray]) -> bytes:
     return out.getvalue()
 
 
-def main() -> None:
-    """Prints the table as it grows, and writes the sheet."""
+class Table:
+    """Cheats and their scores, printed and written as they come."""
+
+    def __init__(self, terms: Terms, base: Scored, sums: dict[str, dict[str, float]], files: Any):
+        self._terms, self._base, self._sums, self._files = terms, base, sums, files
+        self._videos: dict[str, np.ndarray] = {}
+        self._scores: dict[str, Scored] = {}
+        print(
+            f"| cheat | {' | '.join((*TERMS, *sums))} |\n|{' --- |' * (1 + len(TERMS) + len(sums))}"
+        )
+
+    def add(self, name: str, videos: np.ndarray, own: Sequence[str] = ()) -> None:
+        """Scores videos, prints their row, and writes both files anew."""
+        self._videos[name], self._scores[name] = videos, self._terms.measure(videos)
+        print(line(name, self._scores[name], self._base, self._sums, own), flush=True)
+        if self._files.sheet:
+            self._files.sheet.write_bytes(sheet(self._videos))
+        if self._files.json:
+            rows = {n: {t: s.tolist() for t, s in row.items()} for n, row in self._scores.items()}
+            self._files.json.write_text(
+                json.dumps({"weights": self._sums, "scores": rows}, indent=1)
+            )
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4, help="videos of each cheat")
-    parser.add_argument("--steps", type=int, default=100, help="of Adam")
+    parser.add_argument("--prompts", type=int, default=3, help="videos of each cheat")
+    parser.add_argument("--steps", type=int, default=100, help="of a climb")
+    parser.add_argument(
+        "--drawn-steps", type=int, default=25, help="of a climb of the terms that render"
+    )
     parser.add_argument("--seed", type=int, default=4321, help="of scenes and videos")
-    parser.add_argument("--terms", nargs="*", default=list(TERMS), choices=TERMS)
+    parser.add_argument("--climb", nargs="*", default=[*TERMS, "learnt"], choices=[*TERMS, *SUMS])
     parser.add_argument("--sheet", type=Path, help="file for a PNG of all cheats")
     parser.add_argument("--json", type=Path, help="file for the scores of each video")
-    args = parser.parse_args()
-    began = time.time()
-    found = settings.read(get_config("nano"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints the table as it grows."""
+    args, began = arguments(), time.time()
+    config = get_config("nano")
+    config.rewards.weights.judge = 0.0  # it is measured too
+    found = settings.read(config)
     truth = scenes(args.seed, args.prompts)
     pipeline = settings.build_pipeline(found, make_mesh({"data": 1}, jax.devices()[:1]), None)
-    made = generate.generate(pipeline, truth.captions, seed=args.seed, batch=args.prompts)
-    base = np.stack([np.asarray(one.video) for one in made])
-    choice = choose(
-        dict.fromkeys(TERMS, 1.0), recon={"likeness": "ssim"}, trajectory={"depth_scale": 4.0},
-        reconstruct={"da3": "nano", "frame_stride": 4}, judge={"weights": "nano"},
-        hps={"weights": "nano", "fit": "squeeze"},
-    )  # fmt: skip
-    terms = Terms(choice, truth.captions, truth.camtoworld)
-    counted = {name: found.rewards.weights.get(name, 0.0) for name in TERMS}
-    sums = {"default": counted, "equal": dict.fromkeys(TERMS, 1.0)}
-    print("default weights:", counted)
-    print(f"| cheat | {' | '.join((*TERMS, *sums))} |\n|{' --- |' * (1 + len(TERMS) + len(sums))}")
-
-    cheats: dict[str, np.ndarray] = {}
-    scored: dict[str, Any] = {}
-
-    def add(name: str, some: np.ndarray, own: str = "") -> None:
-        cheats[name], scored[name] = some, terms.measure(some)
-        print(line(name, scored[name], scored["the base policy"], sums, own), flush=True)
-
-    add("the base policy", base)
-    add("ground truth", truth.video / 255.0)
-    for name, some in simple(base, truth.captions, truth.camtoworld).items():
-        add(name, some)
-    starts = [("pixels", Pixels(base)), ("pixels of noise", Pixels(cheats["white noise"])),
-              ("latents", Latents(base))]  # fmt: skip
-    for term in args.terms:
-        for name, start in starts:
+    made = generate.generate(
+        pipeline, truth.captions, seed=args.seed, samples=SAMPLES, batch=args.prompts
+    )
+    videos = np.stack([np.asarray(one.video) for one in made])
+    videos = videos.reshape(args.prompts, SAMPLES, *videos.shape[1:])
+    terms = Terms(found.rewards, truth.captions, truth.camtoworld)
+    counted = {name: weight for name, weight in found.rewards.weights.items() if weight}
+    scored = [terms.measure(videos[:, number], list(counted)) for number in range(SAMPLES)]
+    spreads = {term: spread(np.stack([one[term] for one in scored], 1)) for term in counted}
+    weights = sums(counted, spreads)
+    print("weights:", counted, "spreads:", {term: round(one, 3) for term, one in spreads.items()})
+    base = videos[:, 0]
+    table = Table(terms, terms.measure(base), weights, args)
+    table.add("the base policy", base)
+    table.add("ground truth", truth.video / 255.0)
+    table.add("ground truth of another prompt", np.roll(truth.video / 255.0, 1, 0))
+    cheats = simple(base, truth.captions, truth.camtoworld)
+    for name, some in cheats.items():
+        table.add(name, some)
+    starts: dict[str, Pixels | Latents] = {
+        "pixels": Pixels(base),
+        "pixels of noise": Pixels(cheats["white noise"]),
+        "latents": Latents(base),
+    }
+    for climbed in args.climb:
+        chosen = weights.get(climbed, {climbed: 1.0})
+        for name, start in starts.items():
+            steps = args.drawn_steps if set(chosen) & set(DRAWN) else args.steps
             rate = RATES[name.partition(" ")[0]]
-            add(f"{term} by {name}", climb(terms, term, start, rate, args.steps), term)
+            best = climb(partial(terms.slope, chosen), start, rate, steps)
+            table.add(f"{climbed} by {name}", best, list(chosen))
     print(f"{time.time() - began:.0f} s, {time.process_time():.0f} s of CPU")
-    if args.sheet:
-        args.sheet.write_bytes(sheet(cheats))
-    if args.json:
-        rows = {n: {t: s.tolist() for t, s in row.items()} for n, row in scored.items()}
-        args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
