@@ -61,7 +61,7 @@ def test_no_lead_no_loss():
     assert not np.any(loss) and not np.any(gap)
 
 
-@pytest.mark.parametrize("name", ["nft", "awm"])
+@pytest.mark.parametrize("name", ["nft", pytest.param("awm", marks=pytest.mark.slow)])
 def test_in_an_update(name):
     """It moves the gradient, in whatever parts; the rival of a sample that is invalid is not read,
     and a rival without a lead changes nothing."""
@@ -104,7 +104,7 @@ def test_the_anchor_holds_what_both_captions_share_by_hand():
     assert held.forwards == free.forwards + 2
 
 
-@pytest.mark.parametrize("name", ["nft", "awm"])
+@pytest.mark.parametrize("name", ["nft", pytest.param("awm", marks=pytest.mark.slow)])
 def test_the_anchor_pulls_back_to_the_base(name):
     """Where nothing else is learnt, it takes what captions share back."""
     algorithm, start = toy.make(name, contrast=1.0, anchor=1.0), toy.params(moved=0.3)

@@ -210,9 +210,8 @@ def test_reward_rises(algorithm):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("grpo", "nft") else pytest.param(n, marks=pytest.mark.slow)
-     for n in base.ALGORITHMS],
-)  # fmt: skip
+    [n if n == "grpo" else pytest.param(n, marks=pytest.mark.slow) for n in base.ALGORITHMS],
+)
 def test_eight_devices_agree_with_one(name):
     """The state after three updates, of 1 device and of data 4 x fsdp 2."""
     results = []

@@ -48,6 +48,7 @@ def test_the_true_path_fits_and_others_do_not(truth):
     assert (wrong["epipolar"] > 2 * right["epipolar"]).all(), (right, wrong)
 
 
+@pytest.mark.slow
 def test_the_unit_of_length_does_not_matter_and_the_sign_shows(truth):
     clips, paths = (x[:3] for x in truth)
     right = errors(clips, paths)

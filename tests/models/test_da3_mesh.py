@@ -46,7 +46,10 @@ def single():
     return model, video, nnx.jit(lambda model, video: model(video))(model, video)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("ring", "heads") else pytest.param(n, marks=pytest.mark.slow) for n in MESHES],
+)
 def test_every_mesh_gives_the_same(single, name):
     model, video, want = single
     kernel, sizes = MESHES[name]

@@ -133,6 +133,7 @@ def test_chunks_keep_memory_and_columns_split_it(tiny):
     np.testing.assert_allclose(got, program(state, latents[0]), atol=1e-5)  # float32 sums
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_with_remat(tiny):
     video = jax.random.uniform(jax.random.key(1), (1, 3, 4, 4, 3))
 

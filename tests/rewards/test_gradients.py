@@ -140,6 +140,7 @@ def test_palette_of_black_frames():
     agree(lambda v: palette.palette(v, named).sum(), video, step=1e-3, where=lit)
 
 
+@pytest.mark.slow
 def test_degenerate_gaussians():
     """They are not drawn, have no gradient, and spoil none."""
     good, poses, matrices = scene(count=40, opacity=(0.3, 0.9))
