@@ -5,7 +5,6 @@ import ctypes
 import difflib
 import importlib.util
 import math
-import mmap
 import os
 import runpy
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import config_help
+import xla_flags
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -124,7 +124,7 @@ def spread_convolutions() -> None:
     Those give a core 64 output channels at a time: of two cores one idles half of the time at 64
     channels and a quarter at 96 or 192. Call it before jax is used.
     """
-    _set_xla("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
+    xla_flags.add("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
 
 
 def wait_for_slow_threads() -> None:
@@ -133,35 +133,8 @@ def wait_for_slow_threads() -> None:
     They are threads. On a laptop that sleeps or swaps, one is late, not dead, and XLA would end the
     process with "Expected 2 threads to join the rendezvous". Call it before jax is used.
     """
-    _set_xla("xla_cpu_collective_call_warn_stuck_timeout_seconds", "120")
-    _set_xla("xla_cpu_collective_call_terminate_timeout_seconds", "1200")
-
-
-def _set_xla(flag: str, value: str) -> None:
-    """Adds to XLA_FLAGS what its user has not set.
-
-    An unknown flag would end the process. So it is set where the library has it, and where no
-    accelerator's library, with an XLA of its own, would read it.
-    """
-    others = ("libtpu", "jax_plugins")
-    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, others)):
-        return
-    given = os.environ.get("XLA_FLAGS", "")
-    if flag not in given and _xla_has(flag):
-        os.environ["XLA_FLAGS"] = f"{given} --{flag}={value}".strip()
-
-
-def _xla_has(flag: str) -> bool:
-    spec = importlib.util.find_spec("jaxlib")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        library = Path(folder) / "libjax_common.so"
-        if library.is_file():
-            with (
-                library.open("rb") as file,
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-            ):
-                return text.find(flag.encode()) >= 0
-    return False
+    xla_flags.add("xla_cpu_collective_call_warn_stuck_timeout_seconds", "120")
+    xla_flags.add("xla_cpu_collective_call_terminate_timeout_seconds", "1200")
 
 
 def _check_backend() -> None:

@@ -6,12 +6,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launch import xla_flags
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 CONFIG = ROOT / "configs" / "world.py"
-# Programs are compiled without LLVM's optimiser and without XLA's generator of fused kernels,
-# which take most of the time.
-QUICK = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+# Programs are compiled without LLVM's optimiser and, where it can be left out, without XLA's
+# generator of fused kernels: they take most of the time.
+QUICK = tuple(
+    f"--{flag}={value}"
+    for flag, value in (
+        ("xla_backend_optimization_level", "0"),
+        ("xla_cpu_use_fusion_emitters", "false"),
+    )
+    if xla_flags.known(flag)
+)
 
 
 def environment(devices: int = 0, **changes: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 NAMES = {"tpu_train": "train"}  # scripts whose subcommand is called otherwise
-NOT_COMMANDS = ("cli", "config_help")
+NOT_COMMANDS = ("cli", "config_help", "xla_flags")
 
 
 def launchers() -> dict[str, Path]:

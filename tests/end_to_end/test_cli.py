@@ -40,8 +40,9 @@ def test_xla_is_asked_before_it_is_given_a_flag():
     """A flag that the library lacks would end the process; a user's own choice stays."""
     flag = "xla_cpu_experimental_ynn_fusion_type"
     code = (
-        "import cli, os; assert not cli._xla_has('xla_no_such_flag'); cli.spread_convolutions(); "
-        f"import jax; jax.devices(); has = cli._xla_has('{flag}'); "
+        "import cli, os, xla_flags; assert not xla_flags.known('xla_no_such_flag'); "
+        f"assert not xla_flags.known('{flag[:-1]}'); cli.spread_convolutions(); "
+        f"import jax; jax.devices(); has = xla_flags.known('{flag}'); "
         "print(os.environ.get('XLA_FLAGS', '') if has else 'lacks it')"
     )
     own = f"--{flag}=LIBRARY_FUSION_TYPE_DOT"
@@ -54,7 +55,7 @@ def test_xla_is_asked_before_it_is_given_a_flag():
 
 
 def test_there_is_a_test_of_every_launcher():
-    scripts = {path.stem for path in LAUNCH.glob("*.py")} - {"cli", "config_help"}
+    scripts = {path.stem for path in LAUNCH.glob("*.py")} - {"cli", "config_help", "xla_flags"}
     tests = Path(__file__).with_name("test_launchers.py").read_text("utf-8")
     assert not [script for script in scripts if f'"{script}"' not in tests]
 
