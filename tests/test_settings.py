@@ -74,7 +74,7 @@ ZERO = {
     "camera.degradation", "rewards.reconstruct.gaussian_frames", "rewards.recon.views",
     "rewards.recon.change_floor", "rewards.recon.change_min", "rewards.recon.texture_min",
     "algorithm.kl_weight", "algorithm.average_weight", "algorithm.decay", "algorithm.contrast",
-    "algorithm.margin", "advantage.floor",
+    "algorithm.margin", "algorithm.anchor", "advantage.floor",
     "train.warmup", "train.weight_decay", "train.clip_norm", "train.microbatches",
     "train.ema_decay", "dynamic.dynamic_updates", "watch.diversity", "watch.kl",
     "evaluate.prompts",

@@ -66,7 +66,7 @@ def test_nft_hand_numbers(absorb, guidance):
     expected = 2.0 / 0.5 * (r * terms[0] + (1 - r) * terms[1])
     np.testing.assert_allclose(found.losses["policy_loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(found.losses["kl"], ((v - base) ** 2).mean(AXES), rtol=1e-5)
-    assert found.weights == {"kl": 0.1, "contrast": 0.0}
+    assert found.weights == {"kl": 0.1, "contrast": 0.0, "shared": 0.0}
 
 
 def test_awm_hand_numbers():
