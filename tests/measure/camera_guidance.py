@@ -8,7 +8,7 @@ negative prompt, a video follows
 
     v(0) + guidance (v(c) - v(0)) + weight (v(c) - v(s))
 
-Held-out prompts of nano, the noise of the report, at the guidance of the config. Prints S_traj and
+Held-out prompts of nano, at the guidance of the config. Prints S_traj and
 the rest for each weight, and the paired change from the first of them.
 """
 
