@@ -1,5 +1,6 @@
 """The launchers as the commands that users run, and how tests compile."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -21,6 +22,13 @@ QUICK = tuple(
     )
     if xla_flags.known(flag)
 )
+
+
+def launcher(name: str) -> Any:
+    """A module of launch/, which finds its neighbours as it does when it is run as a script."""
+    if str(LAUNCH) not in sys.path:
+        sys.path.insert(0, str(LAUNCH))
+    return importlib.import_module(name)
 
 
 def environment(devices: int = 0, **changes: str) -> dict[str, str]:

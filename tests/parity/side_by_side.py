@@ -27,7 +27,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from flax import nnx
 
-from launch import cli
+from tests.launching import launcher
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import rotary
@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="the defaults of glibc and XLA")
     args = parser.parse_args()
     if not args.plain:
-        cli.keep_memory()
-        cli.spread_convolutions()
+        launcher("cli").keep_memory()
+        launcher("cli").spread_convolutions()
     for tokens in args.tokens:
         block(tokens, args.rounds, args.implementation)
     if not args.no_vae:

@@ -21,8 +21,8 @@ import torch
 from flax import nnx
 from safetensors.numpy import save_file
 
-from launch import cli
 from tests.goldens import make_da3
+from tests.launching import launcher
 from tests.parity.side_by_side import versus
 from worldr1_jax.models.da3 import model as da3
 
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="the defaults of glibc and XLA")
     args = parser.parse_args()
     if not args.plain:
-        cli.keep_memory()
-        cli.spread_convolutions()
+        launcher("cli").keep_memory()
+        launcher("cli").spread_convolutions()
     for name in args.models:
         compare(name, (args.frames, args.height, args.width), args.rounds)
 
