@@ -92,7 +92,7 @@ def test_zeros_behind_the_last_block_of_keys_are_no_keys():
         call = functools.partial(attn.attention, implementation=kernel)
         grads.append(jax.jit(lambda *x, c=call: jax.vjp(c, *x)[1](target))(q, -100.0 * q, v))
     for a, b in zip(*grads, strict=True):
-        # logits of hundreds, in float32: jax 0.12 differs by up to 5.7e-4 here, 0.10 by less than 2e-4
+        # logits of hundreds, in float32: under jax 0.12 they differ by up to 5.7e-4
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
