@@ -13,7 +13,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image, ImageDraw, ImageFont
 
 from worldr1_jax.files import PathLike, check_regular, local, make_folder, named, short
@@ -115,7 +115,7 @@ def contact_sheet(
     videos = np.asarray(videos)
     if captions is not None and len(captions) != len(videos):
         raise ValueError(f"there are {len(captions)} captions for {len(videos)} videos")
-    chosen = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
+    chosen = sheet_frames(videos.shape[1], columns)
     enlarge = max(1, _SMALLEST_SIDE // 2 // min(videos.shape[2:4]))
     rows = []
     for index, video in enumerate(videos):
@@ -127,6 +127,12 @@ def contact_sheet(
     png = io.BytesIO()
     Image.fromarray(np.concatenate(rows)).save(png, "PNG")
     return png.getvalue()
+
+
+def sheet_frames(frames: int, columns: int = 8) -> Int[np.ndarray, " shown"]:
+    """Which of a video's frames a contact sheet shows, evenly spaced, the first and the last among
+    them."""
+    return np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
 
 
 def _caption(text: str, width: int) -> np.ndarray:

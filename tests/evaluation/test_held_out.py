@@ -20,8 +20,16 @@ class Pipeline:
     def __init__(self, parts):
         self.mesh = make_mesh({"data": parts}, jax.devices()[:parts])
         self.most = 0  # videos that ever existed together
+        self.rolled = []  # (adapters, guidance, prompt)
+        self.adapters, self.sampling = "base", types.SimpleNamespace(guidance=2.0)
+
+    def negative(self):
+        return "null"
 
     def roll(self, adapters, prompts, keys, *, sampler, text_null, guidance):
+        self.rolled += [(adapters, guidance, prompt) for prompt in prompts]
+        if guidance is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, int(10 * guidance))
         paths = np.tile(np.eye(4, dtype=np.float32), (len(prompts), FRAMES, 1, 1))
         return types.SimpleNamespace(
             prompts=prompts, paths=paths, trajectory=types.SimpleNamespace(latents=keys)
@@ -84,6 +92,30 @@ def test_diversity_is_the_mean_distance_of_a_prompts_videos():
 def test_one_video_a_prompt_has_no_diversity():
     found, first, _ = measure(1, 1, samples=1)
     assert "diversity" not in found and len(first) == evaluate.SHOWN
+
+
+@pytest.mark.parametrize("sweep", [4, 100])
+def test_what_the_sweep_has_measured_is_not_measured_again(tmp_path, sweep):
+    pipeline, prompts = Pipeline(1), [f"prompt {i}" for i in range(11)]
+    exam = evaluate.Exam(prompts, jax.random.key(0), samples=2, batch=4)
+    found = evaluate.compare(
+        pipeline, Reward(1), "tuned", exam, evaluate.Evaluate(guidances=(1.0, 3.0), sweep=sweep),
+        seed=0, workdir=tmp_path,
+    )  # fmt: skip
+    best = found["heldout_guidance"]["before"]
+    assert set(found["heldout_guidance"]["swept"]) == {"1", "2", "3"}
+    fillers = {prompts[-1], prompts[min(sweep, 11) - 1]}
+    for adapters, guidance in {("base", best), ("base", 2.0), ("tuned", 2.0)}:
+        asked = [p for a, g, p in pipeline.rolled if (a, g) == (adapters, guidance)]
+        assert set(asked) == set(prompts)
+        assert all(asked.count(p) == 2 for p in set(prompts) - fillers)
+    whole, shown = evaluate.measure(
+        pipeline, Reward(1), "base", exam, guidance=best, text_null="null"
+    )
+    for name, row in found["heldout"].items():
+        assert row["before"] == whole[name].mean(), name
+    written = (tmp_path / "videos" / "heldout_before.png").read_bytes()
+    assert written == evaluate.contact_sheet(shown, prompts[: evaluate.SHOWN])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from worldr1_jax.evaluation import epipolar
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
 from worldr1_jax.fields import each_in_range, in_range
 from worldr1_jax.files import write_atomically
-from worldr1_jax.media import contact_sheet
+from worldr1_jax.media import contact_sheet, sheet_frames
 from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
@@ -27,6 +27,7 @@ from worldr1_jax.rollout.sample import Sampler, sample_keys
 from worldr1_jax.workdir.metrics import Progress
 
 Measures = dict[str, Float[np.ndarray, " N"]]
+Measured = tuple[Measures, Float[np.ndarray, "n F H W 3"]]  # and frames of the first prompts
 ENOUGH = 30  # pairs, for a bootstrap interval to be taken as it is
 SHOWN = 8  # prompts of which the contact sheet has a video
 
@@ -63,12 +64,13 @@ class Exam:
 
     Attributes:
       prompts: held out.
-      key: the noise of video s of prompt p depends on (key, p, s) alone.
+      key: the noise of video s of prompt p depends on (key, p, s) alone, p counted from `first`.
       samples: videos per prompt; with two or more, their mean RMS difference is the "diversity" in
         [0, 1], and that of their first frames, where no camera has moved yet, "diversity_first".
       batch: prompts at a time, or so many more that the mesh can divide their videos; the last
         batch is filled up with repeats, which are not counted.
       at_once: videos that a device takes at a time, as pipeline and scorer have it; 0: all.
+      first: place of the first prompt.
     """
 
     prompts: Sequence[str]
@@ -76,6 +78,12 @@ class Exam:
     samples: int
     batch: int
     at_once: int = 0
+    first: int = 0
+
+    def part(self, start: int, stop: int | None = None) -> Exam:
+        """The same exam of some of the prompts."""
+        prompts = self.prompts[start:stop]
+        return dataclasses.replace(self, prompts=prompts, first=self.first + start)
 
 
 def measure(
@@ -87,12 +95,12 @@ def measure(
     guidance: float,
     text_null: Array | None,
     on_batch: Callable[[int], object] | None = None,
-) -> tuple[Measures, Float[np.ndarray, "n F H W 3"]]:
-    """Scores of every prompt, each the mean over its videos; and a video of each of the first SHOWN
-    prompts.
+) -> Measured:
+    """Scores of every prompt, each the mean over its videos; and the frames that a contact sheet
+    shows, of a video of each of the first SHOWN prompts.
 
     Videos are decoded as they are scored, and go to the host one by one; a prompt's wait there
-    until all of them are made. `on_batch` is told how many prompts are done.
+    until all of them are made. `on_batch` is told how many more prompts are done.
 
     Returns:
       {every part of the reward, "total_3d", "change", "diversity", "diversity_first", "epipolar",
@@ -112,7 +120,7 @@ def measure(
         chosen = list(prompts[first : first + batch])
         filled = chosen + [chosen[-1]] * (batch - len(chosen))
         repeated = [p for p in filled for _ in range(samples)]
-        keys = sample_keys(exam.key, len(repeated), first=first * samples)
+        keys = sample_keys(exam.key, len(repeated), first=(exam.first + first) * samples)
         rolled = pipeline.roll(
             adapters, repeated, keys, sampler=sampler, text_null=text_null, guidance=scale
         )
@@ -134,7 +142,7 @@ def measure(
         for name, values in rows.items():
             collected.setdefault(name, []).append(values[: len(chosen)])
         if on_batch is not None:
-            on_batch(first + len(chosen))
+            on_batch(len(chosen))
     return {name: np.concatenate(values) for name, values in collected.items()}, np.stack(shown)
 
 
@@ -150,7 +158,7 @@ def whole_batch(prompts: int, samples: int, parts: int, at_once: int) -> int:
 
 class _Videos:
     """What is taken of a batch's videos while they exist: how much each changes, how much those of
-    a prompt differ, and the first video of each of the first `keep` prompts."""
+    a prompt differ, and what a sheet shows of the first video of each of the first `keep`."""
 
     def __init__(self, count: int, samples: int, keep: int):
         self._samples, self._keep = samples, keep
@@ -169,7 +177,7 @@ class _Videos:
 
     def _close(self, prompt: int, videos: list[np.ndarray]) -> None:
         if prompt < self._keep:
-            self.kept[prompt] = videos[0]
+            self.kept[prompt] = videos[0][sheet_frames(len(videos[0]))]
         self.change[prompt] = np.mean([_change(video) for video in videos])
         if self._samples > 1:
             pairs = [a - b for a, b in itertools.combinations(videos, 2)]
@@ -232,31 +240,43 @@ def compare(
       heldout_guidance: before, after, and `swept`, {guidance: {metric: mean}}.
     """
     own = pipeline.sampling.guidance
-    progress = Progress(len(exam.prompts) * 2, unit="prompt")
-
-    def measured(adapters: Any, guidance: float, exam: Exam, done: int | None = None) -> Any:
-        null = pipeline.negative() if guidance != 1 or settings.guidances else None
-        tell = None if done is None else lambda count: progress.update(done + count - 1)
-        return measure(
-            pipeline, scorer, adapters, exam, guidance=guidance, text_null=null, on_batch=tell
-        )
-
-    few = dataclasses.replace(exam, prompts=exam.prompts[: settings.sweep])
     tried = sorted({*settings.guidances, own}) if settings.guidances else []
-    swept = {guidance: measured(pipeline.adapters, guidance, few)[0] for guidance in tried}
-    best = best_guidance(swept) if swept else own
-    before, old = measured(pipeline.adapters, best, exam, 0)
-    after, new = measured(adapters, own, exam, len(exam.prompts))
+    few, rest = exam.part(0, settings.sweep), exam.part(settings.sweep)
+
+    def measured(adapters: Any, guidance: float, exam: Exam, progress: Progress) -> Measured:
+        null = pipeline.negative() if guidance != 1 or settings.guidances else None
+        return measure(
+            pipeline, scorer, adapters, exam, guidance=guidance, text_null=null,
+            on_batch=progress.advance,
+        )  # fmt: skip
+
+    progress = Progress(len(tried) * len(few.prompts), unit="prompt of the sweep")
+    swept = {g: measured(pipeline.adapters, g, few, progress) for g in tried}
     progress.close()
+    best = best_guidance({g: found for g, (found, _) in swept.items()}) if swept else own
+
+    # What the sweep has measured is not measured again.
+    left = {g: rest if g in swept else exam for g in (best, own)}
+    count = sum(len(part.prompts) for part in (exam, *left.values()))
+    progress = Progress(count, unit="prompt")
+    base = {
+        g: joined([
+            *([swept[g]] if g in swept else []),
+            *([measured(pipeline.adapters, g, part, progress)] if part.prompts else []),
+        ])
+        for g, part in left.items()
+    }  # fmt: skip
+    after, new = measured(adapters, own, exam, progress)
+    progress.close()
+    before, old = base[best]
     tables = {"heldout": report(before, after, seed)}
     if best != own:
-        same, _ = measured(pipeline.adapters, own, exam)
-        tables["heldout_same_guidance"] = report(same, after, seed)
+        tables["heldout_same_guidance"] = report(base[own][0], after, seed)
     guidance = {
         "before": best,
         "after": own,
         "swept": {
-            f"{g:g}": {k: float(np.nanmean(v)) for k, v in m.items()} for g, m in swept.items()
+            f"{g:g}": {k: float(np.nanmean(v)) for k, v in m.items()} for g, (m, _) in swept.items()
         },
     }
     if jax.process_index() == 0:
@@ -266,6 +286,12 @@ def compare(
             sheet = contact_sheet(videos, exam.prompts[: len(videos)])
             write_atomically(Path(workdir) / "videos" / f"heldout_{name}.png", sheet)
     return {**tables, "heldout_guidance": guidance}
+
+
+def joined(parts: Sequence[tuple[dict[str, np.ndarray], np.ndarray]]) -> Measured:
+    """Of one exam, what was measured of parts of it, each a `Measured`, that follow each other."""
+    measures = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
+    return measures, np.concatenate([part[1] for part in parts])[:SHOWN]
 
 
 def best_guidance(

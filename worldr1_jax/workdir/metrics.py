@@ -182,9 +182,13 @@ class Progress:
         end = "" if self._rewrites else "\n"
         self._print(f"{self._unit} {self._update}/{self._num_updates}{shown}{self._pace()}{end}")
 
+    def advance(self, by: int) -> None:
+        """Says that so many more (>= 1) are done."""
+        self.update(self._update + by - 1)
+
     def close(self) -> None:
-        """Leaves the last line on a terminal standing."""
-        if self._rewrites:
+        """Leaves the last line on a terminal standing, if there is one."""
+        if self._rewrites and self._seconds:
             self._print("\n")
 
     def _pace(self) -> str:
