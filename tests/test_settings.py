@@ -282,6 +282,16 @@ def test_fields_that_are_unknown_or_missing_are_refused():
         assert section in refusal(config)
 
 
+@pytest.mark.parametrize("variant", ["nano", "nano,grpo", "large"])
+def test_what_a_newer_field_is_taken_to_have_been_is_its_default(variant):
+    config = world.get_config(variant)
+    known = settings.defaults(settings.read(config))
+    fields = dict(flat(config))
+    assert {"algorithm.kl_weight", "train.adam_eps", "rewards.judge.mode"} <= known.keys()
+    assert {name for name in known if not name.startswith("rewards.weights.")} <= fields.keys()
+    assert known["rewards.weights.judge"] is None
+
+
 def test_advice_on_memory_names_fields_and_what_a_resume_may_change():
     names = [name for name, _ in flat(world.get_config("nano,grpo"))]
     for first, then in (*timing.SETTINGS.values(), timing._OTHERS):

@@ -42,8 +42,10 @@ from worldr1_jax.policies.base import POLICY, TEXT, VAE, Options, Work, family
 from worldr1_jax.policies.stages import Pipeline, Sampling
 from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards import scorer as scoring
+from worldr1_jax.rewards.base import REWARDS, find
 from worldr1_jax.rewards.choice import Choice, choose
 from worldr1_jax.rewards.hindsight import Hindsight
+from worldr1_jax.rewards.reconstruct import Reconstruct
 from worldr1_jax.rewards.trajectory import Trajectory
 from worldr1_jax.weights import needed
 from worldr1_jax.weights.needed import Needed
@@ -265,6 +267,20 @@ def contents(found: Settings, prompts: prompt_files.PromptSets) -> dict[str, str
         },
         **({"policy.adapters": _held(run if run.is_dir() else start)} if start else {}),
     }
+
+
+def defaults(found: Settings) -> dict[str, Any]:
+    """Field of the config -> the default of its dataclass, with which a version that did not have
+    the field yet did the same; and None for the weight of a reward that is left out."""
+    kinds = {**SECTIONS, "algorithm": type(found.algorithm), "rewards.reconstruct": Reconstruct}
+    kinds |= {f"rewards.{name}": find(name) for name in REWARDS}
+    known = {
+        f"{section}.{field.name}": field.default
+        for section, kind in kinds.items()
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
+    return known | {f"rewards.weights.{name}": None for name in REWARDS}
 
 
 def _held(path: str | Path) -> str:

@@ -87,7 +87,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     loader = settings.make_loader(found, prompts)
     asked = json.loads(config.to_json())
     contents = settings.contents(found, prompts)
-    compare_config(workdir, asked, settings.MAY_CHANGE, contents)
+    compare_config(workdir, asked, settings.MAY_CHANGE, contents, settings.defaults(found))
     hosts.agree(settings.identity(config, prompts, contents))
 
     with (

@@ -168,6 +168,7 @@ def launch(script, *arguments, stdin=""):
     return launching.launch(script, *arguments, variant="nano,grpo", stdin=stdin)
 
 
+@pytest.mark.slow
 def test_launchers_export_and_generate(folder, run, tmp_path):
     """From standard input, with the exported adapters of a run, by UniPC, without camera."""
     options = [f"--config.policy.weights={folder}", "--config.frames=5", "--config.height=32",

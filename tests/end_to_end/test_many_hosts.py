@@ -114,6 +114,7 @@ def _two_processes(task, folder, data, fsdp):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_restored_bit_for_bit_by_one(tmp_path):
     _two_processes("save", tmp_path, data=2, fsdp=4)
     held = restore(str(tmp_path), {"data": 4, "fsdp": 1, "context": 2})

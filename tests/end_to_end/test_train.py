@@ -257,7 +257,7 @@ def slow(*arguments):
     ("arguments", "message"),
     [
         (["--config=configs/world.py:huge"], "'huge': use one of nano, small, large"),
-        (["--config=configs/world.py", "--config.prompts="], "prompts is empty"),
+        slow(["--config=configs/world.py", "--config.prompts="], "prompts is empty"),
         slow(["--config=configs/world.py", "--config.train.lr=3"], "has no field train.lr"),
         slow(["--config=configs/nope.py"], "configs/nope.py, which is no file"),
         slow([], "--config is missing"),

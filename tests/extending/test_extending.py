@@ -36,6 +36,7 @@ def toy(tmp_path, monkeypatch):
     return config
 
 
+@pytest.mark.slow
 def test_all_three_train_together(toy, tmp_path):
     with toy.unlocked():
         toy.num_updates, toy.train.learning_rate = 12, 0.1

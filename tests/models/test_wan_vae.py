@@ -104,6 +104,7 @@ def test_chunks_give_the_whole_and_frames_are_causal(tiny):
         assert np.abs(value[0, frames:] - value[1, frames:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_chunks_keep_memory_and_columns_split_it(tiny):
     """What the compiler plans: temporaries of chunks do not grow with the frames, and devices that
     share a video hold parts of it. The result is that of one device."""

@@ -168,6 +168,7 @@ def test_degenerate_gaussians():
         np.testing.assert_allclose(ours[8:], wanted, atol=1e-4 * float(jnp.abs(wanted).max()))
 
 
+@pytest.mark.slow
 def test_a_scene_seen_from_beyond_its_near_plane():
     gaussians, poses, matrices = scene(count=40)
     near = splat.render(gaussians, poses, matrices, SIZE, near=1.5)

@@ -98,6 +98,7 @@ def test_it_is_batched(scorer, given, wanted):
         np.testing.assert_allclose(scores.parts[name], wanted.parts[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_mesh_of_the_users_own(options, given, wanted):
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=auto, devices=jax.devices()[:4])

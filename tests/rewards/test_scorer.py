@@ -87,6 +87,7 @@ def test_unknown_rewards_fields_and_values_are_named(weights, options, words):
         choose(weights, **options)
 
 
+@pytest.mark.slow
 def test_videos_that_show_nothing_cannot_be_learnt_from():
     """A black one, a gray one, and one with a single black frame: no path is made up for them."""
     options = {"recon": SSIM, "reconstruct": {"frame_stride": 8}}

@@ -171,9 +171,8 @@ def test_both_ways_to_sort_by_tile_agree():
         np.testing.assert_array_equal(a[:kept], b[:kept])
 
 
-@pytest.mark.parametrize(
-    "renderer", [splat.render, pytest.param(exact, marks=pytest.mark.slow)], ids=["tiles", "exact"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("renderer", [splat.render, exact], ids=["tiles", "exact"])
 def test_gradients_match_finite_differences(renderer):
     size = (10, 12)
     gaussians, poses, matrices = scene(count=25, opacity=(0.3, 0.8), size=size)
@@ -227,7 +226,7 @@ def oracle_gradient():
     return gradient_of_lists(exact)
 
 
-@pytest.mark.parametrize("renderer", [in_rounds, kernel])
+@pytest.mark.parametrize("renderer", [pytest.param(in_rounds, marks=pytest.mark.slow), kernel])
 def test_gradients_of_lists_match_the_oracle(renderer, oracle_gradient):
     for a, b in zip(gradient_of_lists(renderer), oracle_gradient, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3 * float(jnp.abs(b).max()))

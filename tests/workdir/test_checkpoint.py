@@ -293,6 +293,17 @@ def test_what_a_path_names_counts_and_not_the_path(tmp_path):
         compare_config(tmp_path, {"policy": {"weights": "a", "x": 2}}, (), contents)
 
 
+def test_a_field_that_is_newer_than_the_folder_has_its_default_there(tmp_path):
+    write_config(tmp_path, {"algorithm": {"beta": 0.1}})
+    newer, defaults = {"algorithm": {"beta": 0.1, "anchor": 0.0}}, {"algorithm.anchor": 0.0}
+    compare_config(tmp_path, newer, defaults=defaults)
+    with pytest.raises(ValueError, match=r"algorithm\.anchor is 0\.0 there and 8\.0 here"):
+        newer["algorithm"]["anchor"] = 8.0
+        compare_config(tmp_path, newer, defaults=defaults)
+    with pytest.raises(ValueError, match=r"algorithm\.beta is 0\.1 there and absent here"):
+        compare_config(tmp_path, {}, defaults=defaults | {"algorithm.beta": 0.1})
+
+
 @pytest.mark.parametrize("place", ["file/run", "a" * 300, "loop/run", "gs://bucket/run"])
 def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path, place):
     (tmp_path / "file").touch()

@@ -292,6 +292,7 @@ def compare_config(
     config: str | Mapping[str, Any],
     may_change: Collection[str] = (),
     contents: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Checks that a folder is new, or of a run with this config; writes nothing.
 
@@ -302,6 +303,8 @@ def compare_config(
         for everything under it.
       contents: dotted fields that are paths -> hash of what lies there (text_cache.fingerprint):
         another path with equal content is the same, and the same path with another is not.
+      defaults: dotted fields -> the value that changes nothing, which a config that was written
+        before there was such a field is taken to have.
 
     Raises:
       ValueError: the folder has another config (names fields and both values), or its config.json
@@ -314,6 +317,7 @@ def compare_config(
     were = saved.pop(_CONTENTS, None)
     were = were if isinstance(were, dict) else {}
     here, there = dict(_fields(_plain(config))), dict(_fields(saved))
+    there = {k: v for k, v in _plain(defaults or {}).items() if k in here} | there
     passed = [*may_change, *(field for field in now if field in were)]
     differing = [
         f"{field} is {_shown(there, field)} there and {_shown(here, field)} here"
