@@ -37,10 +37,9 @@ def main() -> None:
     else:
         cli.use_cpu_well_for(config)
     # The second start of a run, or a resume, then compiles nothing.
-    cache = CACHE.value or Path(cli.WORKDIR.value).absolute() / "compilation_cache"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    programs = CACHE.value or Path(cli.WORKDIR.value).absolute() / "compilation_cache"
     try:
-        train.run(config, cli.WORKDIR.value)
+        train.run(config, cli.WORKDIR.value, programs)
     except jax.errors.JaxRuntimeError as error:
         if host is None:
             raise

@@ -160,8 +160,12 @@ def read(config: ml_collections.ConfigDict) -> Settings:
     _check_parts(found.run.videos, found.train)
     if found.algorithm.captions > 1:
         _check_contrast(found)
+
+    def draw() -> None:  # which says whether its window fits
+        found.algorithm.draw(jax.random.key(0), 0, found.plan)
+
     try:
-        found.algorithm.draw(jax.random.key(0), 0, found.plan)  # which says whether its window fits
+        jax.eval_shape(draw)  # compiles nothing, which would make a folder for what is compiled
     except ValueError as error:
         raise ValueError(f"algorithm.{error}") from error
     return found

@@ -24,7 +24,7 @@ from worldr1_jax.algorithms.base import Rival
 from worldr1_jax.data.loader import Loader, PromptBatch
 from worldr1_jax.evaluation import held_out
 from worldr1_jax.files import read_json, write_atomically
-from worldr1_jax.mesh import arrays, hosts
+from worldr1_jax.mesh import arrays, compiler, hosts
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards.hindsight import Hindsight, Rivals
@@ -68,9 +68,14 @@ class Outcome:
     scalars: dict[str, float]
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def run(
+    config: ml_collections.ConfigDict, workdir: str, programs_folder: str | Path = ""
+) -> dict[str, Any]:
     """Trains, or goes on training, and returns what summary.json holds; {} when it was asked to
     stop.
+
+    Compiled programs are kept in `programs_folder`, which is made when all has been checked; "":
+    where jax's own configuration says, if anywhere.
 
     Raises:
       ValueError: a wrong field or file, in one sentence, before anything is compiled and with
@@ -96,6 +101,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             workdir, keep=found.run.checkpoint_keep, config=asked, contents=contents
         ) as checkpoints,
     ):
+        if programs_folder:
+            compiler.keep_programs(programs_folder)
+
         # ------------------------------------------------------------ networks, state, checkpoint
         programs, state = build(found, mesh)
         restored = checkpoints.restore_latest(jax.tree.map(_abstract, state))

@@ -6,10 +6,12 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from worldr1_jax.mesh.chips import GENERATIONS
 
@@ -49,6 +51,13 @@ def set_flags() -> None:
     args = os.environ.get(_ARGS, "")
     new = [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}=" not in args]
     os.environ[_ARGS] = " ".join(filter(None, [args, *new]))
+
+
+def keep_programs(folder: str | Path) -> None:
+    """Keeps what is compiled from here on in a folder, and finds there what was compiled before.
+    jax makes the folder, and opens it once: at the first program, whichever that is."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class Jit:

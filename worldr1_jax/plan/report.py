@@ -87,6 +87,9 @@ def topology_devices(name: str) -> list[Any]:
     compiler.set_flags()
     schedule.watch()
     slices, _, shape = name.rpartition("*")
+    chip = shape.partition(":")[0]
+    if chip not in CHIPS:
+        raise ValueError(f"topology '{name}' is of no chip known here: {', '.join(CHIPS)}")
     options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
     if shape.endswith(":1x1"):
         options["chips_per_host_bounds"] = [1, 1, 1]

@@ -36,7 +36,10 @@ def load(path: str | Path, config: wan_dit.Config, kind: str = "ema") -> lora.Ad
         return lora_files.load(path, config)
     alpha = _alpha(path)
     _, state = checkpoint.read_state(path)
-    return lora.from_state(state["ema" if kind == "ema" else "adapters"], alpha)
+    found = state.get("ema" if kind == "ema" else "adapters")
+    if not isinstance(found, dict):
+        raise ValueError(f"the checkpoint of {path} holds no adapters: it is of another program")
+    return lora.from_state(found, alpha)
 
 
 def load_all(specs: Sequence[str], config: wan_dit.Config, kind: str = "ema") -> lora.Adapters:
