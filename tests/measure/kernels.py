@@ -52,7 +52,7 @@ def attention(
     text = traced.lower().compile().as_text()
     half = "dkv" if backward else "fwd"
     (name,) = [name for name in hlo.kernel_names(text) if half in name]
-    cycles = schedule.found({name}).get(name)
+    cycles = schedule.found({name}, CHIPS[chip].rows).get(name)
     if cycles is None:
         raise ValueError(f"the compiler wrote no schedule of {name}")
     products = jaxpr_flops(traced.jaxpr.jaxpr)

@@ -46,6 +46,32 @@ def test_bundles_count_as_often_as_they_run():
     )
 
 
+def test_a_matrix_unit_that_is_asked_for_more_than_it_takes_holds_up_the_core():
+    def with_products(*products):
+        return TEXT.replace("%s40_s1 = sadd", " ;; ".join([*products, "%s40_s1 = sadd"]))
+
+    first = "%41 = vmatmul.bf16.gmra.mxu0 %v1_v1"
+    second = "%42 = vmatmul.mubr.f32.vlgmr.msra.gmra.mxu1 %v1_v1"
+    grid = 2 + 2 * 3 * (7 + 2 * 1 / 3 + 2 * 5)
+    # 16 rows of bfloat16 a block hold up nothing; 32 do, on a unit that takes a row a cycle.
+    assert schedule.read(with_products(first, second)) == round(schedule.FACTOR * grid)
+    twice = with_products(first, first, second)
+    assert schedule.read(twice) == round(schedule.FACTOR * 2 * 3 * 32)
+    assert schedule.read(twice, rows=2) == round(schedule.FACTOR * grid)
+
+
+def test_what_one_core_does_alone_takes_it_as_long():
+    alone = TEXT.replace(
+        "%s1_s0 = inlined",
+        "%s17_s18 = sld [smem:[#allocation0]] /* core id */ ;; %s1_s0 = inlined",
+    ).replace(
+        "%s2_s4 = sphi",
+        "%p9_p0 = scmp.ne.s32.totalorder %s17_s18, 0 ;; %27 = sbr.rel (%p9_p0) target = $region4"
+        " ;; %s2_s4 = sphi",
+    )
+    assert schedule.read(alone) == schedule.read(TEXT)
+
+
 def test_a_loop_of_unknown_turns_is_no_figure():
     assert schedule.read(TEXT.replace("%s30_s9, 5", "%s30_s9, %s31_s9")) is None
 

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.measure import kernels
+from worldr1_jax.mesh.chips import CHIPS
 from worldr1_jax.plan import schedule
 
 pytest.importorskip("libtpu")
@@ -21,3 +22,11 @@ def test_an_attention_kernel_takes_what_was_measured():
     assert others + layers * seconds == pytest.approx(step, rel=schedule.ERROR)
     # 0.32 of the peak, and not the 0.6 that heads of 128 might reach on it.
     assert 0.27 < flops / seconds / 918e12 < 0.37
+
+
+@pytest.mark.parametrize(("topology", "most"), [("v5e:2x2", 1.0), ("v5p:2x2x1", 0.5)])
+def test_a_backward_kernel_is_read_and_takes_no_less_than_its_products(topology, most):
+    """v5p's runs on one of its two cores."""
+    seconds, flops = kernels.attention(topology, heads=2, tokens=2048, backward=True)
+    share = flops / seconds / CHIPS[topology.split(":")[0]].peak
+    assert 0.7 * most < share < most

@@ -16,8 +16,9 @@ class Chip:
       hbm: bytes; of v5e those that the compiler gives a program, 15.75 GiB. peak: bf16 FLOP/s.
       bandwidth: of HBM, bytes/s. link: bytes/s one way of one link, of which a chip has two along
       each of its axes. closes: an axis of so many chips, or of a multiple, is a ring, any other a
-      line. clock: Hz, of the compiler's cycles. per_chip: devices that are one chip and share its
-      links.
+      line. clock: Hz, of the compiler's cycles. rows: of a matrix, that one of its matrix units
+      takes in a cycle: peak / (2 width^2 clock units). per_chip: devices that are one chip and
+      share its links.
     """
 
     hbm: float
@@ -26,6 +27,7 @@ class Chip:
     link: float
     closes: int
     clock: float
+    rows: int = 1
     per_chip: int = 1
 
 
@@ -33,8 +35,8 @@ CHIPS = {
     "v4": Chip(32e9, 275e12, 1.228e12, 45e9, 4, 1.05e9),
     "v5e": Chip(16.91e9, 197e12, 0.819e12, 45e9, 16, 1.5e9),
     "v5p": Chip(95e9, 459e12, 2.765e12, 90e9, 4, 1.75e9),
-    "v6e": Chip(32e9, 918e12, 1.64e12, 90e9, 16, 1.75e9),
-    "tpu7x": Chip(96e9, 1153e12, 3.69e12, 90e9, 4, 2.2e9, per_chip=2),
+    "v6e": Chip(32e9, 918e12, 1.64e12, 90e9, 16, 1.75e9, rows=2),
+    "tpu7x": Chip(96e9, 1153e12, 3.69e12, 90e9, 4, 2.2e9, rows=2, per_chip=2),
 }
 GENERATIONS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",

@@ -170,10 +170,12 @@ def _compile(lowering: Lowering, mesh: jax.sharding.Mesh, hlo: str) -> Program:
     if hlo:
         Path(hlo).mkdir(parents=True, exist_ok=True)
         (Path(hlo) / f"{asked.name}.txt").write_text(text)
-    ops = plan_hlo.read(text, lowering.turns, schedule.found(plan_hlo.kernel_names(text)))
+    chip = CHIPS[generation(mesh.devices.flat[0].device_kind)]
+    kernels = schedule.found(plan_hlo.kernel_names(text), chip.rows)
+    ops = plan_hlo.read(text, lowering.turns, kernels)
     products = cost.jaxpr_flops(traced.jaxpr.jaxpr) / mesh.size
     found = program(
-        asked.name, ops, CHIPS[generation(mesh.devices.flat[0].device_kind)],
+        asked.name, ops, chip,
         Links.of(mesh.devices.flat), asked.needed / mesh.size or products, products, peak, seconds,
     )  # fmt: skip
     return dataclasses.replace(

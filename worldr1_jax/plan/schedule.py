@@ -7,9 +7,14 @@ program compiles; `read` counts its bundles,
 
     cycles = FACTOR * sum over bundles of (turns of the loops around it * share of its branches)
 
+where the sum is of one for each bundle, or, if that is more, of the cycles for which it keeps a
+matrix unit busy: a schedule may ask for products faster than rows are taken, and the core waits.
+
 - The outermost loop of a kernel is its grid, whose sizes the schedule states.
 - A branch that asks for one value of a grid index (the first block, or the last) is taken in one
   turn out of that dimension's size; any other branch is counted as taken in every turn.
+- What one core alone does (v4 and v5p have two, which not every kernel uses) takes as long as that
+  core does.
 - Waiting for memory is in no schedule. FACTOR holds what a known kernel takes beyond its bundles:
   21.15 ms measured on tpu7x for 20.08 ms of schedule (maxdiffusion's kernel with a fixed maximum,
   from its pull requests). tests/plan/test_schedule_tpu.py holds the method against the one other
@@ -19,6 +24,7 @@ program compiles; `read` counts its bundles,
 from __future__ import annotations
 
 import atexit
+import collections
 import dataclasses
 import math
 import os
@@ -44,6 +50,9 @@ _SPILL = re.compile(r"sst \[smem:\[#(\w+_spill)\]\] %(\w+)")
 _FILL = re.compile(r"%(\w+) = sld \[smem:\[#(\w+_spill)\]\]")
 _COMPARE = re.compile(r"%(\w+) = scmp\.(eq|ne|ge|lt)\.s32\.totalorder %(\w+), (-?\d+)\b")
 _STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+),")
+_CORE = re.compile(r"%(\w+) = sld \[[^\]]*\[[^\]]*\]\] /\* core id \*/")
+_PRODUCT = re.compile(r" vmatmul(?:\.\w+)*?\.(f32|bf16)\.[\w.]*mxu(\d+)")
+_ROWS = {"f32": 8, "bf16": 16}  # of a matrix in one register, which is an operand of a product
 _STAGES = 4  # turns that a pipelined grid may take beyond its blocks, to begin and to end
 
 
@@ -68,10 +77,11 @@ def clear() -> None:
             path.unlink(missing_ok=True)
 
 
-def found(names: set[str]) -> dict[str, int]:
-    """Cycles of the named operations of which a schedule was written that can be read."""
+def found(names: set[str], rows: int = 1) -> dict[str, int]:
+    """Cycles of the named operations of which a schedule was written that can be read; `rows` as
+    for `read`."""
     paths = {match.group(1): path for path in _written() if (match := _FILE.fullmatch(path.name))}
-    cycles = {name: read(paths[name].read_text()) for name in names & set(paths)}
+    cycles = {name: read(paths[name].read_text(), rows) for name in names & set(paths)}
     return {name: count for name, count in cycles.items() if count is not None}
 
 
@@ -89,13 +99,20 @@ class _Span:
     times: float
 
 
-def read(text: str) -> int | None:
-    """Cycles of a kernel by its final schedule; None where that has a loop of unknown turns."""
+def read(text: str, rows: int = 1) -> int | None:
+    """Cycles of a kernel by its final schedule; None where that has a loop of unknown turns.
+
+    Args:
+      text: the schedule.
+      rows: of a matrix, that a matrix unit of the chip takes in a cycle.
+    """
     bundles = [text[a.start() : b] for a, b in _cut(text)]
     facts = _Facts(text)
     spans = list[_Span]()
     for place, bundle in enumerate(bundles):
         for negated, predicate, region in _JUMP.findall(bundle):
+            if facts.asks_for_core(predicate):
+                continue
             target = facts.regions.get(region)
             if target is None:
                 return None
@@ -107,9 +124,13 @@ def read(text: str) -> int | None:
             else:
                 spans.append(_Span(place + 1, target, facts.share(predicate, bool(negated))))
     total = 0.0
-    for place in range(len(bundles)):
-        total += math.prod(span.times for span in spans if span.start <= place < span.stop)
-    return round(FACTOR * total)
+    busy = collections.Counter[str]()  # by matrix unit
+    for place, bundle in enumerate(bundles):
+        times = math.prod(span.times for span in spans if span.start <= place < span.stop)
+        total += times
+        for kind, unit in _PRODUCT.findall(bundle):
+            busy[unit] += times * _ROWS[kind] / rows  # type: ignore[assignment]
+    return round(FACTOR * max(total, *busy.values(), 0.0))
 
 
 def _cut(text: str) -> Iterator[tuple[re.Match[str], int]]:
@@ -130,12 +151,17 @@ class _Facts:
         }
         self.compared = {name: (how, of, int(to)) for name, how, of, to in _COMPARE.findall(text)}
         self.steps = {name: int(step) for name, step in _STEP.findall(text)}
+        self.cores = set(_CORE.findall(text))
         dimensions = {name: int(of) for name, of in _INDEX.findall(text)}
         spilled = dict(_SPILL.findall(text))
         filled = {name: spilled.get(slot, "") for name, slot in _FILL.findall(text)}
         self.index = dimensions | {
             name: dimensions[of] for name, of in filled.items() if of in dimensions
         }
+
+    def asks_for_core(self, predicate: str) -> bool:
+        """Whether a branch is of one core alone."""
+        return self.compared.get(predicate, ("", "", 0))[1] in self.cores
 
     def turns(self, predicate: str, negated: bool) -> float | None:
         """Of a loop that goes on while the predicate (negated) holds, from 0 by steps of one."""
