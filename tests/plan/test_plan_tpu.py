@@ -79,7 +79,7 @@ def test_depth_anything_compiles_with_kernels_and_fits():
         dataclasses.replace(head, features=32, out_channels=(32, 32, 64, 64))
         for head in (net.head, net.gs_head)
     ]
-    net = dataclasses.replace(net, net=small, head=heads[0], gs_head=heads[1], process_res=224)
+    net = dataclasses.replace(net, net=small, head=heads[0], gs_head=heads[1], process_res=112)
     mesh = make_mesh({"fsdp": 4, "context": 2}, plan.topology_devices("v5e:2x4"))
     look = Reconstruct(frame_stride=1)
     graph, state = nnx.split(look.described(mesh, "bfloat16", net)["da3"])
@@ -87,7 +87,7 @@ def test_depth_anything_compiles_with_kernels_and_fits():
     def program(state, videos):
         return reconstruct(nnx.merge(graph, state), videos)
 
-    videos = jax.ShapeDtypeStruct((4, 5, 160, 224, 3), "float32", sharding=arrays.batched(mesh))
+    videos = jax.ShapeDtypeStruct((4, 5, 84, 112, 3), "float32", sharding=arrays.batched(mesh))
     with jax.set_mesh(mesh):
         made = compiler.Jit(program, mesh, convolutions=True).trace(state, videos)
         compiled = made.lower().compile()
