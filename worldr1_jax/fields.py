@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worldr1_jax.files import short
@@ -72,3 +72,13 @@ def of_kind(owner: Any, kind: type, *names: str) -> None:
 
 
 KINDS = {str: "a text", bool: "True or False", tuple: "a tuple"}
+
+
+def defaults_of(sections: Mapping[str, type]) -> dict[str, Any]:
+    """ "section.field" -> default, of every field of these dataclasses that has one."""
+    return {
+        f"{section}.{field.name}": field.default
+        for section, kind in sections.items()
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }

@@ -30,7 +30,7 @@ from worldr1_jax.data.loader import Loader
 from worldr1_jax.data.phases import Phases
 from worldr1_jax.data.world_prompts import generate as world_prompts
 from worldr1_jax.evaluation.held_out import Evaluate
-from worldr1_jax.fields import each_of, in_range, of_kind
+from worldr1_jax.fields import defaults_of, each_of, in_range, of_kind
 from worldr1_jax.mesh import arrays, chips, placement
 from worldr1_jax.mesh import make as meshes
 from worldr1_jax.mesh.compiler import Jit
@@ -161,11 +161,8 @@ def read(config: ml_collections.ConfigDict) -> Settings:
     if found.algorithm.captions > 1:
         _check_contrast(found)
 
-    def draw() -> None:  # which says whether its window fits
-        found.algorithm.draw(jax.random.key(0), 0, found.plan)
-
     try:
-        jax.eval_shape(draw)  # compiles nothing, which would make a folder for what is compiled
+        found.algorithm.draw(jax.random.key(0), 0, found.plan)  # which says whether its window fits
     except ValueError as error:
         raise ValueError(f"algorithm.{error}") from error
     return found
@@ -274,17 +271,11 @@ def contents(found: Settings, prompts: prompt_files.PromptSets) -> dict[str, str
 
 
 def defaults(found: Settings) -> dict[str, Any]:
-    """Field of the config -> the default of its dataclass, with which a version that did not have
-    the field yet did the same; and None for the weight of a reward that is left out."""
+    """Field of the config -> its default, which a folder from before the field has: that of a new
+    field has to do what was done before. None: a reward that is left out."""
     kinds = {**SECTIONS, "algorithm": type(found.algorithm), "rewards.reconstruct": Reconstruct}
     kinds |= {f"rewards.{name}": find(name) for name in REWARDS}
-    known = {
-        f"{section}.{field.name}": field.default
-        for section, kind in kinds.items()
-        for field in dataclasses.fields(kind)
-        if field.default is not dataclasses.MISSING
-    }
-    return known | {f"rewards.weights.{name}": None for name in REWARDS}
+    return defaults_of(kinds) | {f"rewards.weights.{name}": None for name in REWARDS}
 
 
 def _held(path: str | Path) -> str:

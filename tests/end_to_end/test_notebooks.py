@@ -24,7 +24,7 @@ def test_every_cell_runs(name, tmp_path):
     script = f"{whole}\nassert os.getcwd() == {str(ROOT)!r}"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT / "notebooks", env=environment(XLA_FLAGS=""),
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -2,17 +2,21 @@
 
 python -m tests.measure.ablation --workdir=runs/ablation              # some hours on two cores
 python -m tests.measure.ablation --workdir=runs/ablation --seeds 1    # beside it, another seed
-python -m tests.measure.ablation --workdir=runs/ablation --updates=0  # the table of what is there
+python -m tests.measure.ablation --workdir=runs/ablation --print      # the table of what is there
 
 Every row is a run of the README's recipe, with all of R_3D counted, and the fields of ARMS changed.
 All are measured on the same held-out prompts and noise, at the guidance of the config. What has
-been run is not run again. The table has, for every row, the change from the whole method, over
-prompts and seeds, with a 95% interval; the base is what all of them start from.
+been run is not run again. The table has the mean of every row over prompts and seeds, and a 95%
+interval of its change from the whole method: of the prompts, each the mean over the seeds of both.
+How trainings differ is not in it; the seeds one by one (--seeds) show that.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from configs.world import get_config
 from worldr1_jax import settings, train
 from worldr1_jax.evaluation import held_out
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
+from worldr1_jax.files import write_atomically
 from worldr1_jax.mesh.make import make_mesh
 
 WEIGHTS = "rewards.weights."
@@ -33,6 +38,7 @@ NO_RECON, NO_META = {f"{WEIGHTS}recon": 0.0}, {f"{WEIGHTS}meta_view": 0.0}
 # What captions are contrasted by is S_traj.
 NO_TRAJECTORY = {f"{WEIGHTS}trajectory": 0.0, "algorithm.contrast": 0.0}
 NO_PHASE = {"dynamic.dynamic_updates": 0}
+MEASURED = "measured.npz"
 WHOLE, BASE = "the whole method", "base, untrained"
 ARMS: Mapping[str, Mapping[str, Any]] = {
     WHOLE: {},
@@ -60,35 +66,47 @@ def config_of(arm: str, seed: int, updates: int) -> ml_collections.ConfigDict:
     return config
 
 
-def place(folder: Path, arm: str, seed: int) -> Path:
-    """The workdir of a row's run."""
-    return folder / f"{'-'.join(arm.replace(':', '').replace(',', '').split())}-{seed}"
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How long a run is, and on how many prompts it is measured."""
+
+    updates: int
+    prompts: int
+
+    def place(self, folder: Path, arm: str, seed: int) -> Path:
+        """The workdir of a row's run."""
+        name = "-".join(arm.replace(":", "").replace(",", "").split())
+        return folder / f"{self.updates}-updates-{self.prompts}-prompts" / f"{name}-{seed}"
 
 
-def one(arm: str, seed: int, workdir: Path, updates: int, prompts: int) -> None:
+def one(arm: str, seed: int, size: Size, workdir: Path) -> None:
     """Trains and measures one row, and writes its measures."""
-    config = config_of(arm, seed, updates)
+    config = config_of(arm, seed, size.updates)
     found, mesh = settings.read(config), make_mesh({"data": 1}, jax.devices()[:1])
     adapters = None
     if arm != BASE:
-        train.run(config, str(workdir))
+        summary = train.run(config, str(workdir))
+        if not summary:
+            raise SystemExit("stopped; the same command goes on")
+        if summary["updates"] < size.updates:
+            print(f"ended after update {summary['updates']}: {summary['ended']}", flush=True)
         adapters = settings.load_adapters(found, [str(workdir)])
     pipeline = settings.build_pipeline(found, mesh, None, adapters)
     # Each row is measured by everything, whatever it learnt from.
-    everything = settings.read(config_of(WHOLE, seed, updates))
-    exam = held_out.Exam(
-        settings.load_prompts(found).test[:prompts], jax.random.key(seed), samples=2, batch=16
-    )
+    everything = settings.read(config_of(WHOLE, seed, size.updates))
+    prompts = settings.load_prompts(found).test[: size.prompts]
+    exam = held_out.Exam(prompts, jax.random.key(seed), samples=2, batch=16)
     measures, _ = held_out.measure(
         pipeline, settings.build_scorer(everything, mesh), pipeline.adapters, exam,
         guidance=found.sample.guidance, text_null=pipeline.negative(),
     )  # fmt: skip
-    workdir.mkdir(parents=True, exist_ok=True)
-    np.savez(workdir / "measured.npz", **measures)
+    kept = io.BytesIO()
+    np.savez(kept, **measures)  # type: ignore[arg-type]
+    write_atomically(workdir / MEASURED, kept.getvalue())
 
 
 def table(measured: Mapping[str, Mapping[int, Mapping[str, np.ndarray]]]) -> str:
-    """Of every row, the means, and the changes from the whole method over the seeds of both."""
+    """Rows of {row: {seed: {measure: [N]}}}, as the module says."""
     lines = [f"| row | seeds | {' | '.join(SHOWN.values())} |", "| --- " * (len(SHOWN) + 2) + "|"]
     whole = measured[WHOLE]
     for arm, seeds in measured.items():
@@ -97,7 +115,7 @@ def table(measured: Mapping[str, Mapping[int, Mapping[str, np.ndarray]]]) -> str
             continue
         cells = []
         for name in SHOWN:
-            before, after = (np.concatenate([x[s][name] for s in common]) for x in (whole, seeds))
+            before, after = (np.mean([x[s][name] for s in common], axis=0) for x in (whole, seeds))
             both = np.isfinite(before) & np.isfinite(after)
             digits = 2 if name == "psnr" else 4 if name in ("texture", "change") else 3
             cell = f"{after[both].mean():.{digits}f}"
@@ -115,23 +133,21 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[BASE, *ARMS], choices=[BASE, *ARMS])
-    parser.add_argument("--updates", type=int, default=40, help="of a run; 0: run nothing")
+    parser.add_argument("--updates", type=int, default=40, help="of a run")
     parser.add_argument("--prompts", type=int, default=96, help="held-out, two videos each")
+    parser.add_argument("--print", action="store_true", help="the table alone; run nothing")
     args = parser.parse_args()
-    for seed in args.seeds if args.updates else ():
-        for arm in args.arms:
-            workdir = place(args.workdir, arm, seed)
-            if not (workdir / "measured.npz").exists():
-                print(f"== {arm}, seed {seed}", flush=True)
-                one(arm, seed, workdir, args.updates, args.prompts)
-                jax.clear_caches()
+    size = Size(args.updates, args.prompts)
     measured: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    for arm in (BASE, *ARMS):
-        for path in sorted(args.workdir.glob("*/measured.npz")):
-            seed = int(path.parent.name.rpartition("-")[2])
-            if path.parent == place(args.workdir, arm, seed):
-                with np.load(path) as data:
-                    measured.setdefault(arm, {})[seed] = dict(data)
+    for seed, arm in itertools.product(args.seeds, args.arms):
+        workdir = size.place(args.workdir, arm, seed)
+        if not (workdir / MEASURED).exists() and not args.print:
+            print(f"== {arm}, seed {seed}", flush=True)
+            one(arm, seed, size, workdir)
+            jax.clear_caches()
+        if (workdir / MEASURED).exists():
+            with np.load(workdir / MEASURED) as data:
+                measured.setdefault(arm, {})[seed] = dict(data)
     if WHOLE in measured:
         print(table(measured))
 

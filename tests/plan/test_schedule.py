@@ -51,13 +51,15 @@ def test_a_matrix_unit_that_is_asked_for_more_than_it_takes_holds_up_the_core():
         return TEXT.replace("%s40_s1 = sadd", " ;; ".join([*products, "%s40_s1 = sadd"]))
 
     first = "%41 = vmatmul.bf16.gmra.mxu0 %v1_v1"
-    second = "%42 = vmatmul.mubr.f32.vlgmr.msra.gmra.mxu1 %v1_v1"
+    second = "%42 = vmatmul.mubr.f32.vlgmr.msra.gmra.mrb[0].mxu1 %v1_v1"
     grid = 2 + 2 * 3 * (7 + 2 * 1 / 3 + 2 * 5)
     # 16 rows of bfloat16 a block hold up nothing; 32 do, on a unit that takes a row a cycle.
     assert schedule.read(with_products(first, second)) == round(schedule.FACTOR * grid)
     twice = with_products(first, first, second)
     assert schedule.read(twice) == round(schedule.FACTOR * 2 * 3 * 32)
     assert schedule.read(twice, rows=2) == round(schedule.FACTOR * grid)
+    other = with_products(*[second] * 5)
+    assert schedule.read(other) == round(schedule.FACTOR * 2 * 3 * 40)
 
 
 def test_what_one_core_does_alone_takes_it_as_long():

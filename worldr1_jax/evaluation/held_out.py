@@ -71,6 +71,7 @@ class Exam:
         batch is filled up with repeats, which are not counted.
       at_once: videos that a device takes at a time, as pipeline and scorer have it; 0: all.
       first: place of the first prompt.
+      whole: prompts of the exam that this is a part of, whose batches have one size; 0: it is none.
     """
 
     prompts: Sequence[str]
@@ -79,11 +80,14 @@ class Exam:
     batch: int
     at_once: int = 0
     first: int = 0
+    whole: int = 0
 
     def part(self, start: int, stop: int | None = None) -> Exam:
         """The same exam of some of the prompts."""
-        prompts = self.prompts[start:stop]
-        return dataclasses.replace(self, prompts=prompts, first=self.first + start)
+        return dataclasses.replace(
+            self, prompts=self.prompts[start:stop], first=self.first + start,
+            whole=self.whole or len(self.prompts),
+        )  # fmt: skip
 
 
 def measure(
@@ -113,7 +117,8 @@ def measure(
     sampler, scale = Sampler(kind="none"), None if text_null is None else guidance
     prompts, samples = exam.prompts, exam.samples
     parts_of_mesh = placement.batch_parts(pipeline.mesh)
-    batch = whole_batch(min(exam.batch, len(prompts)), samples, parts_of_mesh, exam.at_once)
+    most = min(exam.batch, exam.whole or len(prompts))
+    batch = whole_batch(most, samples, parts_of_mesh, exam.at_once)
     collected: dict[str, list[np.ndarray]] = {}
     shown: list[np.ndarray] = []
     for first in range(0, len(prompts), batch):
@@ -255,23 +260,23 @@ def compare(
     progress.close()
     best = best_guidance({g: found for g, (found, _) in swept.items()}) if swept else own
 
-    # What the sweep has measured is not measured again.
-    left = {g: rest if g in swept else exam for g in (best, own)}
-    count = sum(len(part.prompts) for part in (exam, *left.values()))
-    progress = Progress(count, unit="prompt")
-    base = {
-        g: joined([
-            *([swept[g]] if g in swept else []),
-            *([measured(pipeline.adapters, g, part, progress)] if part.prompts else []),
-        ])
-        for g, part in left.items()
-    }  # fmt: skip
+    left = rest if swept else exam  # what the sweep has measured is not measured again
+    compared = dict.fromkeys((best, own))
+    progress = Progress(len(compared) * len(left.prompts) + len(exam.prompts), unit="prompt")
+
+    def base(guidance: float) -> Measured:
+        parts = [swept[guidance]] if swept else []
+        if left.prompts:
+            parts.append(measured(pipeline.adapters, guidance, left, progress))
+        return joined(parts)
+
+    bases = {guidance: base(guidance) for guidance in compared}
     after, new = measured(adapters, own, exam, progress)
     progress.close()
-    before, old = base[best]
+    before, old = bases[best]
     tables = {"heldout": report(before, after, seed)}
     if best != own:
-        tables["heldout_same_guidance"] = report(base[own][0], after, seed)
+        tables["heldout_same_guidance"] = report(bases[own][0], after, seed)
     guidance = {
         "before": best,
         "after": own,
@@ -289,7 +294,8 @@ def compare(
 
 
 def joined(parts: Sequence[tuple[dict[str, np.ndarray], np.ndarray]]) -> Measured:
-    """Of one exam, what was measured of parts of it, each a `Measured`, that follow each other."""
+    """Of one exam, what was measured of parts of it that follow each other: each a `Measured`, of
+    a number of prompts of its own, which that type would say is one."""
     measures = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
     return measures, np.concatenate([part[1] for part in parts])[:SHOWN]
 

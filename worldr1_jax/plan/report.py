@@ -80,16 +80,15 @@ def topology_devices(name: str) -> list[Any]:
     """Described devices of a topology such as "v5p:4x4x4", "v5e:1x1", or "2*v5e:4x4" (two slices).
 
     Raises:
-      ValueError: libtpu is missing, or it knows no such topology.
+      ValueError: a chip that is not in CHIPS, libtpu is missing, or it knows no such topology.
     """
+    slices, _, shape = name.rpartition("*")
+    if shape.partition(":")[0] not in CHIPS:
+        raise ValueError(f"topology '{name}' is of no chip known here: {', '.join(CHIPS)}")
     from jax.experimental import topologies
 
     compiler.set_flags()
     schedule.watch()
-    slices, _, shape = name.rpartition("*")
-    chip = shape.partition(":")[0]
-    if chip not in CHIPS:
-        raise ValueError(f"topology '{name}' is of no chip known here: {', '.join(CHIPS)}")
     options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
     if shape.endswith(":1x1"):
         options["chips_per_host_bounds"] = [1, 1, 1]

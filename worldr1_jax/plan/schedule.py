@@ -5,10 +5,11 @@ none. But the compiler also writes, where it is asked to, its final schedule of 
 line for each bundle of instructions, which a core issues in one cycle. `watch` asks for it, while a
 program compiles; `read` counts its bundles,
 
-    cycles = FACTOR * sum over bundles of (turns of the loops around it * share of its branches)
+    cycles = FACTOR * max(sum over bundles of t, sum over products of (t * cycles of a matrix unit))
+    t = turns of the loops around it * share of its branches
 
-where the sum is of one for each bundle, or, if that is more, of the cycles for which it keeps a
-matrix unit busy: a schedule may ask for products faster than rows are taken, and the core waits.
+The second sum is of the matrix unit that is busiest: a schedule may ask for products faster than
+rows are taken, and then the core waits.
 
 - The outermost loop of a kernel is its grid, whose sizes the schedule states.
 - A branch that asks for one value of a grid index (the first block, or the last) is taken in one
@@ -51,7 +52,7 @@ _FILL = re.compile(r"%(\w+) = sld \[smem:\[#(\w+_spill)\]\]")
 _COMPARE = re.compile(r"%(\w+) = scmp\.(eq|ne|ge|lt)\.s32\.totalorder %(\w+), (-?\d+)\b")
 _STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+),")
 _CORE = re.compile(r"%(\w+) = sld \[[^\]]*\[[^\]]*\]\] /\* core id \*/")
-_PRODUCT = re.compile(r" vmatmul(?:\.\w+)*?\.(f32|bf16)\.[\w.]*mxu(\d+)")
+_PRODUCT = re.compile(r" vmatmul(?:\.\w+)*?\.(f32|bf16)\.[\w.\[\]]*mxu(\d+)")
 _ROWS = {"f32": 8, "bf16": 16}  # of a matrix in one register, which is an operand of a product
 _STAGES = 4  # turns that a pipelined grid may take beyond its blocks, to begin and to end
 
@@ -124,12 +125,12 @@ def read(text: str, rows: int = 1) -> int | None:
             else:
                 spans.append(_Span(place + 1, target, facts.share(predicate, bool(negated))))
     total = 0.0
-    busy = collections.Counter[str]()  # by matrix unit
+    busy = collections.defaultdict[str, float](float)  # by matrix unit
     for place, bundle in enumerate(bundles):
         times = math.prod(span.times for span in spans if span.start <= place < span.stop)
         total += times
         for kind, unit in _PRODUCT.findall(bundle):
-            busy[unit] += times * _ROWS[kind] / rows  # type: ignore[assignment]
+            busy[unit] += times * _ROWS[kind] / rows
     return round(FACTOR * max(total, *busy.values(), 0.0))
 
 

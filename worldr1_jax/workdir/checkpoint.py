@@ -317,7 +317,7 @@ def compare_config(
     were = saved.pop(_CONTENTS, None)
     were = were if isinstance(were, dict) else {}
     here, there = dict(_fields(_plain(config))), dict(_fields(saved))
-    there = {k: v for k, v in _plain(defaults or {}).items() if k in here} | there
+    there = _plain({k: v for k, v in (defaults or {}).items() if k in here}) | there
     passed = [*may_change, *(field for field in now if field in were)]
     differing = [
         f"{field} is {_shown(there, field)} there and {_shown(here, field)} here"
