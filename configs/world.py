@@ -97,7 +97,7 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.camera.magnitudes = "released"  # how far a command goes: released (1000 units deep) or nano
 
     c.rewards = ml_collections.ConfigDict()  # (rewards/base.py: a section for each reward)
-    # 0 measures a reward and does not learn from it; None leaves it out
+    # 0 measures a reward and does not learn from it; None, in a file such as this, leaves it out
     c.rewards.weights = ml_collections.ConfigDict(
         {"recon": 1.0, "trajectory": 1.0, "meta_view": 1.0, "general": 1.0, "mvcs": 0.0}
     )

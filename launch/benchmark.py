@@ -15,7 +15,9 @@ import cli
 import numpy as np
 from absl import flags
 
-REPEATS = flags.DEFINE_integer("repeats", 3, "timed updates, after one that compiles")
+REPEATS = flags.DEFINE_integer(
+    "repeats", 3, "timed updates, after one that compiles", lower_bound=1
+)
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
     runs = []
     with jax.set_mesh(mesh):
         for update in range(REPEATS.value + 1):
-            # Of the main phase always: the loader's dynamic prompts have fewer rewards.
+            # Of the main phase, unless there are many: the dynamic one has fewer rewards.
             state, outcome = train.one_update(programs, state, loader, update, timer)
             runs.append({k: v for k, v in outcome.scalars.items() if k.startswith("seconds/")})
         shapes = Shapes(found, programs.pipeline)

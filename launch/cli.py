@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 def _stopped(number: int, *_: object) -> NoReturn:
     """What is on disk is whole, whenever this comes."""
-    os.write(2, b"\nstopped; the same command goes on from what is on disk\n")
+    os.write(2, b"\nstopped; what is on disk is whole, and training goes on from there\n")
     os._exit(128 + number)
 
 

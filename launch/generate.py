@@ -24,15 +24,21 @@ ADAPTERS = flags.DEFINE_multi_string(
 KIND = flags.DEFINE_enum("kind", "ema", ("ema", "last"), "which adapters of a run")
 SAMPLER = flags.DEFINE_enum("sampler", "euler", ("euler", "unipc"), "solver of the flow's ODE")
 ORDER = flags.DEFINE_integer("order", 2, "of unipc: 1, 2 or 3")
-SAMPLES = flags.DEFINE_integer("samples", 1, "videos per prompt")
-BATCH = flags.DEFINE_integer("batch", 0, "videos at a time; 0: one for each part of the mesh")
+SAMPLES = flags.DEFINE_integer("samples", 1, "videos per prompt", lower_bound=1)
+BATCH = flags.DEFINE_integer(
+    "batch", 0, "videos at a time; 0: one for each part of the mesh", lower_bound=0
+)
 
 
 def main() -> None:
-    """Writes workdir/<words of the prompt>-<hash>-<number>.mp4, each as soon as it is made."""
+    """Writes workdir/<words of the prompt>-<its hash>-<number>-<hash of all else>.mp4, each as soon
+    as it is made."""
+    import hashlib
+
     import jax
 
     from worldr1_jax import settings
+    from worldr1_jax.camera import trajectory
     from worldr1_jax.files import check_writable
     from worldr1_jax.media import write_mp4
     from worldr1_jax.mesh import placement
@@ -42,6 +48,7 @@ def main() -> None:
 
     config = cli.CONFIG.value
     prompts = [*PROMPT.value, *(generate.read_prompts(PROMPTS.value) if PROMPTS.value else [])]
+    prompts = list(dict.fromkeys(prompts))
     if not prompts:
         raise ValueError("there is no prompt: give --prompt='...' or --prompts=file (-: stdin)")
     wanted = len(prompts) * SAMPLES.value
@@ -50,6 +57,9 @@ def main() -> None:
     found = settings.read(config)
     mesh = settings.make_mesh(found)
     settings.check_policy(found)
+    batch = BATCH.value or placement.batch_parts(mesh)
+    trajectory.check_fit(prompts, found.run.frames)
+    generate.check(prompts, mesh, found.run.seed, SAMPLES.value, batch)
     solver = None
     if SAMPLER.value == "unipc":
         if found.camera.mode == "step":
@@ -61,10 +71,13 @@ def main() -> None:
     progress = Progress(wanted, unit="video")
     videos = generate.generate(
         pipeline, prompts, seed=found.run.seed, samples=SAMPLES.value,
-        batch=BATCH.value or placement.batch_parts(mesh), solver=solver,
+        batch=batch, solver=solver,
     )  # fmt: skip
+    # Another seed, config, solver or LoRA makes another file, and does not write over this one.
+    made_by = repr((config.to_json(sort_keys=True), ADAPTERS.value, KIND.value, SAMPLER.value))
+    made_by = hashlib.sha256(made_by.encode()).hexdigest()[:6]
     for done, made in enumerate(videos):
-        path = folder / f"{made.name}.mp4"
+        path = folder / f"{made.name}-{made_by}.mp4"
         if jax.process_index() == 0:
             write_mp4(path, made.video, config.fps)
         progress.update(done)

@@ -18,7 +18,7 @@ import cli
 from absl import flags
 
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "such as v6e:8x8, v5e:1x1, 2*v5e:16x16")
-ROW = flags.DEFINE_bool("row", False, "print one row of docs/pods.md only")
+ROW = flags.DEFINE_bool("row", False, "print the row of a table only")
 JSON = flags.DEFINE_bool("json", False, "print JSON only")
 PRICE = flags.DEFINE_float("price", 0.0, "of one chip for an hour, for the cost of an update")
 ONLY = flags.DEFINE_list("programs", [], "plan these alone, such as rollout,update")

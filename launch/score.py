@@ -4,8 +4,8 @@ python launch/score.py --config=configs/world.py --video=a.mp4 --prompt="Camera 
 python launch/score.py --config=configs/world.py --list=videos.jsonl --pictures --workdir=scores
 
 The list has a line {"video": "a.mp4", "prompt": "..."} for each video. Videos of any size and of up
-to --config.frames frames. --pictures writes workdir/<video>.png: frames, their re-renders, depth,
-and the camera path asked for against the one recovered.
+to --config.frames frames. --pictures writes workdir/<number>-<video>.png: frames, their re-renders,
+depth, and the camera path asked for against the one recovered.
 """
 
 import dataclasses

@@ -319,3 +319,19 @@ def test_what_paths_hold_counts_and_not_where_they_lead(tmp_path, weights):
         file.seek(-1, 2)
         file.write(b"\x7f")
     assert contents(copied)["rewards.reconstruct.da3"] != here["rewards.reconstruct.da3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rewards.reconstruct.frame_stride": 17}, "of 17 frames the 3D network sees 1, and"),
+        ({"rewards.reconstruct.gaussian_frames": 1}, "gaussian_frames is 1: S_meta compares"),
+        ({"frames": 1}, "of 1 frames the 3D network sees 1|needs? at least"),
+    ],
+)
+def test_frames_that_rewards_could_not_use_are_refused_before_the_first_rollout(changes, words):
+    config = world.get_config("nano")
+    config.update_from_flattened_dict(changes)
+    found = settings.read(config)
+    with pytest.raises(ValueError, match=words):
+        settings.check(found, settings.make_mesh(found), settings.load_prompts(found))

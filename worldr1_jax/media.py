@@ -200,7 +200,7 @@ def read_video(path: str | Path, most_frames: int) -> Float[np.ndarray, "F H W 3
     if len(frames) > most_frames:
         raise ValueError(
             f"{path} has more than {most_frames} frames: set --config.frames, and "
-            "--config.rewards.frame_stride to look at fewer of them"
+            "--config.rewards.reconstruct.frame_stride to look at fewer of them"
         )
     if min(height, width) < SIDE:
         raise ValueError(f"{path} is {height}x{width} px: it needs {SIDE} px a side")

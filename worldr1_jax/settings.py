@@ -22,7 +22,7 @@ import ml_collections
 import worldr1_jax
 from worldr1_jax.algorithms import advantage, base
 from worldr1_jax.algorithms import update as learning
-from worldr1_jax.camera import commands
+from worldr1_jax.camera import commands, trajectory
 from worldr1_jax.camera.injection import Camera
 from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data import text_cache
@@ -233,6 +233,8 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
     if found.policy.adapters:
         load_adapters(found, [found.policy.adapters])
     found.rewards.check()
+    found.rewards.check_frames(found.run.frames)
+    trajectory.check_fit(texts(found, prompts), found.run.frames)
     cache = open_text_cache(found)
     if cache is not None:
         cache.check(texts(found, prompts))

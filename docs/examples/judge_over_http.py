@@ -3,7 +3,7 @@
 python docs/examples/judge_over_http.py --port=8000  # the judge's side; put your model in `judge`
 
     from judge_over_http import HttpJudge  # the trainer's side
-    reward = rewards.build({"recon": 1.0, HttpJudge("http://127.0.0.1:8000"): 0.5})
+    reward = rewards.build({"palette": 1.0, HttpJudge("http://127.0.0.1:8000"): 0.5})
 
 What makes it safe to learn from: a video travels as plain bytes in JSON, so that neither side runs
 what the other sends; every answer carries the digest of the video and prompt that it is for, and is

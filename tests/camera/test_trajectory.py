@@ -139,3 +139,9 @@ def test_moves_without_angle_or_speed_are_names():
     np.testing.assert_array_equal(
         trajectory.path(commands.check(names), 81), trajectory.path(names, 81)
     )
+
+
+def test_a_prompt_with_more_movements_than_frames_is_named():
+    trajectory.check_fit(["Camera pan left; push in. A box."], 5)
+    with pytest.raises(ValueError, match=r"prompt 'Camera pan left; push in\. A box\.': 2 camera"):
+        trajectory.check_fit(["A box.", "Camera pan left; push in. A box."], 2)

@@ -151,7 +151,7 @@ def test_a_launcher_that_is_stopped_says_so_in_one_line(number, status):
     done.send_signal(number)
     _, said = done.communicate(timeout=60)
     assert done.returncode == status
-    assert said.strip() == "stopped; the same command goes on from what is on disk"
+    assert said.strip() == "stopped; what is on disk is whole, and training goes on from there"
 
 
 def test_a_config_file_that_is_no_python_is_named(tmp_path):

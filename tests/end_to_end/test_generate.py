@@ -3,6 +3,7 @@ launchers refuse."""
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -154,10 +155,10 @@ def test_a_damaged_run_and_a_wrong_kind_are_named(run, folder, tmp_path):
     with pytest.raises(ValueError, match="the kind of adapters is 'best'"):
         trained.load(run[0], config, "best")
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match=r"has no config\.json of a run"):
-        trained.load(tmp_path, config)
-    (tmp_path / "config.json").write_text('{"policy": {"lora_alpha": 1}}')
     with pytest.raises(ValueError, match="holds no checkpoint yet"):
+        trained.load(tmp_path, config)
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"has no config\.json of a run"):
         trained.load(tmp_path, config)
 
 

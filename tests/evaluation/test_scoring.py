@@ -24,7 +24,8 @@ NANO = trajectory.Magnitudes.nano()
 @pytest.fixture(scope="module")
 def reward():
     weights = {"recon": 1.0, "trajectory": 1.0, "general": 1.0, "mvcs": 0.0}
-    return build(weights, general="palette", recon={"likeness": "ssim"})
+    options = {"recon": {"likeness": "ssim"}, "reconstruct": {"da3": "nano"}}
+    return build(weights, general="palette", **options)
 
 
 def noise(*shape):

@@ -1,4 +1,4 @@
-"""What rewards.frame_stride costs in score and saves in time, on held-out nano scenes.
+"""What rewards.reconstruct.frame_stride costs in score and saves in time, on held-out nano scenes.
 
 python -m tests.measure.cost_of_frame_stride [--scenes=64] [--rounds=3]
 
@@ -29,20 +29,19 @@ JITTER = 0.25  # of truth_of_rewards' 4 px
 
 def measure(stride: int, clips: np.ndarray, bad: np.ndarray, asked: np.ndarray, rounds: int):
     """Scores of the true clips, of the jittered ones and against other paths, and seconds."""
-    reward = build({"recon": 1.0}, frame_stride=stride, depth_scale=4.0)
-
-    def parts(batch, paths):
-        found = reward.reconstruct(batch)
-        return found, reward.geometry(batch, found, paths)
-
+    reward = build(
+        {"recon": 1.0, "trajectory": 1.0}, recon={"likeness": "ssim"},
+        reconstruct={"da3": "nano", "frame_stride": stride}, trajectory={"depth_scale": 4.0},
+    )  # fmt: skip
+    prompts = [""] * len(clips)  # which neither reads
     true, worse = (jnp.asarray(x, jnp.float32) for x in (clips, bad))
-    found, scores = parts(true, asked)
-    _, jittered = parts(worse, asked)
-    other = reward.geometry(true, found, np.roll(asked, 1, axis=0))
+    scores = reward(true, prompts, asked).parts
+    jittered = reward(worse, prompts, asked).parts
+    other = reward(true, prompts, np.roll(asked, 1, axis=0)).parts
     taken = []
     for _ in range(rounds):
         start, busy = time.perf_counter(), _processor_seconds()
-        jax.block_until_ready(parts(true, asked))
+        jax.block_until_ready(reward(true, prompts, asked))
         taken.append((time.perf_counter() - start, _processor_seconds() - busy))
     rows = {
         "recon": np.asarray(scores["recon"]), "recon_bad": np.asarray(jittered["recon"]),

@@ -95,7 +95,7 @@ def network(count: int = 32, keep: tuple[int, ...] = (9, 5, 3)) -> None:
     """Nano's network on all 17 frames of ground-truth videos, its Gaussians thinned."""
     truth = videos.sample(77, count)
     batch = jnp.asarray(truth.video, jnp.float32) / 255.0
-    scorer = build({"recon": 1.0}, recon={"likeness": "ssim"})
+    scorer = build({"recon": 1.0}, recon={"likeness": "ssim"}, reconstruct={"da3": "nano"})
     seen = scorer.look(batch, truth.camtoworld)
     for kept in (batch.shape[1], *keep):
         fewer = seen.replace(reconstruction=thinned(seen.found(), kept))

@@ -15,12 +15,13 @@ VIDEO = np.zeros((2, 3, 32, 32, 3), np.float32)
 PATHS = np.tile(np.eye(4, dtype=np.float32), (2, 3, 1, 1))
 WEIGHTS = {"recon": 1.0, "trajectory": 1.0, "general": 1.0}
 SSIM = {"likeness": "ssim"}
+NANO = {"da3": "nano"}
 PROMPTS = ["Camera push in. A red sphere."] * 2
 
 
 @pytest.fixture(scope="module")
 def reward():
-    return build({"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0}, recon=SSIM)
+    return build({"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0}, recon=SSIM, reconstruct=NANO)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_unknown_rewards_fields_and_values_are_named(weights, options, words):
 @pytest.mark.slow
 def test_videos_that_show_nothing_cannot_be_learnt_from():
     """A black one, a gray one, and one with a single black frame: no path is made up for them."""
-    options = {"recon": SSIM, "reconstruct": {"frame_stride": 8}}
+    options = {"recon": SSIM, "reconstruct": NANO | {"frame_stride": 8}}
     reward = build({"recon": 1.0, "trajectory": 1.0, "mvcs": 0.0}, **options)
     truth = nano_videos.sample(3, 4)
     videos = jnp.asarray(truth.video, jnp.float32) / 255
@@ -111,7 +112,7 @@ def test_half_precision_changes_scores_little():
     truth = nano_videos.sample(3, 2)
     video = jnp.asarray(truth.video, jnp.float32) / 255
     options = {
-        "recon": SSIM, "trajectory": {"depth_scale": 4.0}, "reconstruct": {"frame_stride": 4}
+        "recon": SSIM, "trajectory": {"depth_scale": 4.0}, "reconstruct": NANO | {"frame_stride": 4}
     }  # fmt: skip
     scores = [
         build({"recon": 1.0, "trajectory": 1.0}, dtype=dtype, **options)(

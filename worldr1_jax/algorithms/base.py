@@ -144,7 +144,7 @@ class Algorithm(Protocol):
     @property
     def forwards(self) -> int:
         """Evaluations besides, in each term: of policies that have no gradient."""
-        ...
+        return 0
 
     @property
     def captions(self) -> int:

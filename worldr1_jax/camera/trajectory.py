@@ -25,12 +25,13 @@ Departures from the released code, each deliberate:
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
 from worldr1_jax.camera import commands
+from worldr1_jax.files import short
 
 # Of the usual rate, by `commands.SPEEDS`. A quick push still ends before `scene_depth`.
 RATES = {"": 1.0, "slowly": 0.5, "quickly": 1.5}
@@ -130,6 +131,19 @@ def _extent(move: commands.Move, magnitudes: Magnitudes) -> float:
         return RATES[move.speed]
     usual = magnitudes.orbit if move.name.startswith("orbit") else magnitudes.pan
     return move.degrees / usual
+
+
+def check_fit(prompts: Iterable[str], frames: int) -> None:
+    """Raises ValueError, with the prompt, for one that asks for more movements than frames show."""
+    seen = set[tuple[commands.Move, ...]]()
+    for prompt in prompts:
+        moves = commands.moves(prompt)
+        if moves not in seen:
+            try:
+                path(moves, frames)
+            except ValueError as error:
+                raise ValueError(f"prompt '{short(prompt)}': {error}") from error
+            seen.add(moves)
 
 
 def path(

@@ -170,6 +170,6 @@ def _check(
         raise ValueError("there are no train prompts; at least one is needed")
     if dynamic_updates and not prompts.dynamic:
         raise ValueError(
-            f"dynamic_updates is {dynamic_updates} but there are no dynamic prompts; give some "
-            "in dynamic.txt or set dynamic_updates to 0"
+            f"dynamic.dynamic_updates is {dynamic_updates} but there are no dynamic prompts; give "
+            "some in dynamic.txt or set it to 0"
         )

@@ -28,7 +28,8 @@ def sheet(
     *,
     depth_scale: float = 1.0,
 ) -> bytes:
-    """One video as a PNG: a row of frames, one of their re-renders, one of depth, and the paths.
+    """One video as a PNG: a row of frames, one of their re-renders where there are Gaussians, one
+    of depth, and the paths.
 
     Args:
       video: in [0, 1], exactly the frames that were reconstructed.
@@ -39,11 +40,12 @@ def sheet(
     size = (found.depth.shape[2], found.depth.shape[3])
     chosen = reconstruct.frame_indices(len(video), min(_VIEWS, len(video)))
     frames = np.asarray(resize_frames(jnp.asarray(video[None, chosen]), size))[0]
-    images = splat.render(
-        found.gaussians, found.camtoworld[:, chosen], found.intrinsics[:, chosen], size
-    )
-    depth = np.asarray(found.depth)[0, chosen]
-    rows = [frames, np.asarray(images.rgb)[0], depth_colours(depth)]
+    rows = [frames, depth_colours(np.asarray(found.depth)[0, chosen])]
+    if found.gaussians is not None:
+        images = splat.render(
+            found.gaussians, found.camtoworld[:, chosen], found.intrinsics[:, chosen], size
+        )
+        rows.insert(1, np.asarray(images.rgb)[0])
     enlarge = max(1, _PANEL // 2 // min(size))
     strips = [
         np.concatenate(list(_bytes(row)), axis=1).repeat(enlarge, 0).repeat(enlarge, 1)

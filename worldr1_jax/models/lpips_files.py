@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     package = importlib.util.find_spec("lpips")
     if importlib.util.find_spec("torch") is None or not (flags.heads or package):
-        parser.error("this needs torch and lpips: pip install torch lpips --no-deps")
+        parser.error("this needs torch and lpips: pip install torch && pip install --no-deps lpips")
     if not flags.heads and package and package.origin:
         flags.heads = Path(package.origin).parent / "weights" / "v0.1" / "alex.pth"
     try:

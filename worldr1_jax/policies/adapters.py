@@ -34,8 +34,8 @@ def load(path: str | Path, config: wan_dit.Config, kind: str = "ema") -> lora.Ad
     path = files.local(path)
     if not _is_run(path, kind):
         return lora_files.load(path, config)
-    alpha = _alpha(path)
     _, state = checkpoint.read_state(path)
+    alpha = _alpha(path)
     found = state.get("ema" if kind == "ema" else "adapters")
     if not isinstance(found, dict):
         raise ValueError(f"the checkpoint of {path} holds no adapters: it is of another program")

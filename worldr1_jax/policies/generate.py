@@ -40,15 +40,16 @@ class Generated:
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts of a file, or of standard input for "-", by the rules of data/prompts.py: .jsonl
-    records, of whatever split, or text, one prompt a line.
+    """The prompts of a file in its order, or of standard input for "-", by the rules of
+    data/prompts.py: .jsonl records, of whatever split, or text, one prompt a line.
 
     Raises:
       ValueError: a file that cannot be read, or a prompt that is none, named by its line.
     """
     if source.endswith(".jsonl"):
-        sets = prompt_files.read(source, commands.complaint)
-        return [*sets.train, *sets.dynamic, *sets.test]
+        found = [one["prompt"] for one in prompt_files.records(source, ("prompt",))]
+        commands.check_prompts(found)
+        return found
     if source == "-":
         return prompt_files.texts(sys.stdin.buffer.read(), "standard input", commands.complaint)
     return prompt_files.texts(prompt_files.read_content(source), source, commands.complaint)
@@ -80,18 +81,41 @@ def generate(
       solver: UniPC (`unipc.make`); None is Euler on the pipeline's sigmas.
 
     Raises:
+      ValueError: as `check`, at once and not with the first video.
+    """
+    check([*prompts, pipeline.sampling.negative_prompt], pipeline.mesh, seed, samples, batch)
+    return _generate(pipeline, prompts, seed, samples, batch, adapters, solver)
+
+
+def check(
+    prompts: Sequence[str], mesh: jax.sharding.Mesh, seed: int, samples: int, batch: int
+) -> None:
+    """What `generate` can say before a weight is read.
+
+    Raises:
       ValueError: a seed out of range, samples or batch below 1, a batch that the mesh does not
         divide, or prompts that are no texts or ask for a camera movement that is none.
     """
     check_seed(seed)
-    prompt_files.check_texts([*prompts, pipeline.sampling.negative_prompt])
+    prompt_files.check_texts(prompts)
     commands.check_prompts(prompts)
-    parts = sharding.batch_parts(pipeline.mesh)
+    parts = sharding.batch_parts(mesh)
     if samples < 1 or batch < 1 or batch % parts:
         raise ValueError(
             f"samples is {samples} and batch {batch}: both have to be at least 1, and batch a "
             f"multiple of the {parts} devices that share it"
         )
+
+
+def _generate(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    seed: int,
+    samples: int,
+    batch: int,
+    adapters: Any,
+    solver: unipc.UniPC | None,
+) -> Iterator[Generated]:
     guidance = pipeline.sampling.guidance
     text_null = pipeline.negative() if guidance != 1 else None
     sampler = Sampler(kind="none", guidance=guidance)

@@ -1,6 +1,9 @@
 """Rewards of videos, usable without the trainer:
 
-    reward = rewards.build({"recon": 1.0, "trajectory": 1.0}, recon={"likeness": "ssim"}, mesh=mesh)
+    reward = rewards.build(
+        {"recon": 1.0, "trajectory": 1.0}, mesh=mesh,
+        reconstruct={"da3": "nano"}, recon={"likeness": "ssim"},  # or a folder of Depth Anything 3
+    )
     # Scores(parts={name: [B]}, total [B], valid [B])
     scores = reward(videos, prompts, camtoworld)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from worldr1_jax.fields import is_number
 from worldr1_jax.files import short
-from worldr1_jax.rewards.base import CAMERAS, GAUSSIANS, Reward, find
+from worldr1_jax.rewards.base import CAMERAS, GAUSSIANS, REWARDS, Reward, find
 from worldr1_jax.rewards.function import Function, HostFunction
 from worldr1_jax.rewards.reconstruct import Reconstruct
 from worldr1_jax.weights import needed
@@ -74,6 +75,21 @@ class Choice:
         """Files of weights of all rewards."""
         look = self.reconstruct.needed() if self.needs() else ()
         return (*look, *(one for reward in self.rewards.values() for one in reward.needed()))
+
+    def check_frames(self, frames: int) -> None:
+        """Raises ValueError for videos of which rewards see too few frames."""
+        look = self.reconstruct
+        seen = -(-frames // look.frame_stride)
+        if self.needs() and seen < 2:
+            raise ValueError(
+                f"rewards.reconstruct.frame_stride is {look.frame_stride}: of {frames} frames the "
+                f"3D network sees {seen}, and a camera path needs 2"
+            )
+        if "meta_view" in self.rewards and look.gaussian_frames == 1:
+            raise ValueError(
+                "rewards.reconstruct.gaussian_frames is 1: S_meta compares the Gaussians of two "
+                "halves of a video"
+            )
 
     def check(self) -> None:
         """Raises ValueError for files that are missing, all at once, before weights are read."""
@@ -146,9 +162,16 @@ def _resolved(named: Named, sections: dict[str, Mapping[str, Any]]) -> tuple[str
     if isinstance(named, str):
         return named, _made(find(named), named, sections.pop(named, {}))
     if isinstance(named, Reward):
-        return type(named).__name__.lower(), named
+        return _name_of(type(named)), named
     name = getattr(named, "__name__", type(named).__name__)
     return name, HostFunction(named, name)
+
+
+def _name_of(kind: type[Reward]) -> str:
+    """Of a reward that is given as an object: as REWARDS has it, or its class's, in snake case."""
+    path = f"{kind.__module__}:{kind.__name__}"
+    known = {where: name for name, where in REWARDS.items()}
+    return known.get(path) or re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def _made(owner: type, name: str, section: Mapping[str, Any]) -> Any:

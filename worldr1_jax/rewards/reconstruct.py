@@ -48,7 +48,7 @@ class Reconstruct:
       gaussian_frames: render the Gaussians of at most so many frames (see `thinned`); 0 for all.
     """
 
-    da3: str = "nano"
+    da3: str = ""
     frame_stride: int = 1
     gaussian_frames: int = 0
 

@@ -43,7 +43,7 @@ def build(
 ) -> Scorer:
     """Loads what the named rewards need onto the mesh.
 
-        build({"recon": 1.0, "trajectory": 1.0, judge: 0.5}, recon={"likeness": "ssim"})
+        build({"trajectory": 1.0, judge: 0.5}, reconstruct={"da3": "nano"})
 
     Args:
       weights: weight in the sum of each reward: a name of `base.REWARDS`, "general", a `Reward`,
@@ -99,7 +99,7 @@ class Scorer:
     so that their times and their memory can be told apart; `score` is all of it as one function of
     arrays, for programs of users.
 
-        reward = rewards.build({"recon": 1.0, "trajectory": 1.0})
+        reward = rewards.build({"trajectory": 1.0}, reconstruct={"da3": "nano"})
         scores = reward(videos, prompts, camtoworld)
 
         asked = reward.ask(prompts)
