@@ -61,7 +61,10 @@ def main() -> None:
         batch=BATCH.value, progress=show,
     )  # fmt: skip
     progress.close()
-    print(f"{count} prompts: train with --config.policy.text_cache={cli.WORKDIR.value}")
+    hint = f"{count} prompts: train with --config.policy.text_cache={cli.WORKDIR.value}"
+    if found.algorithm.captions > 1:  # rival captions are written while a run goes on
+        hint += " --config.algorithm.contrast=0"
+    print(hint)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ def main() -> None:
     found = settings.read(config)
     mesh = settings.make_mesh(found)
     settings.check_policy(found)
+    if found.policy.adapters:
+        raise ValueError("policy.adapters is what training starts from: sample with --adapters")
+    if flags.FLAGS["order"].present and SAMPLER.value != "unipc":
+        raise ValueError("--order is of --sampler=unipc")
     batch = BATCH.value or placement.batch_parts(mesh)
     trajectory.check_fit(prompts, found.run.frames)
     generate.check(prompts, mesh, found.run.seed, SAMPLES.value, batch)

@@ -68,10 +68,10 @@ def score(
         try:
             video = read_video(path, most_frames)
             asked = _asked(path, prompt, video, scorer.frame_stride, magnitudes)
+            found = _score_one(scorer, path, prompt, video, asked, with_pictures)
         except ValueError as error:
-            yield Scored(path, prompt, {}, error=str(error))
-            continue
-        yield _score_one(scorer, path, prompt, video, asked, with_pictures)
+            found = Scored(path, prompt, {}, error=str(error))
+        yield found
 
 
 def table(rows: Sequence[Scored], names: Sequence[str]) -> str:
