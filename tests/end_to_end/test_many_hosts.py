@@ -187,9 +187,14 @@ def _newest(workdir):
     return max((int(name) for name in names if name.isdigit()), default=0)  # others are unfinished
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs, which these tests share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_run_of_one_and_resume_after_one_is_killed(weights, tmp_path):
-    cache = tmp_path / "compiled"
+def test_two_processes_make_the_run_of_one_and_resume_after_one_is_killed(weights, cache, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     # 3 prompts, in batches of as many as the mesh can divide: 4, with a filler
     report = {"evaluate.prompts": 3, "evaluate.samples": 2, "evaluate.batch": 2}
@@ -234,8 +239,8 @@ def _running(weights, workdir, cache):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_one_that_hangs_ends_the_other(weights, tmp_path):
-    cache, run = tmp_path / "compiled", tmp_path / "run"
+def test_two_processes_stop_together_and_one_that_hangs_ends_the_other(weights, cache, tmp_path):
+    run = tmp_path / "run"
     pair = _running(weights, run, cache)
     pair[1].send_signal(signal.SIGTERM)  # process 0 hears of it from process 1
     (out, _), _ = _finish(pair)
@@ -261,12 +266,10 @@ def test_two_processes_stop_together_and_one_that_hangs_ends_the_other(weights, 
     ],
 )
 def test_processes_that_were_given_something_else_end_before_they_load(
-    weights, tmp_path, second, message
+    weights, cache, tmp_path, second, message
 ):
     run = tmp_path / "run"
-    pair = _start(
-        weights, run, tmp_path / "compiled", updates=2, processes=2, devices=4, second=second
-    )
+    pair = _start(weights, run, cache, updates=2, processes=2, devices=4, second=second)
     for process, (_, errors) in enumerate(_finish(pair, code=1)):
         assert message.format(process, 1 - process) in errors or (
             f"host {1 - process} has ended: {message.format(1 - process, process)}" in errors
