@@ -25,13 +25,14 @@ Seen = Callable[[int, Float[np.ndarray, "F H W 3"]], None]
 
 
 def diversity(latents: Float[Array, "B f h w C"], group_size: int) -> Float[Array, ""]:
-    """Mean distance of two videos of a prompt, as latents: root of the mean square difference.
+    """Mean distance of two videos of a prompt, as latents: root of the mean square difference; over
+    prompts of which all videos are finite.
 
     Twice the variance within a group is the mean square difference of its pairs.
     """
     groups = latents.reshape(-1, group_size, *latents.shape[1:])
     variance = jnp.var(groups.astype(jnp.float32), axis=1, ddof=1)
-    return jnp.mean(jnp.sqrt(2 * jnp.mean(variance, axis=(1, 2, 3, 4))))
+    return jnp.nanmean(jnp.sqrt(2 * jnp.mean(variance, axis=(1, 2, 3, 4))))
 
 
 def judge(

@@ -253,6 +253,10 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
             f"= {parts} has to divide the groups, and camera.mode must not be step; noise has no "
             "such conditions"
         )
+    if draw.prefix:
+        placement.turns(mesh, found.run.groups, found.sample.videos_at_once)
+    if draw.solver is not None and found.camera.mode == "step":
+        raise ValueError("algorithm.solver is 'unipc', which undoes camera.mode=step: use initial")
 
 
 def contents(found: Settings, prompts: prompt_files.PromptSets) -> dict[str, str]:
@@ -495,12 +499,12 @@ def make_update(found: Settings, pipeline: Pipeline, state: Any, *, donate: bool
 
 
 def rules_on(found: Settings, mesh: jax.sharding.Mesh) -> learning.Rules:
-    """Settings of the update; with train.microbatches = 0, so many that a device evaluates
+    """Settings of the update; with train.microbatches = 0, so many that a device evaluates at most
     sample.videos_at_once at a time."""
     rules = found.train
     if rules.microbatches:
         return rules
-    mine = found.run.videos // rules.minibatches // placement.batch_parts(mesh)
-    return dataclasses.replace(
-        rules, microbatches=max(mine // max(found.sample.videos_at_once, 1), 1)
-    )
+    mine = max(found.run.videos // rules.minibatches // placement.batch_parts(mesh), 1)
+    most = found.sample.videos_at_once or mine
+    parts = next(n for n in range(1, mine + 1) if mine % n == 0 and mine // n <= most)
+    return dataclasses.replace(rules, microbatches=parts)

@@ -112,7 +112,8 @@ def run(
         if restored:
             state, first = restored.state, restored.step
             loader.set_state(restored.data["loader"])
-            if first >= found.run.num_updates and (summary := _finished(workdir, first)):
+            over = first >= found.run.num_updates or watcher.history["spoilt"]
+            if over and (summary := _finished(workdir, first)):
                 return summary
             _say(f"resumed after update {first} of {found.run.num_updates}")
 
@@ -177,7 +178,8 @@ def learn(
       Stopped: the process was asked to stop; the newest state is saved.
     """
     found = programs.settings
-    run, watcher, done, ended = found.run, keeper.watcher, first, ""
+    run, watcher, done = found.run, keeper.watcher, first
+    ended = watcher.history["spoilt"]  # before this process: nothing more is learnt
     trained = parameter_overview.count_parameters(state.adapters)
     frozen = parameter_overview.count_parameters(nnx.to_pure_dict(programs.pipeline.base))
     _say(
@@ -192,7 +194,7 @@ def learn(
         MetricsWriter(workdir, first) as writer,
     ):
         try:
-            for update in range(first, run.num_updates):
+            for update in range(first, first if ended else run.num_updates):
                 stop.between_stages()
                 state, outcome = one_update(
                     programs, state, keeper.loader, update, timer, between=stop.between_stages
@@ -342,7 +344,10 @@ def summarise(
         return float(value[valid].mean()) if valid.any() else float("nan")
 
     def constant(value: np.ndarray) -> float:
-        return float((np.ptp(value.reshape(-1, group_size), axis=1) < FLAT).mean())
+        rows = value.reshape(-1, group_size)
+        known = np.isfinite(rows)
+        spread = np.where(known, rows, -np.inf).max(1) - np.where(known, rows, np.inf).min(1)
+        return float(((spread < FLAT) & known.any(1)).mean())
 
     return {
         **{name: mean(value) for name, value in values.items()},

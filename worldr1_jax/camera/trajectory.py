@@ -171,7 +171,9 @@ def path(
         raise ValueError(f"A path needs at least 1 frame, and {frames} were asked for")
     still = all(move.name == "fixed" for move in moves)
     lengths = segments(len(moves), frames) if still else _shares(moves, frames)
-    if not still and (frames <= len(moves) or min(lengths) < 1):
+    # The first movement spends a frame on the identity.
+    least = 1 if moves[0].name == "fixed" else 2
+    if not still and (frames <= len(moves) or min(lengths) < 1 or lengths[0] < least):
         raise ValueError(
             f"{len(moves)} camera commands need at least {len(moves) + 1} frames, not {frames}"
         )

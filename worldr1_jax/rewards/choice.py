@@ -18,6 +18,7 @@ from worldr1_jax.weights.needed import Needed
 RECONSTRUCT = "reconstruct"  # the 3D network's name among the networks of rewards
 MOST = 1e6  # largest weight
 GENERAL = "general"  # R_gen: whatever `general` names, as one part
+RESERVED = (GENERAL, "reward", "total")  # sums of rewards
 Named = str | Function | Reward
 
 
@@ -129,11 +130,16 @@ def choose(
             )
         if named == GENERAL:
             shares = _shares(general)
-            for name, share in shares.items():
-                rewards[name] = _made(find(name), name, sections.pop(name, {}))
+            for name, share in shares.items():  # which may be weighed by themselves, too
+                rewards[name] = _made(find(name), name, sections.get(name, {}))
                 counts[name] = counts.get(name, 0.0) + weight * share
             continue
         name, reward = _resolved(named, sections)
+        if name in RESERVED or (name in rewards and not (named == name and name in shares)):
+            raise ValueError(
+                f"two rewards, or a reward and a sum, are called '{name}': give yours another "
+                "__name__"
+            )
         rewards[name] = reward
         counts[name] = counts.get(name, 0.0) + weight
     for name in sections:
@@ -160,7 +166,7 @@ def _shares(general: str | Mapping[str, float]) -> dict[str, float]:
 
 def _resolved(named: Named, sections: dict[str, Mapping[str, Any]]) -> tuple[str, Reward]:
     if isinstance(named, str):
-        return named, _made(find(named), named, sections.pop(named, {}))
+        return named, _made(find(named), named, sections.get(named, {}))
     if isinstance(named, Reward):
         return _name_of(type(named)), named
     name = getattr(named, "__name__", type(named).__name__)

@@ -83,7 +83,7 @@ class Hindsight:
         any caption that it clearly did not obey, as long as its own.
         """
         rivals, leads = list(prompts), np.zeros(len(prompts), np.float32)
-        for place, row in self._seen.items():
+        for place, row in sorted(self._seen.items()):  # turns come in an order of the mesh's
             own, others = row[0], row[1:]
             count = max(len(commands.moves(prompts[place])), 1)
             if (rival := self._rival(own, others, count, rng)) is not None:

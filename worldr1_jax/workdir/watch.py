@@ -44,12 +44,15 @@ class Watcher:
     """Applies a `Watch`, update after update.
 
     Attributes:
-      history: recent scalars and the start's diversity; what a resume has to restore.
+      history: recent scalars, the start's diversity, and why the policy is spoilt, if it is; what a
+        resume has to restore.
     """
 
     def __init__(self, watch: Watch, history: Mapping[str, Any] | None = None):
         self._watch = watch
-        empty: dict[str, Any] = {"first": [], "diversity": [], "kl": [], "idle": 0, "constant": {}}
+        empty: dict[str, Any] = {
+            "first": [], "diversity": [], "kl": [], "idle": 0, "constant": {}, "spoilt": ""
+        }  # fmt: skip
         self.history = empty | dict(history or {})
 
     def update(self, scalars: Mapping[str, float]) -> str:
@@ -68,7 +71,8 @@ class Watcher:
                 f"{scalars.get('masked', 0):.0f} videos, skipped {scalars.get('skipped', 0):.0f} "
                 "steps of the last one"
             )
-        return self._diversity() or self._kl()
+        h["spoilt"] = self._diversity() or self._kl()
+        return h["spoilt"]
 
     def warning(self, scalars: Mapping[str, float]) -> str:
         """A sentence on the first update at which a reward had no spread in most groups, or ""."""
