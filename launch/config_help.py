@@ -33,7 +33,7 @@ def comments(path: str | Path) -> dict[str, str]:
     it. Of several assignments the first one with a comment counts: later ones change values for a
     variant.
     """
-    source = Path(path).read_text("utf-8")
+    source = Path(path).read_text("utf-8-sig")
     notes, alone = _notes(source)
     found: dict[str, str] = {}
     sections: dict[str, str] = {}

@@ -99,12 +99,14 @@ def check_regular(path: PathLike) -> None:
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """Regular files of a folder by a glob pattern, sorted. Hidden ones are none: macOS leaves
-    "._model.safetensors", which holds no weights, beside what it copies."""
+    """Regular files of a folder by a glob pattern, sorted. Hidden ones are none, nor are those of
+    hidden folders: macOS leaves "._model.safetensors", which holds no weights, beside what it
+    copies, and downloads leave ".cache", which says when they were made."""
     with named(folder):
         return sorted(
             path for path in folder.glob(pattern)
-            if not path.name.startswith(".") and path.is_file()
+            if path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )  # fmt: skip
 
 

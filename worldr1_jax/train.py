@@ -234,10 +234,11 @@ def _finished(workdir: str, updates: int) -> dict[str, Any]:
     """What a run that is complete had to say, of which nothing is done again; {} where its report
     was not written."""
     path = Path(workdir) / "summary.json"
-    if not path.is_file():
+    summary = read_json(path) if path.is_file() else {}
+    if summary.get("updates") != updates:  # or of a shorter run, which this one went on from
         return {}
     _say(f"the run in {workdir} is complete after {updates} updates; see {path}")
-    return read_json(path)
+    return summary
 
 
 def build(found: Settings, mesh: jax.sharding.Mesh) -> tuple[Programs, learning.TrainState]:

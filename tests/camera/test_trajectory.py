@@ -143,5 +143,8 @@ def test_moves_without_angle_or_speed_are_names():
 
 def test_a_prompt_with_more_movements_than_frames_is_named():
     trajectory.check_fit(["Camera pan left; push in. A box."], 5)
+    first = "Camera pan left 30 degrees quickly, then pan right 30 degrees slowly. A box."
+    with pytest.raises(ValueError, match="2 camera commands need"):  # 1 frame, that of the start
+        trajectory.check_fit([first], 5)
     with pytest.raises(ValueError, match=r"prompt 'Camera pan left; push in\. A box\.': 2 camera"):
         trajectory.check_fit(["A box.", "Camera pan left; push in. A box."], 2)

@@ -150,6 +150,19 @@ def test_a_pipeline_takes_given_adapters(run, found, mesh):
     assert settings.load_adapters(found, []) is None
 
 
+def test_training_starts_from_a_run_on_any_mesh(run, found):
+    start = dataclasses.replace(
+        found, policy=dataclasses.replace(found.policy, adapters=str(run[0]))
+    )
+    two = make_mesh({"fsdp": 2}, jax.devices()[:2])
+    pipeline = settings.build_pipeline(start, two, jax.random.key(0))
+    wanted = settings.load_adapters(found, [str(run[0])])
+    held = lora.from_state(jax.device_get(pipeline.adapters), found.policy.lora_alpha)
+    for name, one in wanted.items():
+        rank = one.a.shape[-1]
+        np.testing.assert_array_equal(held[name].a[..., :rank], one.a)
+
+
 def test_a_damaged_run_and_a_wrong_kind_are_named(run, folder, tmp_path):
     config = wan_dit.read_config(folder / "transformer")
     with pytest.raises(ValueError, match="the kind of adapters is 'best'"):

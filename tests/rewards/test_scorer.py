@@ -9,7 +9,9 @@ from tests.rewards.test_recon import ideal
 from worldr1_jax.nano import videos as nano_videos
 from worldr1_jax.rewards import build, recon
 from worldr1_jax.rewards.choice import choose
+from worldr1_jax.rewards.meta_view import MetaView
 from worldr1_jax.rewards.reconstruct import thinned
+from worldr1_jax.rewards.trajectory import Trajectory
 
 VIDEO = np.zeros((2, 3, 32, 32, 3), np.float32)
 PATHS = np.tile(np.eye(4, dtype=np.float32), (2, 3, 1, 1))
@@ -40,6 +42,23 @@ def reward():
 def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, words):
     with pytest.raises(ValueError, match=words):
         reward(videos, prompts, paths)
+
+
+def test_rewards_of_one_name_are_refused_and_keep_their_sections():
+    with pytest.raises(ValueError, match="are called 'trajectory': give yours another"):
+        choose({"trajectory": 1.0, Trajectory(mode="segments"): 0.0})
+    with pytest.raises(ValueError, match="are called '<lambda>'"):
+        choose({(lambda *_: 0): 1.0, (lambda *_: 1): 1.0})
+
+    def total(videos, prompts, camtoworld):
+        return np.ones(len(prompts))
+
+    with pytest.raises(ValueError, match="are called 'total'"):
+        choose({total: 1.0})
+    both = {"general": 1.0, "trajectory": 1.0}
+    found = choose(both, general={"trajectory": 1.0}, trajectory={"depth_scale": 4.0})
+    assert found.rewards["trajectory"].depth_scale == 4.0 and found.weights == {"trajectory": 2.0}
+    assert set(choose({MetaView(): 1.0}).rewards) == {"meta_view"}
 
 
 def test_a_reward_without_a_weight_is_left_out():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from worldr1_jax.workdir.watch import Watch, Watcher
+from worldr1_jax.workdir.watch import FIRST, Watch, Watcher
 
 
 def ended(watch, updates):
@@ -54,3 +54,10 @@ def test_a_reward_without_spread_is_named_once():
 def test_ranges(field):
     with pytest.raises(ValueError, match=field):
         Watch(**{field: -1})
+
+
+def test_a_policy_that_is_spoilt_stays_so_after_a_resume():
+    watcher = Watcher(Watch(patience=2))
+    for value in (1.0,) * FIRST + (0.1, 0.1):
+        said = watcher.update({"diversity": value})
+    assert said and Watcher(Watch(patience=2), watcher.history).history["spoilt"] == said

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from worldr1_jax import files
@@ -39,7 +40,8 @@ def load(path: str | Path, config: wan_dit.Config, kind: str = "ema") -> lora.Ad
     found = state.get("ema" if kind == "ema" else "adapters")
     if not isinstance(found, dict):
         raise ValueError(f"the checkpoint of {path} holds no adapters: it is of another program")
-    return lora.from_state(found, alpha)
+    # On the host, as those of files: they may go onto any mesh.
+    return lora.from_state(jax.device_get(found), alpha)
 
 
 def load_all(specs: Sequence[str], config: wan_dit.Config, kind: str = "ema") -> lora.Adapters:

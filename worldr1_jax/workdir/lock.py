@@ -137,6 +137,7 @@ class Lock:
         self._file.truncate()
         self._file.write(json.dumps(owner) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # without which a mounted bucket shows others nothing
 
     def _keep_alive(self) -> None:
         while not self._done.wait(self._beat):

@@ -92,6 +92,7 @@ class MetricsWriter:
         with named(self._workdir / "metrics.jsonl", "written"):
             self._lines.write(json.dumps(record, allow_nan=False) + "\n")
             self._lines.flush()
+            os.fsync(self._lines.fileno())  # a mounted bucket keeps what is synchronised
         for name, value in record.items():
             if isinstance(value, int | float) and name != "update":
                 self._board.add_scalar(name, value, update)

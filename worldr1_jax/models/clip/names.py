@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from worldr1_jax.files import visible
 from worldr1_jax.mesh.placement import COLUMN, ROW, SMALL, SPLIT, Rules, placer
 from worldr1_jax.models.clip.config import Config
 from worldr1_jax.models.clip.model import CLIP
@@ -186,8 +187,8 @@ def _source(path: Path) -> Path:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return path / name
-    files = sorted(path.glob("*.pt"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ValueError(f"{path} holds {len(files)} .pt files; name the one to read: {names}")
-    return files[0] if files else path
+    found = visible(path, "*.pt")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"{path} holds {len(found)} .pt files; name the one to read: {names}")
+    return found[0] if found else path

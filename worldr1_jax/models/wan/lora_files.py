@@ -340,7 +340,7 @@ def _settings(file: Path, header: Mapping[str, str], prefix: str) -> _Settings |
     """The LoraConfig beside the file or in its header; None where there is none to be had."""
     config = file.with_name(CONFIG)
     peft, diffusers = FORMS["peft"][1], FORMS["diffusers"][1]
-    if prefix == peft and os.path.lexists(config):
+    if prefix.startswith(peft) and os.path.lexists(config):
         return _Settings.of(str(config), files.read_json(config, files.MIB))
     if _HEADER in header:
         source = f"the header of {file}"
