@@ -48,9 +48,10 @@ def pth(tensors: dict[str, np.ndarray], ordered: bool = False) -> bytes:
 
 
 def checkpoint(tensors: dict[str, np.ndarray]) -> bytes:
-    """The bytes of a .pt file as trainers write it: the tensors under "state_dict", beside an epoch
-    and a name."""
+    """The bytes of a .pt file as trainers write it: the tensors under "state_dict", beside an
+    epoch, a loss and a name."""
     head = b"\x80\x02}(" + text("epoch") + number(3) + text("name") + text("tiny")
+    head += text("loss") + b"G" + struct.pack(">d", 0.1)
     nested = table(tensors).removeprefix(b"\x80\x02").removesuffix(b".")
     data = {f"data/{i}": np.ascontiguousarray(v).tobytes() for i, v in enumerate(tensors.values())}
     records = {"data.pkl": head + text("state_dict") + nested + b"u.", "byteorder": b"little"}

@@ -93,7 +93,9 @@ _ADMITTED: dict[str, _Name] = {
     **{f"torch {n}": _Name("dtype", dtype) for n, dtype in (_STORAGES | _NAMED_DTYPES).items()},
 }
 # Opcodes that push a value: what genops gives as the argument, or a constant.
-_PUSH_ARGUMENT = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
+_PUSH_ARGUMENT = {
+    "BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"
+}  # fmt: skip
 _PUSH: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IDLE = {"PROTO", "FRAME"}
