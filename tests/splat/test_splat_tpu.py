@@ -46,12 +46,10 @@ def test_the_kernel_compiles(chip):
     text = done.as_text()
     assert text.count("tpu_custom_call") == 1
     # The plan counts its schedule, a step for each chunk; splat_cost has v5e's, with what ends it.
-    # For v5p the compiler writes none of this kernel: the plan calls it unknown.
-    cycles = schedule.found(plan_hlo.kernel_names(text))
+    cycles = schedule.found(plan_hlo.kernel_names(text), CHIPS[chip].rows)
     kernels = [op for op in plan_hlo.read(text, kernels=cycles) if op.kind in ("kernel", "unknown")]
-    assert [op.kind for op in kernels] == ["unknown" if chip == "v5p" else "kernel"]
-    if chip != "v5p":
-        steps = grid.padded + grid.pairs // tile_kernel.CHUNK
-        assert 0.5 < kernels[0].cycles / (splat_cost.KERNEL_CYCLES * steps) < 1.2
+    assert [op.kind for op in kernels] == ["kernel"]
+    steps = grid.padded + grid.pairs // tile_kernel.CHUNK
+    assert 0.5 < kernels[0].cycles / (splat_cost.KERNEL_CYCLES * steps) < 1.2
     used = done.memory_analysis()
     assert used.temp_size_in_bytes + used.argument_size_in_bytes < CHIPS[chip].hbm
