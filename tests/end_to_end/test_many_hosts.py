@@ -123,6 +123,7 @@ def test_a_checkpoint_of_two_processes_is_restored_bit_for_bit_by_one(tmp_path):
         np.testing.assert_array_equal(_bits(held[name]), _bits(wanted), err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_is_restored_bit_for_bit_by_two(tmp_path):
     save(str(tmp_path), {"data": 8})
     _two_processes("restore", tmp_path, data=1, fsdp=8)

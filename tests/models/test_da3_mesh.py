@@ -22,6 +22,8 @@ from worldr1_jax.nn import attention
 from worldr1_jax.nn.attention_context import Sharded
 from worldr1_jax.nn.attention_kernels import Splash
 
+pytestmark = pytest.mark.slow  # each mesh compiles the network anew
+
 FRAMES, SIZE = 5, (14, 21)  # 7 tokens a frame, 35 in all: 2, 4 and 8 divide neither
 MESHES = {
     # 2 heads do not divide over 4 devices: keys travel
@@ -46,10 +48,7 @@ def single():
     return model, video, nnx.jit(lambda model, video: model(video))(model, video)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "ring" else pytest.param(n, marks=pytest.mark.slow) for n in MESHES],
-)
+@pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_gives_the_same(single, name):
     model, video, want = single
     kernel, sizes = MESHES[name]

@@ -67,6 +67,7 @@ def assert_same(got, want, some=slice(None)):
     np.testing.assert_allclose(got.total, want.total[some], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_one_function_with_a_gradient(scorer, given, wanted):
     """Of the networks, the videos, the cameras and what is asked: all of them traced."""
 
