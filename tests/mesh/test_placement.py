@@ -142,6 +142,8 @@ def test_default_meshes_suit_the_devices():
     assert sizes(tpu, 384, 40, least_context=3)["context"] == 4
     two = sizes(_devices("tpu", 64, slices=2), 384, 40)
     assert two == {"data": 2, "fsdp": 32, "context": 1, "tensor": 1}
+    three = sizes(_devices("tpu", 192), 384, 40)  # 192 divides no width
+    assert three == {"data": 3, "fsdp": 64, "context": 1, "tensor": 1}
     assert sizes(_devices("cpu", 8), 12, 4) == {"data": 4, "fsdp": 1, "context": 2, "tensor": 1}
     with pytest.raises(ValueError, match="7 videos do not divide over 64 devices"):
         sizes(tpu, 7, 40)

@@ -118,7 +118,8 @@ def default_sizes(
     A device takes whole videos where there are enough of them, for then tokens need no exchange;
     else the fewest devices that fill the machine share one (context), at least `least_context`,
     as what the backward pass keeps of a video may not fit into one. Weights are split over all
-    devices of a slice (fsdp), because a layer's gather takes less time than one video's work in it.
+    devices of a slice (fsdp), because a layer's gather takes less time than one video's work in it;
+    of a number of devices that is no power of two, over its largest such factor.
     On a CPU host, where devices share their memory, weights are whole and only videos are split.
 
     Raises:
@@ -134,7 +135,10 @@ def default_sizes(
         if count % (slices * context) == 0 and videos % (slices * per_slice) == 0:
             if heads % context:
                 continue
-            return {"data": slices, "fsdp": per_slice, "context": context, "tensor": 1}
+            # Widths of networks are powers of two, times 5 for 14B: 3 devices would hold them whole.
+            fsdp = per_slice & -per_slice
+            data = slices * (per_slice // fsdp)
+            return {"data": data, "fsdp": fsdp, "context": context, "tensor": 1}
     raise ValueError(
         f"{videos} videos do not divide over {count} devices: choose groups so that they do"
     )
