@@ -135,7 +135,7 @@ def default_sizes(
         if count % (slices * context) == 0 and videos % (slices * per_slice) == 0:
             if heads % context:
                 continue
-            # Widths of networks are powers of two, times 5 for 14B: 3 devices would hold them whole.
+            # Widths are powers of two, times 5 for 14B: of 3 devices each would hold all of them.
             fsdp = per_slice & -per_slice
             data = slices * (per_slice // fsdp)
             return {"data": data, "fsdp": fsdp, "context": context, "tensor": 1}
