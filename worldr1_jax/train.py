@@ -101,6 +101,10 @@ def run(
             workdir, keep=found.run.checkpoint_keep, config=asked, contents=contents
         ) as checkpoints,
     ):
+        hosts.agree({
+            "workdir, which has to be a folder that all of them see": lock.holder(),
+            "newest checkpoint": str(checkpoints.latest_step()),
+        })  # fmt: skip
         if programs_folder:
             compiler.keep_programs(programs_folder)
 

@@ -139,10 +139,11 @@ def _free_port() -> int:
 
 
 def _start(
-    weights, workdir, cache, *, updates, processes=1, devices=8, second=(), heartbeat=60, **fields
-):
+    weights, workdir, cache, *, updates, processes=1, devices=8, second=(), elsewhere=None,
+    heartbeat=60, **fields,
+):  # fmt: skip
     """Starts the launcher once a process and returns the processes; `second` are fields of process
-    1 alone."""
+    1 alone, `elsewhere` its workdir."""
     port = _free_port()
     common = {
         **FIELDS, "policy.weights": weights, "rewards.reconstruct.da3": weights / "da3",
@@ -153,7 +154,8 @@ def _start(
         settings = common | (dict(second) if process == 1 else {})
         command = [
             sys.executable, str(ROOT / "launch" / "tpu_train.py"),
-            f"--config={ROOT / 'configs' / 'world.py'}:nano,grpo", f"--workdir={workdir}",
+            f"--config={ROOT / 'configs' / 'world.py'}:nano,grpo", 
+            f"--workdir={elsewhere if process == 1 and elsewhere else workdir}",
             f"--compilation_cache={cache}", f"--heartbeat={heartbeat}",
             *(f"--config.{name}={value}" for name, value in settings.items()),
         ]  # fmt: skip
@@ -277,3 +279,15 @@ def test_processes_that_were_given_something_else_end_before_they_load(
         ), errors
         assert "Traceback" not in errors and len(errors.strip().splitlines()) == 1, errors
     assert not run.exists()
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_see_one_workdir_end_before_they_load(weights, cache, tmp_path):
+    pair = _start(
+        weights, tmp_path / "run", cache, updates=2, processes=2, devices=4,
+        elsewhere=tmp_path / "other",
+    )  # fmt: skip
+    said = "hosts differ in their workdir, which has to be a folder that all of them see"
+    for _, errors in _finish(pair, code=1):
+        assert said in errors and "Traceback" not in errors, errors
+    assert not list(tmp_path.glob("*/checkpoints/[0-9]*"))

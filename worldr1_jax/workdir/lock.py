@@ -63,6 +63,16 @@ class Lock:
                 "here"
             )
 
+    def holder(self, wait: float = 20.0) -> str:
+        """Who holds the lock, as this host sees it; "" where it sees none within so many seconds:
+        then its workdir is not the folder that process 0 has."""
+        end = time.monotonic() + wait
+        while True:
+            owner = _owner(self._path)
+            if owner or time.monotonic() > end:
+                return f"{owner['host']} {owner['pid']}" if owner else ""
+            time.sleep(0.2)
+
     def __enter__(self) -> Lock:
         refusal = ""
         if jax.process_index() == 0:
