@@ -157,7 +157,7 @@ def read(config: ml_collections.ConfigDict) -> Settings:
     run = _section(fields, "", Run)
     found = Settings(run=run, rewards=choose(**rewards), algorithm=algorithm, **sections)
     _check_dynamic(found)
-    _check_parts(found.run.videos, found.train)
+    found.train.check_parts(found.run.videos)
     if found.algorithm.captions > 1:
         _check_contrast(found)
 
@@ -214,19 +214,6 @@ def _check_contrast(found: Settings) -> None:
         )
 
 
-def _check_parts(videos: int, rules: learning.Rules) -> None:
-    """An update's videos come in equal parts."""
-    for name, parts in (
-        ("minibatches", rules.minibatches),
-        ("microbatches", rules.minibatches * max(rules.microbatches, 1)),
-    ):
-        if videos % parts:
-            raise ValueError(
-                f"train.{name} is {getattr(rules, name)}: the {videos} videos of an update do not "
-                f"come in {parts} equal parts"
-            )
-
-
 def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.PromptSets) -> None:
     """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
     check_policy(found)
@@ -245,7 +232,7 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
             f"{parts} cannot divide"
         )
     placement.turns(mesh, found.run.videos, found.sample.videos_at_once)
-    _check_parts(found.run.videos, rules_on(found, mesh))
+    rules_on(found, mesh).check_parts(found.run.videos)
     draw = found.algorithm.draw(jax.random.key(0), 0, found.plan)
     if draw.prefix and (found.run.groups % parts or found.camera.mode == "step"):
         raise ValueError(

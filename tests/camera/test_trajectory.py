@@ -103,7 +103,7 @@ def test_fixed_and_none_stay_at_the_identity():
 def test_bad_input():
     with pytest.raises(ValueError, match="zoom"):
         trajectory.path(("zoom",), 9)
-    with pytest.raises(ValueError, match="at least 3 frames"):
+    with pytest.raises(ValueError, match="2 frames are too few for 2 camera commands"):
         trajectory.path(("pan_left", "push_in"), 2)
     with pytest.raises(ValueError, match="at least 1 frame"):
         trajectory.path((), 0)
@@ -144,7 +144,11 @@ def test_moves_without_angle_or_speed_are_names():
 def test_a_prompt_with_more_movements_than_frames_is_named():
     trajectory.check_fit(["Camera pan left; push in. A box."], 5)
     first = "Camera pan left 30 degrees quickly, then pan right 30 degrees slowly. A box."
-    with pytest.raises(ValueError, match="2 camera commands need"):  # 1 frame, that of the start
+    with pytest.raises(
+        ValueError, match="5 frames are too few for 2 camera commands"
+    ):  # 1 frame, that of the start
         trajectory.check_fit([first], 5)
-    with pytest.raises(ValueError, match=r"prompt 'Camera pan left; push in\. A box\.': 2 camera"):
+    with pytest.raises(
+        ValueError, match=r"prompt 'Camera pan left; push in\. A box\.': 2 frames are too few"
+    ):
         trajectory.check_fit(["A box.", "Camera pan left; push in. A box."], 2)

@@ -101,6 +101,18 @@ class Rules:
             microbatches=(0, 10**6), ema_decay=(0, 1 - 1e-9), ema_every=(1, 10**9),
         )  # fmt: skip
 
+    def check_parts(self, videos: int) -> None:
+        """Raises ValueError where so many videos of an update do not come in equal parts."""
+        for name, parts in (
+            ("minibatches", self.minibatches),
+            ("microbatches", self.minibatches * max(self.microbatches, 1)),
+        ):
+            if videos % parts:
+                raise ValueError(
+                    f"train.{name} is {getattr(self, name)}: the {videos} videos of an update do "
+                    f"not come in {parts} equal parts"
+                )
+
     def optimizer(self) -> Optimizer:
         """AdamW of the adapters."""
         return make_optimizer(

@@ -175,7 +175,8 @@ def path(
     least = 1 if moves[0].name == "fixed" else 2
     if not still and (frames <= len(moves) or min(lengths) < 1 or lengths[0] < least):
         raise ValueError(
-            f"{len(moves)} camera commands need at least {len(moves) + 1} frames, not {frames}"
+            f"{frames} frames are too few for {len(moves)} camera commands, at the share that each "
+            "has of them: each has to move in one, and the first spends one on the start"
         )
     poses, start = [np.eye(4)], np.eye(4)
     for index, (move, length) in enumerate(zip(moves, lengths, strict=True)):
