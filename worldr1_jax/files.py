@@ -145,9 +145,10 @@ def parse_json(content: bytes | str, source: str) -> dict[str, Any]:
 
 
 def short(text: str) -> str:
-    """A stranger's text as a message may quote it: not long, and of characters that can be
-    printed."""
-    text = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    """A stranger's text as a message may quote it: of characters that can be printed, and where it
+    is long, without its middle, for the end of a path is what names it."""
+    if len(text) > _SHOWN:
+        text = f"{text[: _SHOWN // 3]}...{text[3 - 2 * _SHOWN // 3 :]}"
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -110,6 +110,22 @@ def test_invalid_samples_contribute_nothing(name, microbatches):
     assert metrics["valid"] == 8 and metrics["grad_norm"] > 0
 
 
+def test_means_are_over_the_minibatches_that_saw_a_sample():
+    """One without any has no loss: neither 0, nor half of the other's."""
+    (adapters, frozen), batch = drawn(GRPO)
+    optimizer = make_optimizer(1e-2)
+    state = update.init_state(adapters, optimizer, GRPO)
+    step = step_fn(GRPO, optimizer, minibatches=2)
+    odd = jnp.arange(COUNT) % 2 == 1  # the second minibatch
+    _, metrics = step(state, frozen, batch.replace(valid=odd), SIGMAS)
+    _, alone = gradient(GRPO, (adapters, frozen), take(batch, np.flatnonzero(odd)))
+    assert metrics["skipped"] == 1 and metrics["valid"] == COUNT // 2
+    for name in ("loss", "kl", "ratio_mean", "grad_norm", "ratio_deviation_first"):
+        np.testing.assert_allclose(metrics[name], alone[name], atol=1e-5, err_msg=name)
+    _, metrics = step(state, frozen, batch.replace(valid=jnp.zeros(COUNT, bool)), SIGMAS)
+    assert metrics["skipped"] == 2 and np.isnan(metrics["loss"])
+
+
 def test_nothing_valid_or_not_finite_changes_nothing():
     (adapters, frozen), batch = drawn(GRPO)
     optimizer = make_optimizer(1e-2)

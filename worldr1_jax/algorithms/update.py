@@ -205,7 +205,8 @@ def train_step(
     turns = jnp.arange(rules.epochs * rules.minibatches)
     state, (means, peaks) = jax.lax.scan(optimizer_step, state, turns)
     state = replace(state, algorithm=algorithm.renew(state.algorithm, state.adapters))
-    return state, _report(means, peaks, state.adapters, batch.valid)
+    seen = parts.valid.any(axis=(1, 2))[turns % rules.minibatches]
+    return state, _report(means, peaks, seen, state.adapters, batch.valid)
 
 
 def ema_update(ema: Any, params: Any, step: Int[Array, ""], decay: float, every: int) -> Any:
@@ -246,17 +247,17 @@ def _means(found: Terms, valid, share):
     return loss, (means | {"loss": loss}, peaks)
 
 
-def _report(means, peaks, adapters, valid) -> Metrics:
-    """Means over optimizer steps: loss, the algorithm's losses and metrics, grad_norm (before
-    clipping), eps_share (of parameters for which Adam's epsilon is more than the gradient's size).
-    The largest of all steps: the algorithm's peaks; of the first step alone, with `_first`: a
-    ratio_deviation_first is of rounding only. param_norm: afterwards. valid: samples learnt from.
-    skipped: steps not taken because no sample was valid, or gradient or new adapters were not
-    finite; they change nothing."""
+def _report(means, peaks, seen, adapters, valid) -> Metrics:
+    """Means over the optimizer steps that had a valid sample to see, NaN without any: loss, the
+    algorithm's losses and metrics, grad_norm (before clipping), eps_share (of parameters for which
+    Adam's epsilon is more than the gradient's size). The largest of all steps: the algorithm's
+    peaks; of the first of those steps alone, with `_first`: a ratio_deviation_first is of rounding
+    only. param_norm: afterwards. valid: samples learnt from. skipped: steps not taken because no
+    sample was valid, or gradient or new adapters were not finite; they change nothing."""
     return {
-        **{name: values.mean() for name, values in means.items()},
+        **{name: jnp.mean(values, where=seen) for name, values in means.items()},
         **{name: values.max() for name, values in peaks.items()},
-        **{f"{name}_first": values[0] for name, values in peaks.items()},
+        **{f"{name}_first": values[jnp.argmax(seen)] for name, values in peaks.items()},
         "skipped": means["skipped"].sum(),
         "param_norm": optax.tree.norm(adapters),
         "valid": valid.sum().astype(jnp.float32),
