@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,23 +129,15 @@ def run(
             _say(f"stopped after update {keeper.saved}; the same command goes on from there")
             return {}
 
-    # ---------------------------------------------------------------- before and after
-    report: Mapping[str, Any] = {"heldout": {}}
-    if found.evaluate.prompts:
-        _say("held-out report, before and after")
-        exam = held_out.Exam(
-            prompts.test[: found.evaluate.prompts], programs.keys[1], found.evaluate.samples,
-            found.evaluate.batch, found.sample.videos_at_once,
-        )  # fmt: skip
-        report = held_out.compare(
-            programs.pipeline, programs.scorer, state.ema, exam, found.evaluate,
-            seed=found.run.seed, workdir=workdir,
-        )  # fmt: skip
-    seconds = time.time() - began
-    summary = {**_meta(found), "updates": done, "seconds": seconds, "ended": ended, **report}
-    if jax.process_index() == 0:
-        write_summary(Path(workdir) / "summary.json", summary)
-    return summary
+        # ------------------------------------------------------------ before and after
+        summary = {
+            **_meta(found), "updates": done, "ended": ended,
+            **held_out_report(programs, prompts.test, state.ema, workdir),
+            "seconds": time.time() - began,
+        }  # fmt: skip
+        if jax.process_index() == 0:
+            write_summary(Path(workdir) / "summary.json", summary)
+        return summary
 
 
 @dataclasses.dataclass
@@ -228,6 +220,24 @@ def learn(
         with stop.saving():
             keeper.settled()
     return state, done, ended
+
+
+def held_out_report(
+    programs: Programs, test: Sequence[str], adapters: Any, workdir: str
+) -> Mapping[str, Any]:
+    """Before and after, on the first of these prompts; see `held_out.compare`."""
+    found = programs.settings
+    if not found.evaluate.prompts:
+        return {"heldout": {}}
+    _say("held-out report, before and after")
+    exam = held_out.Exam(
+        test[: found.evaluate.prompts], programs.keys[1], found.evaluate.samples,
+        found.evaluate.batch, found.sample.videos_at_once,
+    )  # fmt: skip
+    return held_out.compare(
+        programs.pipeline, programs.scorer, adapters, exam, found.evaluate,
+        seed=found.run.seed, workdir=workdir,
+    )  # fmt: skip
 
 
 def _meta(found: Settings) -> dict[str, Any]:
