@@ -245,9 +245,8 @@ def _nano(c: ml_collections.ConfigDict) -> None:
 
 
 def _fast(c: ml_collections.ConfigDict) -> None:
-    """What nano learns by: a contrast of captions beside DiffusionNFT. A video and update take two
-    forwards a step of the rollout, and for each draw 1 of the old policy and 3 (forward and
-    backward) under each of two captions: 34 on nano, 54 on Wan2.1 (tests/test_settings.py)."""
+    """What nano learns by: a contrast of captions beside DiffusionNFT. It takes 34 forwards of the
+    policy for a video and update on nano and 54 on Wan2.1 (tests/test_settings.py counts them)."""
     # Captions are contrasted video by video: more prompts teach more than larger groups.
     c.groups, c.group_size = c.groups * c.group_size // 2, 2
     c.algorithm.contrast, c.algorithm.draws = 4.0, 2

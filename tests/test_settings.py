@@ -238,15 +238,18 @@ def test_what_a_contrast_of_captions_needs(field, value, message):
     assert re.match(message, refusal(config)), refusal(config)
 
 
-@pytest.mark.parametrize(("variant", "forwards"), [("nano", 34), ("small,fast", 54)])
+@pytest.mark.parametrize(
+    ("variant", "forwards"),
+    [("nano", 34), ("small,fast", 54), ("nano,grpo", 44), ("nano,flash", 26), ("small,grpo", 124)],
+)
 def test_forwards_of_the_policy_for_a_video_and_update(variant, forwards):
-    """A forward with its backward counts three."""
+    """Steps, twice for guidance; then terms, guided or not, of three for each that has a gradient:
+    20 + 2 (2 x 3 + 1), 40 + 14, 20 + 3 x 2 (3 + 1), 20 + 2 x 3, 100 + 24."""
     found = settings.read(world.get_config(variant))
-    algorithm, sampling = found.algorithm, found.sample
-    guided = 1 + (sampling.guidance != 1)
-    assert algorithm.absorb  # else terms would be guided too
-    update = algorithm.terms * (3 * algorithm.captions + algorithm.forwards)
-    assert guided * sampling.steps + update == forwards
+    sampling = found.sample
+    assert forwards == algorithms.forward_equivalents(
+        found.algorithm, sampling.steps, sampling.guidance
+    )
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,10 @@ class Algorithm(Protocol):
         """Captions under which a term evaluates `now`: 1, or 2 with a rival."""
         return 1
 
+    def branches(self, guidance: float) -> int:
+        """Forwards of each of these evaluations: two where it is guided."""
+        return 1 + (guidance != 1)
+
     def draw(self, key: PRNGKeyArray, update: int, plan: Plan) -> Draw:
         """How the rollout of this update (from 0) is drawn; the key is consumed.
 
@@ -180,6 +184,13 @@ class Algorithm(Protocol):
     def drawing(self, adapters: PyTree, memory: PyTree) -> PyTree:
         """The adapters that draw the next rollout."""
         return adapters
+
+
+def forward_equivalents(algorithm: Algorithm, steps: int, guidance: float) -> int:
+    """Forwards of the policy that a video takes in an update, its rollout of so many steps
+    included; one with its backward counts three."""
+    evaluations = algorithm.terms * (3 * algorithm.captions + algorithm.forwards)
+    return (1 + (guidance != 1)) * steps + algorithm.branches(guidance) * evaluations
 
 
 def load(name: str) -> Any:

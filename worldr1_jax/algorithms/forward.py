@@ -93,6 +93,10 @@ class Forward(Algorithm):
         """Evaluations of the base that the anchor takes: both captions'."""
         return 2 if self.contrast and self.anchor else 0
 
+    def branches(self, guidance: float) -> int:
+        """One, where what guidance did is taken over."""
+        return 1 if self.absorb else super().branches(guidance)
+
     def draw(self, key: PRNGKeyArray, update: int, plan: Plan) -> Draw:
         """Deterministic, by the solver that the field names; see `Algorithm.draw`."""
         solver = unipc.make(plan.steps, plan.shift) if self.solver == "unipc" else None
