@@ -8,7 +8,7 @@ at which str.splitlines would also cut. Blank lines and marks of byte order are 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,13 @@ def check_texts(prompts: Sequence[str]) -> None:
 
 
 def records(path: str | os.PathLike[str], fields: Sequence[str]) -> list[dict[str, str]]:
-    """The `fields` of each line of a .jsonl file, all of them texts; errors as for `read`."""
+    """The `fields` of each line of a .jsonl file, all of them texts; errors as for `read`. A split,
+    where a line has one, is one of SPLITS."""
     path, problems = files.local(path), _Problems()
     found = []
     for number, values in _parsed(_content(path, problems), path.name, problems):
         wrong = next(filter(None, (_fault(values.get(name), name) for name in fields)), "")
-        if wrong:
+        if wrong := wrong or _split_fault(values):
             problems.add(path.name, wrong, number)
         else:
             found.append({name: values[name].strip(_INVISIBLE) for name in fields})
@@ -159,14 +160,12 @@ def _read_jsonl(
     path: Path, sets: dict[str, list[str]], complaint: Complaint, problems: _Problems
 ) -> None:
     for number, values in _parsed(_content(path, problems), path.name, problems):
-        prompt, split = values.get("prompt", ""), values.get("split", "train")
-        wrong = _fault(prompt, "prompt")
-        if not wrong and split not in SPLITS:
-            wrong = f'"split" is not one of {", ".join(SPLITS)}'
+        prompt = values.get("prompt", "")
+        wrong = _fault(prompt, "prompt") or _split_fault(values)
         if wrong := wrong or complaint(prompt.strip(_INVISIBLE)):
             problems.add(path.name, wrong, number)
         else:
-            sets[split].append(prompt.strip(_INVISIBLE))
+            sets[values.get("split", "train")].append(prompt.strip(_INVISIBLE))
     if not sets["train"] and not problems:
         problems.add(path.name, 'no prompt of the split "train"')
 
@@ -182,6 +181,13 @@ def _fault(text: object, field: str) -> str:
     except UnicodeEncodeError:
         return f'half of a surrogate pair in "{field}"'
     return ""
+
+
+def _split_fault(values: Mapping[str, Any]) -> str:
+    """What is wrong with the split of a record, which it need not have, or ""."""
+    if values.get("split", "train") in SPLITS:
+        return ""
+    return f'"split" is not one of {", ".join(SPLITS)}'
 
 
 def _content(path: Path, problems: _Problems) -> bytes | None:
