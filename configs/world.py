@@ -73,6 +73,8 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     # decode by chunks of frames: memory that does not grow with their number
     c.policy.chunked_vae = True
     c.policy.lora_rank, c.policy.lora_alpha = 32, 64.0  # of the adapters [paper]
+    # what has them: attention [paper], or cross, where the prompt enters, alone
+    c.policy.lora_layers = "attention"
     # of matmuls and resting weights; adapters, norms and softmax stay float32
     c.policy.dtype = "bfloat16"
     # what the backward pass recomputes: none, dots, attention, full, whole, the least memory last

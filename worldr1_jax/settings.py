@@ -423,7 +423,8 @@ def build_pipeline(
     folder = resolve(p.weights)
     model = family(folder).load(
         folder, mesh=mesh, tokens=p.text_tokens, dtype=jnp.dtype(p.dtype), remat=p.remat,
-        lora_rank=0 if key is None else p.lora_rank, lora_alpha=p.lora_alpha, key=key,
+        lora_rank=0 if key is None else p.lora_rank, lora_alpha=p.lora_alpha,
+        lora_layers=p.lora_layers, key=key,
         adapters=adapters, text=cache is None,
     )  # fmt: skip
     for name in found.run.idle_on_host:

@@ -314,6 +314,15 @@ def test_training_can_start_from_adapters(folder, one):
     assert not np.any(found["blocks.attn2.to_k"].b) and np.any(found["blocks.attn2.to_k"].a)
 
 
+def test_adapters_may_be_where_the_prompt_enters_alone(folder, one):
+    model = wan.load(folder, mesh=one, tokens=8, lora_rank=2, lora_layers="cross")
+    found = lora.adapters(model.networks[wan.POLICY])
+    assert set(found) == {f"blocks.attn2.to_{name}" for name in ("q", "k", "v", "out")}
+    outside = {"blocks.attn1.to_q": lora.Adapter(np.ones((2, 32, 1)), np.ones((2, 1, 32)), 0.5)}
+    with pytest.raises(ValueError, match=r"have 'blocks\.attn1\.to_q', which is not trained"):
+        wan.load(folder, mesh=one, tokens=8, lora_rank=2, lora_layers="cross", adapters=outside)
+
+
 # -- the Orbax folder
 
 

@@ -21,8 +21,10 @@ from jaxtyping import Array, Float
 
 from worldr1_jax.nn.layers import Linear
 
-# q, k, v and output of self- and cross-attention: the layers that World-R1 adapts.
+# q, k, v and output of self- and cross-attention, which World-R1 adapts; and of the latter alone,
+# where the prompt enters.
 ATTENTION = (r".*attn[12]\.to_(q|k|v|out)",)
+LAYERS = {"attention": ATTENTION, "cross": (r".*attn2\.to_(q|k|v|out)",)}
 
 
 class Adapter(NamedTuple):

@@ -98,7 +98,7 @@ def described_pipeline(found: Settings, mesh: jax.sharding.Mesh) -> Pipeline:
     p = found.policy
     model = FAMILY.described(
         found.run.variant, mesh, tokens=p.text_tokens, dtype=jnp.dtype(p.dtype), remat=p.remat,
-        lora_rank=p.lora_rank, lora_alpha=p.lora_alpha,
+        lora_rank=p.lora_rank, lora_alpha=p.lora_alpha, lora_layers=p.lora_layers,
     )  # fmt: skip
     # The warp is planned apart: the rollout's text would have its loops of unknown length.
     camera = dataclasses.replace(found.camera, mode="none")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from worldr1_jax.fields import in_range, of_kind, one_of
 from worldr1_jax.nn.layers import HELD
-from worldr1_jax.nn.lora import Adapters
+from worldr1_jax.nn.lora import LAYERS, Adapters
 from worldr1_jax.weights.convert import read_config
 
 FAMILIES = {
@@ -43,6 +43,8 @@ class Options:
         to encode.
       chunked_vae: decode by chunks of frames, in memory that does not grow with their number.
       lora_rank, lora_alpha: of the adapters.
+      lora_layers: what has them: all "attention", or "cross"-attention alone, where the prompt
+        enters.
       dtype: of products and resting weights; adapters, norms and softmax stay float32.
       remat: what the backward pass recomputes (`layers.scan_layers`).
       text_tokens: padded length of prompts.
@@ -54,13 +56,17 @@ class Options:
     chunked_vae: bool = True
     lora_rank: int = 32
     lora_alpha: float = 64.0
+    lora_layers: str = "attention"
     dtype: str = "bfloat16"
     remat: str = "full"
     text_tokens: int = 512
 
     def __post_init__(self) -> None:
         in_range(self, lora_rank=(1, 4096), lora_alpha=(1e-6, 1e6), text_tokens=(1, 10**5))
-        one_of(self, dtype=("float32", "bfloat16", "float16"), remat=tuple(HELD))
+        one_of(
+            self, dtype=("float32", "bfloat16", "float16"), remat=tuple(HELD),
+            lora_layers=tuple(LAYERS),
+        )  # fmt: skip
         of_kind(self, str, "weights", "adapters", "text_cache")
         of_kind(self, bool, "chunked_vae")
 

@@ -149,6 +149,7 @@ def load(
     remat: str = "none",
     lora_rank: int = 0,
     lora_alpha: float = 1.0,
+    lora_layers: str = "attention",
     key: jax.Array | None = None,
     adapters: lora.Adapters | None = None,
     text: bool = True,
@@ -161,7 +162,8 @@ def load(
       tokens: padded length of prompts.
       dtype: of matmuls and their resting kernels; norms and the VAE stay float32.
       remat: see wan_dit.WanDiT.
-      lora_rank, lora_alpha, key: fresh adapters of the DiT; rank 0 for none.
+      lora_rank, lora_alpha, lora_layers, key: fresh adapters of the DiT, on these of lora.LAYERS;
+        rank 0 for none.
       adapters: given ones instead, which every device holds; with a rank, what training starts
         from (see lora.grown).
       text: False reads neither text encoder nor tokenizer.
@@ -178,7 +180,10 @@ def load(
     )
     if lora_rank:
         with jax.set_mesh(mesh):
-            lora.add(dit, lora_rank, lora_alpha, nnx.Rngs(key if key is not None else 0))
+            lora.add(
+                dit, lora_rank, lora_alpha, nnx.Rngs(key if key is not None else 0),
+                targets=lora.LAYERS[lora_layers],
+            )  # fmt: skip
         if adapters is not None:
             adapters = lora.grown(lora.adapters(dit), adapters)
             lora.detach(dit)
@@ -227,6 +232,7 @@ def described(
     remat: str,
     lora_rank: int,
     lora_alpha: float,
+    lora_layers: str = "attention",
 ) -> Wan:
     """Wan2.1 1.3B ("small") or 14B ("large") as shapes that lie on the mesh; arguments as those of
     `load`."""
@@ -237,7 +243,8 @@ def described(
             config, nnx.Rngs(0), dtype=dtype, param_dtype=dtype, remat=remat,
             implementation=for_mesh(mesh, config.num_attention_heads, dtype),
         )  # fmt: skip
-        return lora.add(dit, lora_rank, lora_alpha, nnx.Rngs(1))
+        targets = lora.LAYERS[lora_layers]
+        return lora.add(dit, lora_rank, lora_alpha, nnx.Rngs(1), targets=targets)
 
     def make_text() -> nnx.Module:
         return umt5.UMT5Encoder(umt5.Config.xxl(), nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
