@@ -160,6 +160,15 @@ def test_things_of_the_scene_are_no_movements(text):
         ("Camera push in toward the left door. X", ("push_in",), "X"),
         ("Camera pan left over a house without 3 windows. X", ("pan_left",), "X"),
         ("Camera pan left while a cat sleeps. X", ("pan_left",), "X"),
+        ("Camera pan left. Push in. A cat.", ("pan_left", "push_in"), "A cat."),
+        ("Camera. Pan left... and push in. A cat.", ("pan_left", "push_in"), "A cat."),
+        ("Camera 'pan left', then \"push in\". X", ("pan_left", "push_in"), "X"),
+        ("Camera [pan left], push in. X", ("pan_left", "push_in"), "X"),
+        (
+            "Camera motion: pan left. Fixed to a wall, a lamp.",
+            ("pan_left",),
+            "Fixed to a wall, a lamp.",
+        ),
     ],
 )
 def test_how_clauses_are_written_in_the_wild(text, names, scene):
@@ -175,6 +184,10 @@ def test_how_clauses_are_written_in_the_wild(text, names, scene):
         ("Camera pan left +30º. X", [("pan_left", 30)]),
         ("Camera push in toward the slow river. X", [("push_in",)]),
         ("Camera push in toward the river slowly. X", [("push_in", None, "slowly")]),
+        ("Camera push in on a slowly spinning top. X", [("push_in",)]),
+        ("Camera pan left to the fast river. X", [("pan_left",)]),
+        ("Camera swiftly pan left. X", [("pan_left", None, "quickly")]),
+        ("Camera (slowly) pan left. 20 degrees. X", [("pan_left", 20, "slowly")]),
     ],
 )
 def test_how_far_and_how_fast_belong_to_the_command_that_they_stand_by(text, moves):
@@ -220,6 +233,28 @@ def test_how_far_and_how_fast_belong_to_the_command_that_they_stand_by(text, mov
         "A city, the camera slowly pans left.",
         "Slow motion. Camera pan left. X",
         "A ship at sea. The camera rolls right.",
+        "A ship at sea. The camera zooms in.",
+        "<camera>pan left</camera> X",
+        "A cat. Camera - pan left.",
+        "Camera refuses to pan left. X",
+        "Camera hardly pans left. X",
+        "Camera pan left is forbidden. X",
+        "Camera pan left minus 30 degrees. X",
+        "Camera pan left ‑30 degrees. X",
+        "Camera pan left .5 degrees. X",
+        "Camera pan left less than 30 degrees. X",
+        "Camera pan left 30 degrees per second. X",
+        "Camera pan left two times. X",
+        "Camera pan left ½ turn. X",
+        "Camera pan left at high speed. X",
+        "Camera pan left when a cat moves. X",
+        "Camera pan left with a push in. X",
+        "Camera pan left, push in first. X",
+        "Camera pan left-ish. X",
+        "Camera: 1. pan left 2. push in. X",
+        "Camera pan left, a cat moves left. X",
+        "Camera pan left to reveal a dog moving right. X",
+        "Camera operator moves left. X",
     ],
 )
 def test_what_moves_do_not_honour_is_never_passed_over(text):
@@ -228,6 +263,17 @@ def test_what_moves_do_not_honour_is_never_passed_over(text):
         ValueError, match=r'^a prompt asks for what the camera cannot ".+" \(it can'
     ):
         commands.understood(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Camera pan left, and a cat moves left. X", "pan_left"),
+        ("Camera push in to the man who rolls left. X", "push_in"),
+    ],
+)
+def test_what_others_do_is_no_command(text, name):
+    assert commands.parse(text) == (name,)
 
 
 @pytest.mark.parametrize(

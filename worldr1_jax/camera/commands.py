@@ -3,8 +3,11 @@
 The nine published names are in `PUBLISHED`. Ours, which the published parser reads as no command,
 are `EXTENSIONS`, an angle ("pan left 30 degrees", for what turns), and "slowly" or "quickly". The
 clause is the sentence that opens the prompt with the word "Camera", if it asks for a movement:
-"Camera shop on a corner." is a scene, and so is everything after the clause. What a clause asks for
-and nobody here can do, such as "does not pan left", is not passed over: see `complaint`.
+"Camera shop on a corner." is a scene, and so is everything after the clause. Sentences that follow
+it and begin with a command, or speak of the camera still, belong to it. What a clause asks for and
+nobody here can do, such as "does not pan left", is not passed over: see `complaint`. Nor is what
+stands before a command and may give it another meaning or subject: "refuses to pan left", "a cat
+moves left".
 """
 
 import re
@@ -60,15 +63,16 @@ _HEAD = re.compile(
     rf"(?:{_MARKS}|\(?\d{{1,3}}[.):]\s)*(?:the\s+)?cameras?(?![a-z0-9])[\s:=_\"“'–—-]*",
     re.IGNORECASE,
 )
-# A point inside "7.5 degrees" does not end a sentence.
+# A point inside "7.5 degrees" or before ".5 degrees" does not end a sentence.
 _SENTENCE = re.compile(
-    r"""(?P<body>(?:[^.!?;…。\n"”»)\]}]|(?<=\d)\.(?=\d))*)"""
+    r"""(?P<body>(?:[^.!?;…。\n"”»)\]}]|\.(?=\d))*)"""
     r"""(?P<end>[.!?;…。\n"”»)\]}]*[*_']*\s*)"""
 )
 _GOES_ON = re.compile(  # a sentence behind the first that speaks of the camera still
     r"(?:and\s+)?(?:then|next|after that|afterwards|finally|lastly|it|(?:the\s+)?camera)\b[\s,:]*",
     re.IGNORECASE,
 )
+_OPENS = re.compile(rf"(?:{_MARKS}|,)*")
 _ENDING = "(?:s|es|d|ed|ing|ning|ting)?"  # pushes in, panning left
 _GAP = r"[\s_-]+"
 
@@ -94,8 +98,17 @@ _COMMANDS = re.compile(
 _SEPARATOR = re.compile(r"[,;&+/|]|->|→|\bthen\b|\band\b|\btransition(?:s|ing)\b")
 # A sign or a range before the number, and it is none: "-30 degrees", "20-30 degrees".
 _DEGREES = re.compile(r"(?:\bby\s+)?(?<![\w.−–-])\+?(\d+(?:\.\d+)?)[\s-]*(?:°|º|deg(?:rees?)?\b)")
-_SPEED = re.compile(r"\b(?:(?P<slowly>slow(?:ly)?)|(?P<quickly>quick(?:ly)?|fast|rapid(?:ly)?))\b")
-_NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width letters and signs
+_SPEED = re.compile(
+    r"\b(?:(?P<slowly>slow(?:ly)?)|(?P<quickly>(?:quick|rapid|swift|brisk)(?:ly)?|fast))\b"
+)
+# Of what the camera sees: "to the fast river", "on a slowly spinning top".
+_SEEN_SPEED = re.compile(
+    r"\b(?:an?|the)\s+(?:slow|quick|fast|rapid|swift|brisk)\b|\b[a-z]+ly\s+[a-z]+(?:ing|ed)\b"
+)
+_NARROW: dict[int, int | str] = {
+    **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # full-width letters and signs
+    **dict.fromkeys(map(ord, "‐‑‒−⁻﹣"), "-"),  # each of which may be a minus
+}
 
 
 def _listed(words: str) -> frozenset[str]:
@@ -106,6 +119,14 @@ def _listed(words: str) -> frozenset[str]:
 _FILLERS = _listed(
     "then and while transitioning transitions into a an the to slowly gently smoothly quickly "
     "slightly steadily shot camera is remains stays view movement"
+)
+# And before the first of a part, which they leave as it is. So does what ends in "ly" and is none
+# of `_CHANGES`; other words are refused.
+_LEADS = _listed(
+    "motion path work direction directions instruction instructions command commands should will "
+    "must does do be being it its now next also first finally lastly starts start begins begin "
+    "s continues continue keeps keep makes make performs perform does goes with smooth cinematic "
+    "gentle steady subtle gradual continuous constant simple long short single"
 )
 # What a camera can be asked for that is no command here. The verbs always ask for movement; the
 # others are things as well, and ask for it before a direction or the end ("crane up"), or
@@ -141,7 +162,13 @@ _CHANGES = re.compile(
     r"not|no|nor|never|without|cannot|\w+n['’]?t|avoid\w*|stop\w*|instead|rather|except|unless|"
     r"until|after|before|or|n?either|but|opposite|revers\w*|backwards?|twice|thrice|again|"
     r"repeatedly|whil(?:e|st)|as|simultaneously|left|right|up|down|(?:counter|anti)?-?clockwise|"
-    r"half|quarter|full|[-−–+]?\d[\w.%°º]*"
+    r"half\w*|quarter|full|[-−–+]?\d[\w.%°º]*|x\d+|[¼-¾⅐-⅞]|-[a-z].*|minus|negative|less|more|than|"
+    r"least|most|per|times|seconds?|first|second|when|whenever|if|once|same|forbidden|prohibited|"
+    r"false|none|hardly|barely|scarcely|rarely|nearly|part(?:ial)?ly|previously|occasionally|"
+    r"concurrently|faster|slower|speed\w*|slow(?:s|ing)|(?:ac|de)celerat\w*"
+)
+_MANNER = re.compile(  # said of the movement, though it looks like a place
+    r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}(?:speed|pace|rate|tempo|time|once|loop)\b"
 )
 
 
@@ -280,8 +307,10 @@ def check(names: Sequence[str | Move]) -> tuple[Move, ...]:
 
 _LISTED = ", ".join(name.replace("_", " ") for name in NAMES) + ", in a sentence that comes first"
 _STRAY = re.compile(
-    r"\bcameras?[\s:]+(?:(?:\w+ly|then|and|also|now|is|to|will|starts?|begins?|slow|fast)\s+){0,3}"
-    rf"(?:{'|'.join(_phrase(name) for name in NAMES if name != 'fixed')})(?![a-z])",
+    r"\bcameras?(?:[^\w,;.!?]|_)+"
+    r"(?:(?:\w+ly|then|and|also|now|is|to|will|starts?|begins?|slow|fast)[^\w,;.!?]+){0,3}"
+    rf"(?:{'|'.join(_phrase(name) for name in NAMES if name != 'fixed')}|"
+    r"(?:zoom|pan|tilt|orbit|doll(?:y|ie))(?:s|ing|ning))(?![a-z])",
     re.IGNORECASE,
 )
 
@@ -315,16 +344,28 @@ def _plain(text: str) -> tuple[str, list[int]]:
 def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
     """The sentence at `start`, if it goes on with the clause, which ended with `after`."""
     lead = _GOES_ON.match(plain, start)
-    if not lead and ";" not in after:
-        return None
-    sentence = _SENTENCE.match(plain, lead.end() if lead else start)
+    opens = _OPENS.match(plain, lead.end() if lead else start)
+    sentence = _SENTENCE.match(plain, opens.end() if opens else start)
     if sentence is None:
         return None
-    words = re.findall(r"[\w'’-]+", sentence["body"].lower())
+    body = sentence["body"].lower()
+    words = re.findall(r"[\w'’-]+", body)
+    if not lead and ";" not in after:  # a sentence of its own, which may well be of the scene
+        while words and (words[0] == "and" or words[0].endswith("ly")):
+            del words[0]
+        command = _COMMANDS.match(" ".join(words))
+        moves_on = command is not None and command.lastgroup != "fixed"
+        return sentence if moves_on or _is_only_how(body) else None
     while words and (words[0] in _FILLERS or _SPEED.fullmatch(words[0])):
         del words[0]
     begins = _COMMANDS.match(" ".join(words)) or (words and _CHANGES.fullmatch(words[0]))
     return sentence if begins or _asks(words) else None
+
+
+def _is_only_how(part: str) -> bool:
+    """Whether a part says how far or how fast, and nothing else."""
+    said = _SPEED.search(part) or _DEGREES.search(part)
+    return bool(said) and not _words(_DEGREES.sub(" ", part))
 
 
 def _strays(plain: str) -> tuple[str, ...]:
@@ -349,6 +390,10 @@ def _clause(body: str) -> tuple[tuple[Move, ...], tuple[str, ...]]:
             joins = before if end == len(part) else f"{before} {after}"  # this one to the others
             near.append(re.findall(r"\b(?:while|whilst|as|before|after)\b", joins))
             changed = [words for words in near if any(map(_CHANGES.fullmatch, words))]
+            start = hits[index - 1].end() if index else 0
+            lead = _words(_DEGREES.sub(" ", part[start : hit.start()]))
+            if any(not word.endswith("ly") and (index or word not in _LEADS) for word in lead):
+                changed.append(lead)
             wrong += changed + refused
             if not changed:
                 found.append(move)
@@ -384,8 +429,10 @@ def _move(name: str, before: str, after: str) -> tuple[Move, list[list[str]], li
     before, after = _DEGREES.sub(" ", before), _DEGREES.sub(" ", after)
     place = _PLACE.search(after)
     near, scene = (after[: place.start()], after[place.start() :]) if place else (after, "")
+    refused += [match[0].split() for match in _MANNER.finditer(after)]
     # In what the camera sees, "slow" is a river; "slowly" is the camera.
-    said = f"{before} {near} {' '.join(re.findall(r'[a-z]+ly', scene))}"
+    adverbs = re.findall(r"[a-z]+ly", _SEEN_SPEED.sub(" ", scene))
+    said = f"{before} {_SEEN_SPEED.sub(' ', near)} {' '.join(adverbs)}"
     speeds = list(dict.fromkeys(str(match.lastgroup) for match in _SPEED.finditer(said)))
     if len(speeds) > 1:
         refused.append(speeds)
