@@ -57,6 +57,22 @@ def test_frames_that_are_not_evenly_spaced_are_refused(clip, tmp_path, times, na
         media.read_video(tmp_path / name, FRAMES)
 
 
+@pytest.mark.parametrize("name", ["b.gif", "b.mkv"])
+def test_a_cut_file_is_refused_though_ffmpeg_reads_what_is_left(clip, tmp_path, name):
+    ffmpeg("-i", clip, "-vf", "noise=alls=20", tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    for share in (0.6, 0.9):
+        (tmp_path / f"cut{name}").write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match="is no video that ffmpeg can read to its end"):
+            media.read_video(tmp_path / f"cut{name}", FRAMES)
+
+
+def test_pixels_that_are_not_square_are_refused(clip, tmp_path):
+    ffmpeg("-i", clip, "-vf", "setsar=4/3", tmp_path / "b.mp4")
+    with pytest.raises(ValueError, match=r"b\.mp4 has pixels of 4:3, not square: scale it"):
+        media.read_video(tmp_path / "b.mp4", FRAMES)
+
+
 @pytest.mark.parametrize(
     "script",
     [

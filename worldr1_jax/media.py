@@ -164,6 +164,9 @@ _MOST_BYTES = 4 * 2**30  # of a video as it is returned: 81 frames of 2560x1440 
 # recognised by their content whatever a file is called.
 _FORMATS = "mov,matroska,webm,avi,gif,apng,nut,mpegts,mpeg,flv,ogg,asf,mxf,yuv4mpegpipe"
 _JITTER = 0.1  # of the time between frames: how far a frame may be from its place
+_SQUARE = 0.02  # that a pixel may be wider than high, or higher: sides are rounded to even ones
+# What ffmpeg says, and goes on: a GIF that was cut, frames that it has made up.
+_DAMAGE = re.compile(rb"prematurely|failed|error|corrupt|truncated", re.IGNORECASE)
 
 
 def read_video(path: str | Path, most_frames: int) -> Float[np.ndarray, "F H W 3"]:
@@ -173,8 +176,9 @@ def read_video(path: str | Path, most_frames: int) -> Float[np.ndarray, "F H W 3
     timestamps say otherwise (variable rate, a delay in a GIF) is refused, not resampled.
 
     Raises:
-      ValueError: a file that is missing or no video, is smaller than 8 px, has more frames than
-        `most_frames`, would take more than 4 GiB, or whose frames are not evenly spaced in time.
+      ValueError: a file that is missing, damaged or no video, is smaller than 8 px, has more frames
+        than `most_frames`, would take more than 4 GiB, or whose pixels are not square or frames not
+        evenly spaced in time.
     """
     check_regular(path)
     width, height, stored = _probe(Path(path), most_frames)
@@ -192,7 +196,7 @@ def read_video(path: str | Path, most_frames: int) -> Float[np.ndarray, "F H W 3
     source = _input(Path(path), 2 * room)
     done = _ffmpeg(["-xerror", *source, *each, *ppm, *each, *stamps])
     header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", done.stdout)
-    if done.returncode or not header:
+    if done.returncode or not header or _DAMAGE.search(done.stderr):
         raise ValueError(f"{path} is no video that ffmpeg can read to its end")
     width, height = (int(number) for number in header.groups())
     images = np.frombuffer(done.stdout, np.uint8).reshape(-1, header.end() + 3 * height * width)
@@ -204,6 +208,7 @@ def read_video(path: str | Path, most_frames: int) -> Float[np.ndarray, "F H W 3
         )
     if min(height, width) < SIDE:
         raise ValueError(f"{path} is {height}x{width} px: it needs {SIDE} px a side")
+    _check_square(Path(path), done.stderr)
     _check_spacing(Path(path), done.stderr, len(frames))
     return frames.astype(np.float32) / 255.0
 
@@ -222,6 +227,18 @@ def _probe(path: Path, most_frames: int) -> tuple[int, int, int]:
     if done.returncode or not size:
         raise ValueError(f"{path} is no video that ffmpeg can read to its end")
     return int(size[1]), int(size[2]), len(re.findall(rb"^0,", done.stdout, re.MULTILINE))
+
+
+def _check_square(path: Path, log: bytes) -> None:
+    """Raises ValueError for pixels that are to be shown wider or higher than they are: the scene
+    would be seen squeezed."""
+    found = re.search(rb"^#sar 0: (\d+)/(\d+)$", log, re.MULTILINE)
+    wide, high = (int(found[1]), int(found[2])) if found else (0, 1)
+    if wide and abs(wide / high - 1) > _SQUARE:
+        raise ValueError(
+            f"{path} has pixels of {wide}:{high}, not square: scale it, such as by ffmpeg's "
+            "-vf scale=iw*sar:ih,setsar=1"
+        )
 
 
 def _check_spacing(path: Path, log: bytes, count: int) -> None:
