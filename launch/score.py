@@ -9,6 +9,7 @@ depth, and the camera path asked for against the one recovered.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import cli
@@ -19,6 +20,7 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "the prompt of each --video, in
 LIST = flags.DEFINE_string("list", "", ".jsonl file of videos and prompts")
 PICTURES = flags.DEFINE_bool("pictures", False, "write a picture for each video")
 
+LONGEST = 200  # bytes of a video's name in that of its picture: a file's may have 255
 SHOWN = ("total", "recon", "trajectory", "general", "psnr", "ssim", "rot_err", "trans_err")
 
 
@@ -49,11 +51,11 @@ def main() -> None:
     ):  # fmt: skip
         rows.append(row)
         if row.picture:
-            name = f"{len(rows):03d}-{Path(row.path).stem}.png"
-            write_atomically(folder / name, row.picture)
-    print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)
+            stem = os.fsdecode(os.fsencode(Path(row.path).stem)[:LONGEST])
+            write_atomically(folder / f"{len(rows):03d}-{stem}.png", row.picture)
     records = [dataclasses.asdict(row) | {"picture": bool(row.picture)} for row in rows]
     write_summary(folder / "scores.json", {"videos": records})
+    print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)
     scoring.check_any(rows)
 
 

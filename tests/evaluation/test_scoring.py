@@ -119,22 +119,28 @@ def test_lists(tmp_path):
 
 @pytest.mark.slow
 def test_the_launcher_writes_a_table_json_and_pictures(tmp_path):
-    """A good video, and one that breaks off, which does not stop the other."""
+    """A good video, one whose name is as long as one may be and no text, and one that breaks off,
+    which does not stop the others."""
     write_mp4(tmp_path / "good.mp4", noise(9, 32, 32), 8)
+    odd = os.fsencode(tmp_path) + b"/" + b"\xe9" * 251 + b".mp4"
+    os.link(tmp_path / "good.mp4", odd)
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     lines = [{"video": f"{name}.mp4", "prompt": PROMPT} for name in ("bad", "good")]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "launch/score.py", "--config=configs/world.py", "--pictures",
-         f"--list={tmp_path / 'list.jsonl'}", f"--workdir={tmp_path / 'out'}"],
+         b"--video=" + odd, f"--prompt={PROMPT}", f"--list={tmp_path / 'list.jsonl'}",
+         f"--workdir={tmp_path / 'out'}"],
         cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    head, bad, good = done.stdout.strip().splitlines()[-3:]
+    head, long, bad, good = done.stdout.strip().splitlines()[-4:]
+    assert long.startswith(r"\udce9\udce9")
     assert head.split()[0] == "video" and "trajectory" in head and "psnr" in head
     assert "no video that ffmpeg can read" in bad and good.startswith("good.mp4")
     videos = json.loads((tmp_path / "out" / "scores.json").read_text())["videos"]
-    assert videos[0]["error"] and not videos[0]["scores"]
-    assert {"psnr", "ssim", "mvcs", "cam_mc", "trajectory_rotation"} <= set(videos[1]["scores"])
-    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["002-good.png"]
+    assert videos[1]["error"] and not videos[1]["scores"]
+    assert {"psnr", "ssim", "mvcs", "cam_mc", "trajectory_rotation"} <= set(videos[2]["scores"])
+    pictures = sorted(os.listdir(os.fsencode(tmp_path / "out")))[:-1]
+    assert pictures == [b"001-" + b"\xe9" * 200 + b".png", b"003-good.png"]
