@@ -33,8 +33,6 @@ BATCH = flags.DEFINE_integer(
 def main() -> None:
     """Writes workdir/<words of the prompt>-<its hash>-<number>-<hash of all else>.mp4, each as soon
     as it is made."""
-    import hashlib
-
     import jax
 
     from worldr1_jax import settings
@@ -78,8 +76,8 @@ def main() -> None:
         batch=batch, solver=solver,
     )  # fmt: skip
     # Another seed, config, solver or LoRA makes another file, and does not write over this one.
-    made_by = repr((config.to_json(sort_keys=True), ADAPTERS.value, KIND.value, SAMPLER.value))
-    made_by = hashlib.sha256(made_by.encode()).hexdigest()[:6]
+    asked = (ADAPTERS.value, KIND.value, SAMPLER.value, ORDER.value)
+    made_by = generate.mark((config.to_json(sort_keys=True), *asked), adapters)
     for done, made in enumerate(videos):
         path = folder / f"{made.name}-{made_by}.mp4"
         if jax.process_index() == 0:

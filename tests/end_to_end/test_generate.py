@@ -93,6 +93,9 @@ def test_names_and_prompt_files(tmp_path):
     assert generate.Generated(prompt, 2, np.zeros(0)).name.startswith("camera-push-in-a-red-sphere")
     names = {generate.Generated(p, 0, np.zeros(0)).name for p in ("a b", "A b", "…", "")}
     assert len(names) == 4
+    asked = [(("unipc", 2), {"a": np.ones(2)}), (("unipc", 3), {"a": np.ones(2)}),
+             (("unipc", 2), {"a": np.zeros(2)}), (("unipc", 2), None)]  # fmt: skip
+    assert len({generate.mark(*one) for one in asked}) == 4
     (tmp_path / "prompts.txt").write_text("\ufeffone\n\n  two \n")
     assert generate.read_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")

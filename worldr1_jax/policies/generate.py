@@ -55,6 +55,15 @@ def read_prompts(source: str) -> list[str]:
     return prompt_files.texts(prompt_files.read_content(source), source, commands.complaint)
 
 
+def mark(asked: object, adapters: Any = None) -> str:
+    """Six digits for a file's name, other ones for another request or other adapters: a run that
+    has gone on has the same path."""
+    digest = hashlib.sha256(repr(asked).encode())
+    for leaf in jax.tree.leaves(adapters):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:6]
+
+
 def generate(
     pipeline: Pipeline,
     prompts: Sequence[str],
