@@ -4,19 +4,21 @@ as one sentence instead of a traceback."""
 import ctypes
 import difflib
 import importlib.util
+import io
 import math
 import os
 import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import config_help
 import xla_flags
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 
 def _stopped(number: int, *_: object) -> NoReturn:
@@ -40,6 +42,11 @@ from worldr1_jax.mesh import compiler  # noqa: E402
 compiler.set_flags()
 
 LONGEST = 600  # characters of an error message; a longer one is cut in its middle
+# What a user's config file may end in beside ValueError, which is a refusal of its own.
+MISTAKES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+    RuntimeError, TypeError,
+)  # fmt: skip
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/world.py[:nano|:small|:large]")
 WORKDIR = flags.DEFINE_string("workdir", "runs/world", "folder that is written to")
@@ -56,6 +63,8 @@ def run(main: Callable[[], object], workdir: str = "runs/world") -> None:
       workdir: default of --workdir, a folder of this launcher's own.
     """
     flags.set_default(WORKDIR, workdir)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot show ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     def guarded(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
@@ -160,19 +169,27 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(0)
     if not config:
         _stop("--config is missing: give --config=configs/world.py")
+    found = _load(config)
     try:
         left = flags.FLAGS([argv[0], f"--config={config}", *argv[1:]])
     except flags.UnrecognizedFlagError as error:
-        _stop(_hint(error.flagname, config))
+        _stop(_hint(error.flagname, found))
     except (AttributeError, KeyError):
-        _stop(_unknown_field(argv, config))
-    except SyntaxError as error:
-        _stop(f"{error.filename} line {error.lineno} is no Python: {error.msg}")
+        _stop(_unknown_field(argv, found))
     except (flags.Error, TypeError, ValueError, OSError) as error:
         _stop(_last_line(error))
     if len(left) > 1:
         _stop(f"'{left[1]}' is no flag: flags look like --config=configs/world.py")
+    for flag in (flags.FLAGS["workdir"], *_own()):
+        values = flag.value if isinstance(flag.value, list) else [flag.value]
+        if flag.default != "" and any(isinstance(v, str) and not v.strip() for v in values):
+            _stop(f"--{flag.name} is empty: give it a value, or leave it out")
     return left
+
+
+def _own() -> list[flags.Flag]:
+    """The flags of the launcher that runs."""
+    return flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
 
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
@@ -197,22 +214,30 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     return config, rest
 
 
-def _load(config: str) -> Any:
-    """What the config file makes of its variant."""
+def _load(config: str) -> ConfigDict:
+    """What the config file makes of its variant; where it makes none, the program ends."""
     path, _, variant = config.partition(":")
     try:
-        return runpy.run_path(path)["get_config"](*filter(None, [variant]))
+        make = runpy.run_path(path).get("get_config")
+        found = make(*filter(None, [variant])) if make else _stop(f"{path} has no get_config")
     except SyntaxError as error:
-        _stop(f"{error.filename} line {error.lineno} is no Python: {error.msg}")
-    except (KeyError, ValueError) as error:
-        _stop(f"{path}: {error}" if isinstance(error, ValueError) else f"{path} has no get_config")
+        place = f"{error.filename} line {error.lineno}" if error.filename else path
+        _stop(f"{place} is no Python: {error.msg}")
+    except ValueError as error:
+        _stop(f"{path}: {error}")
+    except MISTAKES as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f" line {frame.lineno}" for frame in frames if frame.filename == path]
+        _stop(f"{path}{''.join(lines[-1:])}: {type(error).__name__}: {error}")
+    if not isinstance(found, ConfigDict) or not hasattr(found.get("mesh"), "data"):
+        _stop(f"{path}: get_config returns no config: begin with a copy of configs/world.py")
+    return found
 
 
 def _help(config: str) -> str:
     """The launcher's docstring, its flags, and every field of the config."""
-    own = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "flags:"]
-    for flag in [*(flags.FLAGS[name] for name in ("config", "workdir", "traceback")), *own]:
+    for flag in [*(flags.FLAGS[name] for name in ("config", "workdir", "traceback")), *_own()]:
         default = "" if flag.default in (None, []) else flag.default
         text = flag.help.partition("\n")[0].removesuffix(";")  # absl adds how to repeat it
         lines.append(config_help.line(f"--{flag.name}={default}", text))
@@ -224,18 +249,16 @@ def _help(config: str) -> str:
     return "\n".join(lines)
 
 
-def _hint(flag: str, config: str) -> str:
+def _hint(flag: str, found: ConfigDict) -> str:
     """What a flag that does not exist may have meant."""
-    found = _load(config)
     near = difflib.get_close_matches(flag, list(flags.FLAGS), n=1, cutoff=0.8)
     field = config_help.nearest(flag, found, exact=bool(near))
     meant = f"--config.{field}" if field else f"--{near[0]}" if near else ""
     return f"--{flag} is no flag: " + (f"do you mean {meant}?" if meant else "see --help")
 
 
-def _unknown_field(argv: list[str], config: str) -> str:
+def _unknown_field(argv: list[str], found: ConfigDict) -> str:
     """The first --config.name that the config does not have."""
-    found = _load(config)
     known = {name for name, _ in config_help.fields(found)}
     for word in argv:
         name = word.partition("=")[0].lstrip("-")

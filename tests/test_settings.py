@@ -338,3 +338,20 @@ def test_frames_that_rewards_could_not_use_are_refused_before_the_first_rollout(
     found = settings.read(config)
     with pytest.raises(ValueError, match=words):
         settings.check(found, settings.make_mesh(found), settings.load_prompts(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("watch", "the config has no section watch, which configs/world.py has"),
+        ("rewards", "the config has no section rewards, which configs/world.py has"),
+        ("groups", "the config lacks the field groups"),
+    ],
+)
+def test_a_config_that_lacks_something_is_refused(name, message):
+    """Such as a copy of an older version's."""
+    config = world.get_config("nano")
+    with config.unlocked():
+        del config[name]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        settings.read(config)

@@ -71,6 +71,17 @@ def of_kind(owner: Any, kind: type, *names: str) -> None:
             raise ValueError(f"{name} is {short(repr(value))}: it has to be {KINDS[kind]}")
 
 
+def check_names(values: Mapping[str, Any], kind: type, prefix: str = "") -> None:
+    """Raises ValueError for a value of no field of the dataclass, or a field that has no value."""
+    known = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"the config has no field {prefix}{name}")
+    for name, default in known.items():
+        if default is dataclasses.MISSING and name not in values:
+            raise ValueError(f"the config lacks the field {prefix}{name}")
+
+
 KINDS = {str: "a text", bool: "True or False", tuple: "a tuple"}
 
 

@@ -30,7 +30,7 @@ from worldr1_jax.data.loader import Loader
 from worldr1_jax.data.phases import Phases
 from worldr1_jax.data.world_prompts import generate as world_prompts
 from worldr1_jax.evaluation.held_out import Evaluate
-from worldr1_jax.fields import defaults_of, each_of, in_range, of_kind
+from worldr1_jax.fields import check_names, defaults_of, each_of, in_range, of_kind
 from worldr1_jax.mesh import arrays, chips, placement
 from worldr1_jax.mesh import make as meshes
 from worldr1_jax.mesh.compiler import Jit
@@ -151,6 +151,9 @@ def read(config: ml_collections.ConfigDict) -> Settings:
       ValueError: a field that is unknown or out of its range, by its name, in one sentence.
     """
     fields = dict(config.items())
+    for name in (*SECTIONS, "rewards", "algorithm"):
+        if not isinstance(fields.get(name), ml_collections.ConfigDict):
+            raise ValueError(f"the config has no section {name}, which configs/world.py has")
     sections = {name: _section(fields.pop(name), name, kind) for name, kind in SECTIONS.items()}
     rewards = _plain(fields.pop("rewards"))
     algorithm = base.build(_plain(fields.pop("algorithm")))
@@ -172,10 +175,7 @@ def _section(section: Any, name: str, kind: type) -> Any:
     """A dataclass from its section; what is wrong is said with the section's name."""
     prefix = f"{name}." if name else ""
     values = _plain(section)
-    known = [field.name for field in dataclasses.fields(kind)]
-    for field in values:
-        if field not in known:
-            raise ValueError(f"the config has no field {prefix}{field}")
+    check_names(values, kind, prefix)
     try:
         return kind(**values)
     except ValueError as error:

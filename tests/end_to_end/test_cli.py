@@ -108,6 +108,7 @@ CONFIG = f"--config={LAUNCH.parent / 'configs' / 'world.py'}"
     [
         (["--steps=3"], {}, "--steps is no flag: do you mean --config.sample.steps?"),
         (["--config.sample.stepz=3"], {}, "the config has no field sample.stepz: do you mean"),
+        (["--prompt="], {}, "--prompt is empty: give it a value, or leave it out"),
         ([], {"JAX_PLATFORMS": "abacus"}, "JAX_PLATFORMS names 'abacus'"),
     ],
 )
@@ -159,6 +160,28 @@ def test_a_config_file_that_is_no_python_is_named(tmp_path):
     broken.write_text("x = (\n")
     done = launch("score", f"--config={broken}")
     assert done.returncode == 1 and done.stderr.startswith(f"error: {broken} line 1 is no Python")
+
+
+def test_what_a_config_file_may_end_in_is_one_sentence(tmp_path):
+    """Of its own code, with the line; and of one that returns something else."""
+    bodies = {
+        "import nowhere": " line 1: ModuleNotFoundError: No module named 'nowhere'",
+        "def get_config():\n  return {}['k']": " line 2: KeyError: 'k'",
+        "def get_config():\n  pass": ": get_config returns no config: begin with a copy of",
+        "x = 3": " has no get_config",
+        "x = '\0'": " is no Python: source code string cannot contain null bytes",
+    }
+    paths = [tmp_path / f"{number}.py" for number in range(len(bodies))]
+    for path, body in zip(paths, bodies, strict=True):
+        path.write_text(body)
+    code = (
+        "import cli, contextlib\n"
+        f"for path in {list(map(str, paths))}:\n"
+        "  with contextlib.suppress(SystemExit): cli._load(path)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=LAUNCH, capture_output=True, text=True)
+    for said, path, want in zip(done.stderr.splitlines(), paths, bodies.values(), strict=True):
+        assert said.startswith(f"error: {path}{want}")
 
 
 def test_a_start_on_an_empty_machine_names_all_that_is_missing(tmp_path):
