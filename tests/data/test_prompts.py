@@ -90,6 +90,8 @@ def test_every_reader_reads_the_same_lines(tmp_path):
         ('{"prompt": 3, "video": "a"}', 'no text under "prompt" on line 2'),
         ('{"video": "a"}', 'no text under "prompt" on line 2'),
         ('{"prompt": " ", "video": "a"}', "blank prompt on line 2"),
+        ('{"prompt": "\u3000\u00a0", "video": "a"}', "blank prompt on line 2"),
+        ('{"prompt": "a\\u0000b", "video": "a"}', 'control characters in "prompt" on line 2'),
         ('{"prompt": "\\ud800x", "video": "a"}', "half of a surrogate pair"),
         ('"prompt"', "not JSON of an object on line 2"),
         ("[" * 100_000, "not JSON of an object on line 2"),
@@ -108,6 +110,29 @@ def test_a_prompt_that_no_file_could_hold_is_named():
     prompts.check_texts(["a", ""])
     with pytest.raises(ValueError, match=r"prompt 2, '.*', has half of a surrogate"):
         prompts.check_texts(["a", "b\udcff"])
+
+
+def test_what_would_be_read_as_another_prompt_or_split_is_refused(tmp_path):
+    for name, content, message in (
+        (
+            "a.txt",
+            'a box\n{"prompt": "a"}\n',
+            "a JSON record, which only a .jsonl file may hold on",
+        ),
+        ("a.txt", "a b".encode("utf-16-le").decode(), "control characters"),
+        ("a.jsonl", '{"prompt": "a", "spilt": "test"}', '"spilt" in place of "split" on line 1'),
+        ("a.jsonl", '{"prompt": "a", "Split": "test"}', '"Split" in place of "split" on line 1'),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": "a", "split": "test"}',
+            "test: train prompts are no held-out",
+        ),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            prompts.read(tmp_path / name)
+    (tmp_path / "a.txt").write_text("{a box}\n\u3000\u200e\n")
+    assert prompts.read(tmp_path / "a.txt").train == ("{a box}",)
 
 
 def test_jsonl_problems(tmp_path):

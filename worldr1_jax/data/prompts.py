@@ -6,8 +6,10 @@ at which str.splitlines would also cut. Blank lines and marks of byte order are 
 """
 
 import dataclasses
+import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from worldr1_jax import files
 SPLITS = ("train", "dynamic", "test")
 _MOST_BYTES = 256 * files.MIB
 _INVISIBLE = " \t\r\n\ufeff\u200b\u2060"  # around a prompt: no part of it
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # in no text, but in UTF-16 read as UTF-8
 
 # A prompt -> what is wrong with it, or "".
 Complaint = Callable[[str], str]
@@ -75,8 +78,8 @@ def read(path: str | os.PathLike[str], complaint: Complaint = lambda text: "") -
 
     Raises:
       ValueError: a path or file that is missing or empty, bytes that are not UTF-8, half of a
-        surrogate pair, or a prompt to which `complaint` objects; one sentence names every file and
-        line at fault.
+        surrogate pair, control characters, a test prompt that is a train prompt as well, or a
+        prompt to which `complaint` objects; one sentence names every file and line at fault.
     """
     path = files.local(path)
     problems = _Problems()
@@ -94,6 +97,10 @@ def read(path: str | os.PathLike[str], complaint: Complaint = lambda text: "") -
         problems.add(path.name, "neither a folder nor a .txt or .jsonl file")
     else:
         problems.add(path.name, "missing")
+    if both := sorted(set(sets["train"]) & set(sets["test"])):
+        problems.add(
+            "test", f"train prompts are no held-out ones, such as '{files.short(both[0])}'"
+        )
     problems.raise_if_any(files.short(str(path)))
     return PromptSets(**{split: tuple(prompts) for split, prompts in sets.items()})
 
@@ -149,7 +156,7 @@ def _texts(
 ) -> list[str]:
     prompts = []
     for number, text in _lines(content, name, problems):
-        wrong = _fault(text, "prompt") or complaint(text)
+        wrong = _fault(text, "prompt") or _record(text) or complaint(text)
         if wrong:
             problems.add(name, wrong, number)
         prompts.append(text)
@@ -174,20 +181,38 @@ def _fault(text: object, field: str) -> str:
     """What is wrong with a value as text, or ""."""
     if not isinstance(text, str) or not text:
         return f'no text under "{field}"'
-    if not text.strip(_INVISIBLE):
-        return f"blank {field}"
     try:
         text.encode()
     except UnicodeEncodeError:
         return f'half of a surrogate pair in "{field}"'
-    return ""
+    if _is_blank(text):
+        return f"blank {field}"
+    return f'control characters in "{field}"' if _CONTROL.search(text) else ""
+
+
+def _is_blank(text: str) -> bool:
+    """Whether a text shows nothing: white space of any script, and what has no width."""
+    return all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cf") or c in "\t\n\r" for c in text)
+
+
+def _record(text: str) -> str:
+    """What is wrong with JSON as a prompt, whose marks would be read as words; or ""."""
+    try:
+        values = files.parse_json(text, "line") if text.startswith("{") else {}
+    except ValueError:
+        return ""
+    return "a JSON record, which only a .jsonl file may hold" if values else ""
 
 
 def _split_fault(values: Mapping[str, Any]) -> str:
     """What is wrong with the split of a record, which it need not have, or ""."""
-    if values.get("split", "train") in SPLITS:
-        return ""
-    return f'"split" is not one of {", ".join(SPLITS)}'
+    if "split" in values:
+        known = values["split"] in SPLITS
+        return "" if known else f'"split" is not one of {", ".join(SPLITS)}'
+    for name in values:
+        if difflib.get_close_matches(name.lower(), ["split"], cutoff=0.8):
+            return f'"{files.short(name)}" in place of "split"'
+    return ""
 
 
 def _content(path: Path, problems: _Problems) -> bytes | None:
@@ -215,7 +240,7 @@ def _lines(content: bytes | None, name: str, problems: _Problems) -> Iterator[tu
             problems.add(name, "not UTF-8", number)
             text = ""
             empty = False
-        if text:
+        if not _is_blank(text):
             empty = False
             yield number, text
     if empty:
