@@ -149,7 +149,7 @@ def short(text: str) -> str:
     is long, without its middle, for the end of a path is what names it."""
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN // 3]}...{text[3 - 2 * _SHOWN // 3 :]}"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _refuse(constant: str) -> float:

@@ -110,6 +110,8 @@ def test_a_prompt_that_no_file_could_hold_is_named():
     prompts.check_texts(["a", ""])
     with pytest.raises(ValueError, match=r"prompt 2, '.*', has half of a surrogate"):
         prompts.check_texts(["a", "b\udcff"])
+    with pytest.raises(ValueError, match=r"prompt 1, 'b\\n\\x1b\[2J\\udcff', has half"):
+        prompts.check_texts(["b\n\x1b[2J\udcff"])  # what it quotes is one line of a screen
 
 
 def test_what_would_be_read_as_another_prompt_or_split_is_refused(tmp_path):

@@ -82,7 +82,7 @@ class Loader:
         local = groups // process_count
         self._local = range(process_index * local, (process_index + 1) * local)
         self._identity: State = {
-            "seed": seed,
+            "seed": int(seed),
             "groups": groups,
             "main_prompts": _digest(prompts.train),
             "dynamic_prompts": _digest(prompts.dynamic) if dynamic_updates else "unused",
