@@ -129,3 +129,17 @@ def test_a_batch_grows_to_what_the_mesh_divides(asked, samples, parts, at_once, 
     assert evaluate.whole_batch(asked, samples, parts, at_once) == want
     mesh = types.SimpleNamespace(shape={"data": parts, "fsdp": 1, "context": 1, "tensor": 1})
     assert sharding.turns(mesh, want * samples, at_once) >= 1  # which refuses what does not divide
+
+
+def test_the_base_is_judged_by_what_is_measured():
+    """With neither 3D rewards nor R_gen, by what counts; never by a guidance that made no video."""
+    assert evaluate.judged_by(choose({"trajectory": 1.0, "general": 0.0})) == (
+        "total_3d",
+        "general",
+    )
+    by = evaluate.judged_by(choose({"hps": 1.0, "pickscore": 0.0}, general={}))
+    assert by == ("hps",)
+    scores = {1.0: [np.nan] * 2, 2.0: [0.1, np.nan], 3.0: [0.3, 0.1], 4.0: [0.0, 0.0]}
+    measured = {g: {"hps": np.array(values)} for g, values in scores.items()}
+    assert evaluate.best_guidance(measured, by) == 3.0
+    assert evaluate.best_guidance({1.0: measured[1.0], 4.0: measured[4.0]}, by) == 4.0

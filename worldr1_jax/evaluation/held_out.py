@@ -23,6 +23,7 @@ from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards.base import Evidence
+from worldr1_jax.rewards.choice import Choice
 from worldr1_jax.rollout.sample import Sampler, sample_keys
 from worldr1_jax.workdir.metrics import Progress
 
@@ -258,7 +259,8 @@ def compare(
     progress = Progress(len(tried) * len(few.prompts), unit="prompt of the sweep")
     swept = {g: measured(pipeline.adapters, g, few, progress) for g in tried}
     progress.close()
-    best = best_guidance({g: found for g, (found, _) in swept.items()}) if swept else own
+    found = {g: measures for g, (measures, _) in swept.items()}
+    best = best_guidance(found, judged_by(scorer.choice)) if swept else own
 
     left = rest if swept else exam  # what the sweep has measured is not measured again
     compared = dict.fromkeys((best, own))
@@ -300,14 +302,21 @@ def joined(parts: Sequence[tuple[dict[str, np.ndarray], np.ndarray]]) -> Measure
     return measures, np.concatenate([part[1] for part in parts])[:SHOWN]
 
 
-def best_guidance(
-    measured: Mapping[float, Measures], by: Sequence[str] = ("total_3d", "general")
-) -> float:
-    """The guidance at which the measures `by`, summed, are highest on average."""
+def judged_by(choice: Choice) -> tuple[str, ...]:
+    """The measures of which the base has a best guidance: S_recon + S_traj, and R_gen; of a reward
+    without either, all that counts."""
+    known = {"total_3d": choice.spatial(), "general": choice.general}
+    return tuple(name for name, parts in known.items() if parts) or choice.reported()
+
+
+def best_guidance(measured: Mapping[float, Measures], by: Sequence[str]) -> float:
+    """The guidance at which the measures `by`, summed, are highest on average; never one at which
+    no video could be scored, where another has any."""
 
     def total(measures: Measures) -> float:
-        known = [measures[name] for name in by if name in measures]
-        return float(np.nanmean(np.sum(known, axis=0)))
+        sums = np.sum([measures[name] for name in by], axis=0)
+        known = sums[np.isfinite(sums)]
+        return float(known.mean()) if known.size else -np.inf
 
     return max(measured, key=lambda guidance: total(measured[guidance]))
 
