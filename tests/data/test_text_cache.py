@@ -99,11 +99,21 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
         text_cache.TextCache(tmp_path, made_by="x")
 
 
+def test_the_files_of_two_caches_are_none(tmp_path):
+    """What a copy leaves that stopped between them: as many records, of other prompts."""
+    write(tmp_path / "a", "x")
+    write(tmp_path / "b", "x", PROMPTS[::-1])
+    (tmp_path / "b" / text_cache.RECORDS).rename(tmp_path / "a" / text_cache.RECORDS)
+    cache = text_cache.TextCache(tmp_path / "a", made_by="x")
+    with pytest.raises(ValueError, match="the record of 'a red sphere' is another prompt's"):
+        cache.check(PROMPTS)
+
+
 def rewritten(folder, change):
-    """The cache with other records: `change` of each record's bytes."""
+    """The cache with other records: `change` of the bytes behind each record's hash."""
     write(folder, "x")
     old = ArrayRecordReader(str(folder / text_cache.RECORDS))
-    records = [change(record) for record in old.read_all()]
+    records = [record[:32] + change(record[32:]) for record in old.read_all()]
     writer = ArrayRecordWriter(str(folder / text_cache.RECORDS), "group_size:1")
     for record in records:
         writer.write(record)

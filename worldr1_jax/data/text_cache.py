@@ -2,11 +2,13 @@
 
 `launch/encode_prompts.py` writes a folder once:
 
-  embeddings.array_record   one record a prompt: the bytes of [n D], n <= N tokens, row-major
+  embeddings.array_record   one record a prompt: its hash (32 bytes), then the bytes of [n D],
+                            n <= N tokens, row-major
   index.json                dtype, N and D, what the cache depends on, and the prompts' hashes in
                             record order
 
-index.json is written last and in one piece: a folder without it is no cache.
+index.json is written last and in one piece: a folder without it is no cache. The hashes in the
+records are for copies: one that stopped between the files leaves those of two caches.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ def write(
         text, lengths = encode(chosen + [chosen[-1]] * (batch - len(chosen)))
         for prompt, row, length in zip(chosen, text, lengths, strict=False):
             _check_finite(prompt, row[:length])
-            writer.write(np.ascontiguousarray(row[:length]).tobytes())
+            writer.write(_digest(prompt) + np.ascontiguousarray(row[:length]).tobytes())
         width, dtype = text.shape[-1], str(text.dtype)
         progress(first + len(chosen))
     writer.close()
@@ -201,7 +203,8 @@ class TextCache:
 
     def _rows(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The embedding of each prompt, as long as it was written."""
-        places = [self._place[digest] for digest in _hashes(prompts)]
+        digests = [_digest(prompt) for prompt in prompts]
+        places = [self._place[digest.hex()] for digest in digests]
         try:
             records = self._reader.read(places)
         except (RuntimeError, ValueError) as error:
@@ -209,11 +212,14 @@ class TextCache:
         tokens, width = self._shape
         row = width * self._dtype.itemsize
         rows = {}
-        for prompt, record in zip(prompts, records, strict=True):
-            if len(record) % row or len(record) > tokens * row:
-                example = files.short(prompt)
-                raise ValueError(self._damaged(f"'{example}' has {len(record)} bytes"))
-            rows[prompt] = np.frombuffer(record, self._dtype).reshape(-1, width)
+        for prompt, digest, record in zip(prompts, digests, records, strict=True):
+            example, size = files.short(prompt), len(record) - len(digest)
+            if not record.startswith(digest):
+                raise ValueError(self._damaged(f"the record of '{example}' is another prompt's"))
+            if size % row or size > tokens * row:
+                raise ValueError(self._damaged(f"'{example}' has {size} bytes"))
+            found = np.frombuffer(record, self._dtype, offset=len(digest))
+            rows[prompt] = found.reshape(-1, width)
             _check_finite(prompt, rows[prompt])
         return rows
 
@@ -231,5 +237,9 @@ def _check_finite(prompt: str, row: np.ndarray) -> None:
         )
 
 
+def _digest(prompt: str) -> bytes:
+    return hashlib.sha256(prompt.encode()).digest()
+
+
 def _hashes(prompts: Sequence[str]) -> list[str]:
-    return [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
+    return [_digest(prompt).hex() for prompt in prompts]
