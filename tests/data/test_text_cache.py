@@ -1,6 +1,8 @@
 """The cache of prompt embeddings: what it gives back, and what it refuses."""
 
 import json
+import resource
+import signal
 
 import ml_dtypes
 import numpy as np
@@ -107,6 +109,19 @@ def test_the_files_of_two_caches_are_none(tmp_path):
     cache = text_cache.TextCache(tmp_path / "a", made_by="x")
     with pytest.raises(ValueError, match="the record of 'a red sphere' is another prompt's"):
         cache.check(PROMPTS)
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path):
+    """As a limit on the size of files, of which the system says the same."""
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, whole[1]))
+    try:
+        with pytest.raises(ValueError, match=r"array_record cannot be written: .*too large"):
+            write(tmp_path, "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+        signal.signal(signal.SIGXFSZ, former)
 
 
 def rewritten(folder, change):

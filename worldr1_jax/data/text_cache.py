@@ -13,11 +13,12 @@ records are for copies: one that stopped between the files leaves those of two c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 (makes numpy know "bfloat16" by name)
@@ -109,16 +110,27 @@ def write(
         text, lengths = encode(chosen + [chosen[-1]] * (batch - len(chosen)))
         for prompt, row, length in zip(chosen, text, lengths, strict=False):
             _check_finite(prompt, row[:length])
-            writer.write(_digest(prompt) + np.ascontiguousarray(row[:length]).tobytes())
+            with _named(folder / RECORDS):
+                writer.write(_digest(prompt) + np.ascontiguousarray(row[:length]).tobytes())
         width, dtype = text.shape[-1], str(text.dtype)
         progress(first + len(chosen))
-    writer.close()
+    with _named(folder / RECORDS):
+        writer.close()
     index = {
         "made_by": made_by, "tokens": tokens, "width": width, "dtype": dtype,
         "prompts": _hashes(unique),
     }  # fmt: skip
     files.write_atomically(folder / INDEX, json.dumps(index).encode())
     return len(unique)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns what the writer says of a disk that is full into a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be written: {files.short(str(error))}") from error
 
 
 class TextCache:
