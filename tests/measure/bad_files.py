@@ -354,6 +354,9 @@ def videos(folder: Path, rng: random.Random) -> Iterator[Try]:
     contents = scripts | {
         f"cut at {n}": good[:n] for n in range(40, len(good) - 1, len(good) // 12)
     }
+    _ffmpeg(["-i", str(clip_path), str(folder / "clip.gif")])
+    moving = (folder / "clip.gif").read_bytes()
+    scripts |= {f"cut at {n}": moving[:n] for n in range(2000, len(moving) - 1, len(moving) // 12)}
     for suffix in (".mp4", ".gif"):
         some = contents if suffix == ".mp4" else scripts
         yield from _files("videos", folder / f"x{suffix}", some, lambda p: media.read_video(p, 9))
@@ -364,6 +367,7 @@ def videos(folder: Path, rng: random.Random) -> Iterator[Try]:
         "small.mp4": ["testsrc=s=6x6:r=10:d=0.5", "-c:v", "mpeg4"],
         "large.mp4": ["color=s=8192x8192:r=10:d=0.9", "-preset", "ultrafast"],
         "sound.mp4": ["sine=d=1"],
+        "flat.mp4": ["testsrc=s=32x32:r=10:d=0.5,setsar=2"],
     }.items():  # fmt: skip
         _ffmpeg(["-f", "lavfi", "-i", *arguments, str(folder / name)])
         yield Try("videos", name, lambda n=name: media.read_video(folder / n, 9))

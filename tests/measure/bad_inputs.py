@@ -362,6 +362,11 @@ WRONG = (
     "Camera {0} slowly quickly. A box.", "Camera {0} 1e9 degrees. A box.",
     "Camera {0} NaN degrees. A box.",
     "A box. The camera {0}.", "Camera {0}, dolly zoom. A box.", "Camera {0} until {1}. A box.",
+    "Camera refuses to {0}. A box.", "Camera hardly {0}. A box.", "Camera operator {0}. A box.",
+    "Camera {0} minus 30 degrees. A box.", "Camera {0} ‑30 degrees. A box.",
+    "Camera {0} .5 degrees. A box.", "Camera {0} two times. A box.", "Camera {0} with a {1}. X",
+    "Camera {0} at high speed. A box.", "Camera {0} and a cat {1}. A box.", "<camera>{0} X",
+    "Camera {0} to reveal a dog that {1}. A box.", "A box. The camera zooms in.",
 )  # fmt: skip
 RIGHT = (
     "Camera {0}. A box.", "camera {0}. A box.", "CAMERA {0}. A box.", "\ufeffCamera {0}. A box.",
@@ -369,7 +374,7 @@ RIGHT = (
     "\u200b\u2060Camera {0}. A box.", '"Camera {0}." A box.', "“Camera {0}.” A box.",
     "- Camera {0}. A box.",
     "1. Camera {0}. A box.", "* Camera {0}. A box.", "[Camera {0}] A box.", "Camera: {0}. A box.",
-    "**Camera** {0}. A box.",
+    "**Camera** {0}. A box.", "Camera ({0}). A box.", "Camera motion: {0}. A box.",
 )  # fmt: skip
 
 
@@ -418,7 +423,8 @@ FLAGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("generate", ("--prompt=Camera zoom in. A box.",)),
     ("generate", ("--prompt=A box.", "--workdir=FILE")),
     ("generate", ("--prompt=A box.", "--samples=0")),
-    ("generate", ("--prompt=A box.", "--adapters=nowhere")),
+    ("generate", ("--prompt=A box.", "--adapters=nowhere")), ("generate", ("--prompt=",)),
+    ("generate", ("--prompt=A box.", "--workdir=")),
     ("generate", ("--prompts=-",)),
     ("score", ("--video=none.mp4", "--prompt=A box.", "--workdir=FILE")),
     ("score", ("--list=none.jsonl",)), ("encode_prompts", ("--batch=0",)),
