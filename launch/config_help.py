@@ -33,7 +33,8 @@ def comments(path: str | Path) -> dict[str, str]:
     it. Of several assignments the first one with a comment counts: later ones change values for a
     variant.
     """
-    source = Path(path).read_text("utf-8-sig")
+    with tokenize.open(path) as file:  # in the encoding that its first lines name
+        source = file.read()
     notes, alone = _notes(source)
     found: dict[str, str] = {}
     sections: dict[str, str] = {}

@@ -94,6 +94,12 @@ def test_every_field_has_a_comment():
     assert bare <= plain
 
 
+def test_comments_are_read_in_the_files_own_encoding(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_bytes(b"# coding: latin-1\nc.seed = 3  # caf\xe9\n")
+    assert config_help.comments(path) == {"seed": "caf\u00e9"}
+
+
 def test_what_a_wrong_flag_may_have_meant():
     config = world.get_config("nano")
     wanted = {"steps": "sample.steps", "config.sample.stepz": "sample.steps", "zzz": ""}
