@@ -272,7 +272,7 @@ LINES = (
     b"x", b"3", b"null", b"[]", b"{", b"{}", b'{"prompt": null}', b'{"prompt": 3}',
     b'{"prompt": ""}',
     b'{"prompt": " "}', b'{"prompt": ["a"]}', b'{"prompt": "\\ud800"}',
-    b'{"prompt": "a", "split": "dev"}',
+    b'{"prompt": "a", "split": "dev"}', b'{"prompt": "a", "spilt": "test"}',
     b'{"prompt": "a", "split": null}', b'{"prompt": "a", "split": []}',
     b'{"prompt": "a", "x": NaN}',
     b'{"prompt": "a"} {"prompt": "b"}', b'{"text": "a"}', b"[" * 10**5,
@@ -350,9 +350,8 @@ def _kept_prompts(folder: Path) -> Iterator[Try]:
 
 WRONG = (
     "Camera does not {0}. A box.", "Camera never {0}. A box.", "Camera won't {0}. A box.",
-    "Camera {0}, not {1}. A box.",
-    "Camera {0} or {1}. A box.", "Camera {0} instead of {1}. A box.",
-    "Camera {0} -30 degrees. A box.",
+    "Camera {0}, not {1}. A box.", "Camera {0} or {1}. A box.",
+    "Camera {0} instead of {1}. A box.", "Camera {0} -30 degrees. A box.",
     "Camera {0} 400 degrees. A box.", "Camera {0} 0 degrees. A box.",
     "Camera {0} 10-20 degrees. A box.",
     "Camera {0} while zooming out. A box.", "Camera {0}, zoom in. A box.",
