@@ -168,7 +168,7 @@ _CHANGES = re.compile(
     r"concurrently|faster|slower|speed\w*|slow(?:s|ing)|(?:ac|de)celerat\w*"
 )
 _MANNER = re.compile(  # said of the movement, though it looks like a place
-    r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}(?:speed|pace|rate|tempo|time|once|loop)\b"
+    r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}(?:speed|pace|rate|tempo|same\s+time|once|loop)\b"
 )
 
 
