@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests import tiny, torch_archive
+from tests.models import test_lora_files
 from worldr1_jax import settings
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import umt5
@@ -25,6 +26,7 @@ from worldr1_jax.policies import adapters as trained
 from worldr1_jax.policies import wan, wan_folder
 from worldr1_jax.policies.base import POLICY, TEXT, VAE
 from worldr1_jax.weights import convert
+from worldr1_jax.workdir.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +303,54 @@ def test_the_strength_of_an_adapter(tmp_path):
     for text in ("nan", "inf", "-inf", "1e999"):
         with pytest.raises(ValueError, match="it has to be finite"):
             trained.strength_of(f"a:{text}")
+
+
+def of_run(folder, width=16, alpha=8.0, value=1.0):
+    """A workdir with adapters of a network of this width."""
+    halves = jnp.full((3, width, 4), value), jnp.ones((3, 4, width))
+    leaves = dict(zip(("lora_a", "lora_b"), halves, strict=True))
+    state = {"ema": {"blocks": {"attn1": {"to_q": leaves}}}}
+    with Checkpointer(folder, config={"policy": {"lora_alpha": alpha}}) as checkpoints:
+        checkpoints.save(1, state, data={}, meta={})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "run, words",
+    [
+        (
+            {"width": 32},
+            r"is of another network: the adapter of 'blocks\.attn1\.to_q' is \[3, 32, 4",
+        ),
+        ({"alpha": 10**400}, "has no config.json of a run"),
+        ({"value": np.nan}, "has numbers that are not finite"),
+    ],
+)
+def test_adapters_of_a_run_that_are_none_of_this_network(tmp_path, run, words):
+    with pytest.raises(ValueError, match=words):
+        trained.load_all([of_run(tmp_path, **run)], test_lora_files.CONFIG)
+
+
+@pytest.mark.parametrize("read", [trained.load_all, trained.read_all])
+def test_a_strength_beyond_float32_is_refused(tmp_path, read):
+    save_file(test_lora_files.comfy(), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="not finite in float32, as they are or by their strength"):
+        read([f"{tmp_path}/x.safetensors:1e39"], test_lora_files.CONFIG)
+
+
+def test_a_difference_times_its_strength_is_finite_too(tmp_path):
+    difference = {"diffusion_model.patch_embedding.diff_b": np.ones(16, np.float32)}
+    save_file(difference, tmp_path / "x.safetensors")
+    with pytest.raises(
+        ValueError, match=r"'patch_embedding\.bias' has numbers that are not finite"
+    ):
+        trained.read_all([f"{tmp_path}/x.safetensors:1e39"], test_lora_files.CONFIG)
+
+
+def test_a_sum_that_its_dtype_does_not_hold_is_not_stored(folder, one, tmp_path):
+    given = {"blocks.attn1.to_q": lora.Adapter(np.ones((2, 32, 1)), np.ones((2, 1, 32)), 1e5)}
+    with pytest.raises(ValueError, match=r"in float16: 'blocks\.attn1\.to_q\.kernel' holds"):
+        wan.store(folder, tmp_path / "new", mesh=one, dtype=jnp.float16, adapters=given)
 
 
 def test_training_can_start_from_adapters(folder, one):
