@@ -33,8 +33,6 @@ BATCH = flags.DEFINE_integer(
 def main() -> None:
     """Writes workdir/<words of the prompt>-<its hash>-<number>-<hash of all else>.mp4, each as soon
     as it is made."""
-    import hashlib
-
     import jax
 
     from worldr1_jax import settings
@@ -77,11 +75,11 @@ def main() -> None:
         pipeline, prompts, seed=found.run.seed, samples=SAMPLES.value,
         batch=batch, solver=solver,
     )  # fmt: skip
-    # Another seed, config, solver or LoRA makes another file, and does not write over this one.
-    made_by = repr((config.to_json(sort_keys=True), ADAPTERS.value, KIND.value, SAMPLER.value))
-    made_by = hashlib.sha256(made_by.encode()).hexdigest()[:6]
+    # Another seed, config, solver or LoRA, also of the same path, makes another file.
+    made_by = (config.to_json(sort_keys=True), SAMPLER.value, ORDER.value)
+    tag = generate.tag(made_by, adapters)
     for done, made in enumerate(videos):
-        path = folder / f"{made.name}-{made_by}.mp4"
+        path = folder / f"{made.name}-{tag}.mp4"
         if jax.process_index() == 0:
             write_mp4(path, made.video, config.fps)
         progress.update(done)

@@ -19,6 +19,7 @@ from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data.loader import check_seed
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.nn.lora import Adapters
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler
@@ -37,6 +38,17 @@ class Generated:
         """A file name that only prompt and number decide: words of the prompt, its hash, number."""
         words = "-".join(re.findall(r"[a-z0-9]+", self.prompt.lower()))[:48].strip("-")
         return f"{words or 'video'}-{_digest(self.prompt):08x}-{self.number}"
+
+
+def tag(made_by: Sequence[Any], adapters: Adapters | None) -> str:
+    """Six digits that any other setting, or any other number of the adapters, changes: for names of
+    files that do not write over those of others."""
+    found = hashlib.sha256(repr(list(made_by)).encode())
+    for path, (a, b, scale) in sorted((adapters or {}).items()):
+        found.update(repr((path, a.shape, scale)).encode())
+        for half in (a, b):
+            found.update(np.asarray(half).tobytes())
+    return found.hexdigest()[:6]
 
 
 def read_prompts(source: str) -> list[str]:
