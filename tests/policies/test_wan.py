@@ -419,6 +419,28 @@ def test_adapters_are_folded_into_what_is_stored(folder, model, mesh, tmp_path):
         wan.store(folder, tmp_path / "new", mesh=mesh, dtype=jnp.float32)
 
 
+@pytest.mark.parametrize(
+    "part, file, content, words",
+    [
+        ("scheduler", "scheduler/scheduler_config.json", "{}", "of its scheduler names no class"),
+        ("scheduler", "scheduler/scheduler_config.json", None, "does not exist"),
+        ("tokenizer", "tokenizer/tokenizer_config.json", '{"tokenizer_class": 3}', "its tokenizer"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_described_is_known_before_it_is_converted(
+    folder, one, tmp_path, part, file, content, words
+):
+    for name in ("transformer", "vae", "text_encoder", "tokenizer"):
+        if name != part:
+            (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / part).mkdir()
+    if content:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        wan.store(tmp_path, tmp_path / "new", mesh=one, dtype=jnp.float32, form="diffusers")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_a_number_that_is_not_finite_is_found_in_a_stored_model(folder, one, tmp_path):
     model = umt5.load(folder / "text_encoder", mesh=one)
     model.norm_out.scale[...] = model.norm_out.scale[...].at[-1].set(jnp.nan)

@@ -45,6 +45,7 @@ _OTHERS = {
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "that of image-to-video",
 }
 INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 _MOST_TOKENIZER = 256 * files.MIB
 # diffusers' class -> the part that has to be of it.
 CLASSES = {
