@@ -13,20 +13,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax.data.prompts import check_texts
 from worldr1_jax.files import short
 from worldr1_jax.geometry import are_rigid
 from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.mesh.compiler import Jit, Program
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.rewards import combine
-from worldr1_jax.rewards.base import Evidence, Parts
+from worldr1_jax.rewards.base import SLACK, Evidence, Parts, check_range
 from worldr1_jax.rewards.choice import GENERAL, RECONSTRUCT, Choice, Named, choose
 from worldr1_jax.rewards.function import HostFunction
 from worldr1_jax.rewards.reconstruct import Reconstruct
 from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
-
-_SLACK = 0.01  # beyond [0, 1], as rounding and resampling leave it
 
 # (what stands for some videos, such as latents [b ...], their places in the batch [b]) -> videos
 Decode = Callable[[Array, np.ndarray], Array]
@@ -185,7 +184,7 @@ class Scorer:
                 f"the reward {outside[0]} is a plain function: score calls none, turn it off"
             )
         self._check_videos(videos, camtoworld)
-        _check_range(videos)
+        check_range("videos", videos)
         _check_poses(camtoworld)
         _check_asked(names, asked, videos.shape[0])
         evidence = self.evidence(networks, videos, camtoworld, needs=self.choice.needs(names))
@@ -263,7 +262,7 @@ class Scorer:
         """
         if decode is None:
             self._check_videos(videos, camtoworld)
-            _check_range(videos)
+            check_range("videos", videos)
         self._check_batch(videos.shape[0], prompts, camtoworld)
         _check_poses(camtoworld)
         stage, names = timer or StageTimer(), self._on(off)
@@ -282,7 +281,7 @@ class Scorer:
                 with stage("decode") as wait_for:
                     some = wait_for(decode(some, places))
                 self._check_videos(some, camtoworld[places])
-                _check_range(some)
+                check_range("videos", some)
             with stage(RECONSTRUCT) as wait_for:
                 evidence = wait_for(self._see(network, some, camtoworld[places], needs))
             if seen is not None:
@@ -371,6 +370,7 @@ class Scorer:
     def _check_batch(self, count: int, prompts: Sequence[str], camtoworld: Any) -> None:
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts are {short(repr(prompts))}: they have to be a list of texts")
+        check_texts(prompts)
         if len(prompts) != count:
             raise ValueError(f"there are {count} videos and {len(prompts)} prompts: want as many")
         shape = camtoworld.shape
@@ -386,8 +386,8 @@ class Scorer:
         _check_arrays(videos=videos, camtoworld=camtoworld)
         if len(videos.shape) != 5 or videos.shape[-1] != 3:
             raise ValueError(f"videos have the shape {videos.shape}; it has to be (B, F, H, W, 3)")
-        if not jnp.issubdtype(videos.dtype, jnp.floating):
-            raise ValueError(f"videos are {videos.dtype}: they have to be floats in [0, 1]")
+        if 0 in videos.shape:
+            raise ValueError(f"videos have the shape {videos.shape}: there is nothing to score")
         frames = (videos.shape[0], videos.shape[1])
         if camtoworld.shape != (*frames, 4, 4):
             raise ValueError(
@@ -399,24 +399,6 @@ class Scorer:
                 f"videos have {frames[1]} frame(s), and with frame_stride {self.frame_stride} the "
                 "3D network would see 1: a camera path needs 2"
             )
-
-
-@jax.jit
-def _ends(videos: Array) -> tuple[Array, Array]:
-    """Least and largest value of those that are finite; videos that are not are masked later."""
-    finite = jnp.isfinite(videos)
-    return jnp.min(videos, where=finite, initial=0.0), jnp.max(videos, where=finite, initial=1.0)
-
-
-def _check_range(videos: Any) -> None:
-    """Raises ValueError for videos in 0..255 or -1..1. Inside a program nobody can ask."""
-    if isinstance(videos, jax.core.Tracer):
-        return
-    low, high = (float(arrays.to_host(end)) for end in _ends(videos))
-    if low < -_SLACK or high > 1 + _SLACK:
-        raise ValueError(
-            f"videos have values from {low:.3g} to {high:.3g}: they have to be in [0, 1]"
-        )
 
 
 def _check_arrays(**given: Any) -> None:
@@ -433,7 +415,7 @@ def _check_poses(camtoworld: Any) -> None:
     if isinstance(camtoworld, jax.core.Tracer):
         return
     poses = camtoworld if isinstance(camtoworld, np.ndarray) else arrays.to_host(camtoworld)
-    if not are_rigid(np.asarray(poses, np.float64), _SLACK):
+    if not are_rigid(np.asarray(poses, np.float64), SLACK):
         raise ValueError(
             "camtoworld has a matrix that is no pose: it has to be [[R, t], [0 0 0 1]] with R a "
             "rotation and all numbers finite"
