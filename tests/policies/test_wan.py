@@ -24,7 +24,7 @@ from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import lora
 from worldr1_jax.policies import adapters as trained
 from worldr1_jax.policies import wan, wan_folder
-from worldr1_jax.policies.base import POLICY, TEXT, VAE
+from worldr1_jax.policies.base import POLICY, TEXT, VAE, family
 from worldr1_jax.weights import convert
 from worldr1_jax.workdir.checkpoint import Checkpointer
 
@@ -254,6 +254,36 @@ def test_a_broken_tokenizer_is_named(folder, tmp_path, file, content, message):
         (tokenizer / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         wan_folder.load_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("field", ["pad_token", "eos_token"])
+def test_a_tokenizer_that_does_not_pad_and_end_prompts_is_refused(folder, tmp_path, field):
+    tokenizer = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    del config[field]
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds no tokenizer of UMT5's kind: it has to have a"):
+        wan_folder.load_tokenizer(tokenizer)
+
+
+def test_a_prompt_without_its_end_is_refused(folder, tmp_path):
+    tokenizer = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
+    with pytest.raises(ValueError, match="end every prompt with its end token"):
+        wan_folder.load_tokenizer(tokenizer)
+
+
+def test_the_tokenizer_of_another_encoder_is_refused(folder, one, monkeypatch):
+    monkeypatch.setattr(wan, "_UNUSED", -1)
+    with pytest.raises(ValueError, match=r"has 57 tokens, and the text encoder beside it 57: they"):
+        wan.load_text(folder, mesh=one, tokens=8)
+
+
+def test_a_class_that_is_no_text_is_of_no_family(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": ["WanModel"]}')
+    with pytest.raises(ValueError, match=r"is a \['WanModel'\]: it has to be one of"):
+        family(tmp_path)
 
 
 # -- several adapters, and training that starts from one

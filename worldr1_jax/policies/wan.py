@@ -44,6 +44,8 @@ from worldr1_jax.policies.wan_folder import (
 )
 from worldr1_jax.weights import convert
 
+# Most rows of an embedding that no token has: tables are filled up to a round number. UMT5 has 84.
+_UNUSED = 1024
 # Published sizes, by the names of the config's variants.
 SIZES = {"small": wan_dit.Config.wan_1_3b, "large": wan_dit.Config.wan_14b}
 
@@ -218,10 +220,11 @@ def load_text(
     found = parts(folder)
     tokenizer = load_tokenizer(found["tokenizer"])
     encoder = umt5.load(found["text_encoder"], dtype=dtype, mesh=mesh)
-    if len(tokenizer) > encoder.config.vocab_size:
+    words = encoder.config.vocab_size
+    if not words - _UNUSED <= len(tokenizer) <= words:
         raise ValueError(
-            f"{found['tokenizer']} has {len(tokenizer)} tokens, more than the "
-            f"{encoder.config.vocab_size} of the text encoder beside it"
+            f"{found['tokenizer']} has {len(tokenizer)} tokens, and the text encoder beside it "
+            f"{words}: they are not of one model"
         )
     return Wan({TEXT: encoder}, tokenizer, tokens)
 
