@@ -9,7 +9,6 @@ depth, and the camera path asked for against the one recovered.
 """
 
 import dataclasses
-from pathlib import Path
 
 import cli
 from absl import flags
@@ -49,11 +48,10 @@ def main() -> None:
     ):  # fmt: skip
         rows.append(row)
         if row.picture:
-            name = f"{len(rows):03d}-{Path(row.path).stem}.png"
-            write_atomically(folder / name, row.picture)
-    print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)
+            write_atomically(folder / scoring.picture_name(len(rows), row.path), row.picture)
     records = [dataclasses.asdict(row) | {"picture": bool(row.picture)} for row in rows]
     write_summary(folder / "scores.json", {"videos": records})
+    print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)
     scoring.check_any(rows)
 
 
