@@ -137,7 +137,7 @@ def load_tokenizer(folder: Path) -> Any:
             str(folder), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises no narrower type
-        reason = files.short(str(error).strip().split("\n")[0])
+        reason = files.short(str(error).strip().split("\n")[0]).rstrip(".")
         raise ValueError(
             f"{folder} holds no tokenizer that transformers can read: {reason}"
         ) from error

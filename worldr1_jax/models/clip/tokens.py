@@ -90,7 +90,7 @@ def _read(folder: Path) -> Any:
             found = CLIPTokenizer(str(folder / VOCABULARY), str(folder / MERGES))
         tokens = found(["a box"])["input_ids"][0]
     except Exception as error:  # the tokenizers library raises no narrower type
-        reason = short(str(error).strip().split("\n")[0])
+        reason = short(str(error).strip().split("\n")[0]).rstrip(".")
         raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
     if len(tokens) < 3:  # the ends and a word
         raise ValueError(f"{folder} holds a tokenizer that makes nothing of 'a box'")

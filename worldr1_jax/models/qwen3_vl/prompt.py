@@ -121,7 +121,7 @@ def read_tokens(path: str | Path, config: Config) -> Tokens:
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the tokenizers library raises no narrower type
-        reason = files.short(str(error).strip().split("\n")[0])
+        reason = files.short(str(error).strip().split("\n")[0]).rstrip(".")
         raise ValueError(f"{file} cannot be read as a tokenizer: {reason}") from error
     found = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
     special = {name: number for name, number in found.items() if number is not None}
