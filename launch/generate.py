@@ -75,11 +75,11 @@ def main() -> None:
         pipeline, prompts, seed=found.run.seed, samples=SAMPLES.value,
         batch=batch, solver=solver,
     )  # fmt: skip
-    # Another seed, config, solver or LoRA makes another file, and does not write over this one.
-    asked = (ADAPTERS.value, KIND.value, SAMPLER.value, ORDER.value)
-    made_by = generate.mark((config.to_json(sort_keys=True), *asked), adapters)
+    # Another seed, config, solver or LoRA, also of the same path, makes another file.
+    made_by = (config.to_json(sort_keys=True), SAMPLER.value, ORDER.value)
+    tag = generate.tag(made_by, adapters)
     for done, made in enumerate(videos):
-        path = folder / f"{made.name}-{made_by}.mp4"
+        path = folder / f"{made.name}-{tag}.mp4"
         if jax.process_index() == 0:
             write_mp4(path, made.video, config.fps)
         progress.update(done)

@@ -20,7 +20,9 @@ from absl import flags
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "such as v6e:8x8, v5e:1x1, 2*v5e:16x16")
 ROW = flags.DEFINE_bool("row", False, "print the row of a table only")
 JSON = flags.DEFINE_bool("json", False, "print JSON only")
-PRICE = flags.DEFINE_float("price", 0.0, "of one chip for an hour, for the cost of an update")
+PRICE = flags.DEFINE_float(
+    "price", 0.0, "of one chip for an hour, for the cost of an update", lower_bound=0
+)
 ONLY = flags.DEFINE_list("programs", [], "plan these alone, such as rollout,update")
 HLO = flags.DEFINE_string("hlo", "", "folder for the compiled programs' text, to read by eye")
 SWEEP = flags.DEFINE_bool("sweep", False, "try meshes, remat and windows, and rank them")
@@ -71,21 +73,29 @@ def main() -> None:
     )
 
 
+def _whole(flag) -> list[int]:
+    """The numbers of a list of them."""
+    strange = [text for text in flag.value if not text.isdecimal()]
+    if strange:
+        raise ValueError(f"--{flag.name} has '{strange[0]}': it has to be whole numbers")
+    return [int(text) for text in flag.value]
+
+
 def _sweep(config, devices) -> None:
     from worldr1_jax import settings
     from worldr1_jax.mesh.make import make_mesh
     from worldr1_jax.plan import report as plan
 
     rows = []
-    windows = [int(w) for w in WINDOWS.value] or [config.algorithm.get("window", 0)]
-    for context, remat, window in itertools.product(CONTEXTS.value, REMATS.value, windows):
+    windows = _whole(WINDOWS) or [config.algorithm.get("window", 0)]
+    for context, remat, window in itertools.product(_whole(CONTEXTS), REMATS.value, windows):
         with config.unlocked():
             config.policy.remat = remat
             if "window" in config.algorithm:
                 config.algorithm.window = window
-        choice = {"context": int(context), "remat": remat, "window": window}
+        choice = {"context": context, "remat": remat, "window": window}
         try:
-            mesh = make_mesh({"fsdp": -1, "context": int(context)}, devices)
+            mesh = make_mesh({"fsdp": -1, "context": context}, devices)
             programs = plan.plan(
                 settings.read(config), mesh, only=tuple(ONLY.value or ("rollout", "update"))
             )

@@ -9,8 +9,6 @@ depth, and the camera path asked for against the one recovered.
 """
 
 import dataclasses
-import os
-from pathlib import Path
 
 import cli
 from absl import flags
@@ -20,7 +18,6 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "the prompt of each --video, in
 LIST = flags.DEFINE_string("list", "", ".jsonl file of videos and prompts")
 PICTURES = flags.DEFINE_bool("pictures", False, "write a picture for each video")
 
-LONGEST = 200  # bytes of a video's name in that of its picture: a file's may have 255
 SHOWN = ("total", "recon", "trajectory", "general", "psnr", "ssim", "rot_err", "trans_err")
 
 
@@ -51,8 +48,7 @@ def main() -> None:
     ):  # fmt: skip
         rows.append(row)
         if row.picture:
-            stem = os.fsdecode(os.fsencode(Path(row.path).stem)[:LONGEST])
-            write_atomically(folder / f"{len(rows):03d}-{stem}.png", row.picture)
+            write_atomically(folder / scoring.picture_name(len(rows), row.path), row.picture)
     records = [dataclasses.asdict(row) | {"picture": bool(row.picture)} for row in rows]
     write_summary(folder / "scores.json", {"videos": records})
     print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)

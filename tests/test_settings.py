@@ -324,6 +324,18 @@ def test_what_paths_hold_counts_and_not_where_they_lead(tmp_path, weights):
     assert contents(copied)["rewards.reconstruct.da3"] != here["rewards.reconstruct.da3"]
 
 
+def test_the_strength_of_the_adapters_that_training_starts_from_counts(tmp_path, weights):
+    """Another strength is another start."""
+    (tmp_path / "a").write_bytes(b"lora")
+
+    def held(spec):
+        found = settings.read(tiny.config(weights, **{"policy.adapters": str(tmp_path / spec)}))
+        return settings.contents(found, PromptSets(("a",), ()))["policy.adapters"]
+
+    assert held("a") == held("a:1") != held("a:0.8")
+    assert held("a:0.8") == held("a:0.80") != held("a:0.5")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -104,6 +104,20 @@ def rigid_inverse(camtoworld: Float[Array, "*b 4 4"]) -> Float[Array, "*b 4 4"]:
     return rigid(inverse, -position)
 
 
+def are_rigid(camtoworld: Float[np.ndarray, "*b 4 4"], slack: float) -> bool:
+    """Whether each matrix is a rotation, not a reflection, and a position, all of them finite, up
+    to `slack`; on the host."""
+    rotation = camtoworld[..., :3, :3]
+    if not np.isfinite(camtoworld).all():
+        return False
+    identity = rotation @ np.swapaxes(rotation, -1, -2)
+    return bool(
+        (np.abs(identity - np.eye(3)) <= slack).all()
+        and (np.linalg.det(rotation) > 0).all()
+        and (np.abs(camtoworld[..., 3, :] - (0, 0, 0, 1)) <= slack).all()
+    )
+
+
 def relative_to_first(camtoworld: Float[Array, "*b F 4 4"]) -> Float[Array, "*b F 4 4"]:
     """The same path in the frame of its first camera.
 

@@ -249,7 +249,8 @@ def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.Prompt
 def contents(found: Settings, prompts: prompt_files.PromptSets) -> dict[str, str]:
     """Field of the config that names files -> hash of what they hold, as far as it is learnt from.
     What ships with the package ("nano") goes by its version."""
-    start = strength_of(found.policy.adapters)[0]
+    start, strength = strength_of(found.policy.adapters)
+    times = "" if strength == 1 else f" times {strength!r}"
     run = Path(start) / "checkpoints"  # of another run, which has more that is not learnt from
     used = (prompts.train, prompts.dynamic if found.dynamic.dynamic_updates else ())
     return {
@@ -259,7 +260,7 @@ def contents(found: Settings, prompts: prompt_files.PromptSets) -> dict[str, str
             for one in (_policy(found), *found.rewards.needed())
             if one.value != "nano"
         },
-        **({"policy.adapters": _held(run if run.is_dir() else start)} if start else {}),
+        **({"policy.adapters": _held(run if run.is_dir() else start) + times} if start else {}),
     }
 
 

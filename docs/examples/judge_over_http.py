@@ -30,6 +30,12 @@ from typing import Any
 import numpy as np
 
 MOST_BYTES = 1 << 30  # of a request that is read
+# What reading an answer may raise. urllib's own errors and timeouts are OSErrors; the last two are
+# of a number with hundreds of digits, and of lists nested by the thousand.
+_WRONG = (
+    *(OSError, http.client.HTTPException, ValueError, TypeError, KeyError),
+    *(OverflowError, RecursionError),
+)
 
 
 # ------------------------------------------------------------------------- the trainer's side
@@ -75,8 +81,8 @@ class HttpJudge:
                 answer = json.loads(response.read(1 << 16))
             score = float(answer["score"])
             right = answer["id"] == digest and math.isfinite(score)
-        except (OSError, http.client.HTTPException, ValueError, TypeError, KeyError):
-            return math.nan  # urllib's own errors and timeouts are OSErrors
+        except _WRONG:
+            return math.nan
         return score if right else math.nan
 
 

@@ -48,12 +48,13 @@ def test_each_video_gets_its_own_answer(example, url):
     [
         {"id": "another", "score": 1.0}, {"score": 1.0}, {"id": "{id}", "score": "high"},
         {"id": "{id}", "score": float("nan")}, {"id": "{id}"}, [1.0], None, "junk",
+        {"id": "{id}", "score": 10**400}, "deep",
     ],
 )  # fmt: skip
 def test_an_answer_that_is_not_one_masks_the_video(example, url, monkeypatch, answer):
     def wrong(self, right):
         text = json.dumps(answer).replace("{id}", right["id"])
-        body = b"{]" if answer == "junk" else text.encode()
+        body = {"junk": b"{]", "deep": b"[" * 60_000}.get(str(answer), text.encode())
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body)

@@ -55,6 +55,19 @@ def pipeline(found, mesh):
     return settings.build_pipeline(found, mesh, None)
 
 
+def test_another_solver_or_another_number_of_the_adapters_makes_another_file():
+    def adapters(value):
+        return {"x": lora.Adapter(np.full((2, 4, 1), value), np.ones((2, 1, 4)), 0.5)}
+
+    tags = [
+        generate.tag(("config", "unipc", order), found)
+        for order in (1, 2)
+        for found in (None, adapters(1.0), adapters(2.0))
+    ]
+    assert len(set(tags)) == 6
+    assert tags[1] == generate.tag(("config", "unipc", 1), adapters(1.0))
+
+
 def videos(pipeline, prompts, **options):
     made = generate.generate(pipeline, prompts, **{"batch": 2} | options)
     return {v.name: v.video for v in made}
@@ -93,9 +106,6 @@ def test_names_and_prompt_files(tmp_path):
     assert generate.Generated(prompt, 2, np.zeros(0)).name.startswith("camera-push-in-a-red-sphere")
     names = {generate.Generated(p, 0, np.zeros(0)).name for p in ("a b", "A b", "…", "")}
     assert len(names) == 4
-    asked = [(("unipc", 2), {"a": np.ones(2)}), (("unipc", 3), {"a": np.ones(2)}),
-             (("unipc", 2), {"a": np.zeros(2)}), (("unipc", 2), None)]  # fmt: skip
-    assert len({generate.mark(*one) for one in asked}) == 4
     (tmp_path / "prompts.txt").write_text("\ufeffone\n\n  two \n")
     assert generate.read_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")

@@ -142,5 +142,18 @@ def test_the_launcher_writes_a_table_json_and_pictures(tmp_path):
     videos = json.loads((tmp_path / "out" / "scores.json").read_text())["videos"]
     assert videos[1]["error"] and not videos[1]["scores"]
     assert {"psnr", "ssim", "mvcs", "cam_mc", "trajectory_rotation"} <= set(videos[2]["scores"])
-    pictures = sorted(os.listdir(os.fsencode(tmp_path / "out")))[:-1]
-    assert pictures == [b"001-" + b"\xe9" * 200 + b".png", b"003-good.png"]
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert pictures == ["001-.png", "003-good.png"]
+
+
+def test_names_of_files_are_shown_and_used_whatever_they_are():
+    rows = [
+        scoring.Scored("/a/\udcff.mp4", PROMPT, {"total": 1.0}),
+        scoring.Scored("b", "", {}, "\ud800"),
+    ]
+    assert [line.split()[0] for line in scoring.table(rows, ["total"]).splitlines()] == [
+        "video", r"\udcff.mp4", "b"
+    ]  # fmt: skip
+    for stem in ("x" * 251, "\u4e16" * 83, "\udcff" * 251):
+        name = scoring.picture_name(7, f"/a/{stem}.mp4")
+        assert name.startswith("007-") and len(os.fsencode(name)) < 200

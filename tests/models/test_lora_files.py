@@ -89,6 +89,15 @@ Q = "diffusion_model.blocks.0.self_attn.q"
         (comfy({f"{Q}.diff_b": np.zeros(2, np.float32)}), r"needs \[16\]"),
         (comfy({f"{Q}.scale_weight": np.zeros(2, np.float32)}), "is the scale of 8-bit weights"),
         (comfy({f"{Q}.alpha": np.array(1e300)}), "not finite"),
+        (
+            comfy(
+                {
+                    f"{Q}.alpha": np.array(3e38, np.float32),
+                    f"{Q}.lora_up.weight": np.full((16, 2), 9, np.float32),
+                }
+            ),
+            r"is scaled by 1\.5\d+e\+38, beyond float32",
+        ),
         (comfy({f"{Q}.alpha": np.array(np.nan, np.float32)}), "not finite"),
         (comfy({f"{Q}.dora_scale": np.zeros(2, np.float32)}), "belongs to DoRA"),
         (comfy({"nothing": np.zeros(2, np.float32)}), "'nothing' is unknown"),
@@ -265,7 +274,8 @@ def test_patterns_of_names_give_alphas(tmp_path, pattern, scales):
         ({"rank_pattern": [1]}, "has no patterns of layers' names"),
         ({"rank_pattern": {str(i): 2 for i in range(3000)}}, "has no patterns of layers' names"),
         ({"alpha_pattern": {"to_q": "x"}}, "has no number for 'to_q'"),
-        ({"alpha_pattern": {"to_q": 1e300}}, r"is scaled by 5e\+299, which is no float32"),
+        ({"alpha_pattern": {"to_q": 1e300}}, r"is scaled by 5e\+299, beyond float32"),
+        ({"alpha_pattern": {"to_q": 10**400}}, "has no number for 'to_q'"),
         ({"lora_alpha": math.nan}, "NaN is no number"),
         ({"lora_alpha": 1e39}, "is scaled by 5e"),
         ({"lora_alpha": True}, "lacks the number 'lora_alpha'"),

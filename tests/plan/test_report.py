@@ -335,3 +335,20 @@ def test_the_compiler_is_told_what_the_chip_can_do(monkeypatch):
     own = "--xla_tpu_enable_async_all_to_all=false --xla_tpu_scoped_vmem_limit_kib=20000"
     monkeypatch.setenv("LIBTPU_INIT_ARGS", own)
     assert compiler.compiler_options(v6e, True) == {}
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("v9:2x2", "of no chip known here: v4"),
+        ("v5e", "is none: give one as"),
+        ("x*v5e:4x4", "is none: give one as"),
+        ("0*v5e:4x4", "is none: give one as"),
+        ("-1*v5e:4x4", "is none: give one as"),  # which was planned as one slice
+        ("v5e:1000x1000", "more than 65536 chips"),
+        ("100000*v5e:16x16", "more than 65536 chips"),  # which took minutes
+    ],
+)
+def test_a_topology_that_is_none_is_refused_before_it_is_described(name, words):
+    with pytest.raises(ValueError, match=words):
+        plan.topology_devices(name)

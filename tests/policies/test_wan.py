@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests import tiny, torch_archive
+from tests.models import test_lora_files
 from worldr1_jax import settings
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import umt5
@@ -23,8 +24,9 @@ from worldr1_jax.models.wan import vae as wan_vae
 from worldr1_jax.nn import lora
 from worldr1_jax.policies import adapters as trained
 from worldr1_jax.policies import wan, wan_folder
-from worldr1_jax.policies.base import POLICY, TEXT, VAE
+from worldr1_jax.policies.base import POLICY, TEXT, VAE, family
 from worldr1_jax.weights import convert
+from worldr1_jax.workdir.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +256,36 @@ def test_a_broken_tokenizer_is_named(folder, tmp_path, file, content, message):
         wan_folder.load_tokenizer(tokenizer)
 
 
+@pytest.mark.parametrize("field", ["pad_token", "eos_token"])
+def test_a_tokenizer_that_does_not_pad_and_end_prompts_is_refused(folder, tmp_path, field):
+    tokenizer = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    del config[field]
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds no tokenizer of UMT5's kind: it has to have a"):
+        wan_folder.load_tokenizer(tokenizer)
+
+
+def test_a_prompt_without_its_end_is_refused(folder, tmp_path):
+    tokenizer = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
+    with pytest.raises(ValueError, match="end every prompt with its end token"):
+        wan_folder.load_tokenizer(tokenizer)
+
+
+def test_the_tokenizer_of_another_encoder_is_refused(folder, one, monkeypatch):
+    monkeypatch.setattr(wan, "_UNUSED", -1)
+    with pytest.raises(ValueError, match=r"has 57 tokens, and the text encoder beside it 57: they"):
+        wan.load_text(folder, mesh=one, tokens=8)
+
+
+def test_a_class_that_is_no_text_is_of_no_family(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": ["WanModel"]}')
+    with pytest.raises(ValueError, match=r"is a \['WanModel'\]: it has to be one of"):
+        family(tmp_path)
+
+
 # -- several adapters, and training that starts from one
 
 
@@ -301,6 +333,54 @@ def test_the_strength_of_an_adapter(tmp_path):
     for text in ("nan", "inf", "-inf", "1e999"):
         with pytest.raises(ValueError, match="it has to be finite"):
             trained.strength_of(f"a:{text}")
+
+
+def of_run(folder, width=16, alpha=8.0, value=1.0):
+    """A workdir with adapters of a network of this width."""
+    halves = jnp.full((3, width, 4), value), jnp.ones((3, 4, width))
+    leaves = dict(zip(("lora_a", "lora_b"), halves, strict=True))
+    state = {"ema": {"blocks": {"attn1": {"to_q": leaves}}}}
+    with Checkpointer(folder, config={"policy": {"lora_alpha": alpha}}) as checkpoints:
+        checkpoints.save(1, state, data={}, meta={})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "run, words",
+    [
+        (
+            {"width": 32},
+            r"is of another network: the adapter of 'blocks\.attn1\.to_q' is \[3, 32, 4",
+        ),
+        ({"alpha": 10**400}, "has no config.json of a run"),
+        ({"value": np.nan}, "has numbers that are not finite"),
+    ],
+)
+def test_adapters_of_a_run_that_are_none_of_this_network(tmp_path, run, words):
+    with pytest.raises(ValueError, match=words):
+        trained.load_all([of_run(tmp_path, **run)], test_lora_files.CONFIG)
+
+
+@pytest.mark.parametrize("read", [trained.load_all, trained.read_all])
+def test_a_strength_beyond_float32_is_refused(tmp_path, read):
+    save_file(test_lora_files.comfy(), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="not finite in float32, as they are or by their strength"):
+        read([f"{tmp_path}/x.safetensors:1e39"], test_lora_files.CONFIG)
+
+
+def test_a_difference_times_its_strength_is_finite_too(tmp_path):
+    difference = {"diffusion_model.patch_embedding.diff_b": np.ones(16, np.float32)}
+    save_file(difference, tmp_path / "x.safetensors")
+    with pytest.raises(
+        ValueError, match=r"'patch_embedding\.bias' has numbers that are not finite"
+    ):
+        trained.read_all([f"{tmp_path}/x.safetensors:1e39"], test_lora_files.CONFIG)
+
+
+def test_a_sum_that_its_dtype_does_not_hold_is_not_stored(folder, one, tmp_path):
+    given = {"blocks.attn1.to_q": lora.Adapter(np.ones((2, 32, 1)), np.ones((2, 1, 32)), 1e5)}
+    with pytest.raises(ValueError, match=r"in float16: 'blocks\.attn1\.to_q\.kernel' holds"):
+        wan.store(folder, tmp_path / "new", mesh=one, dtype=jnp.float16, adapters=given)
 
 
 def test_training_can_start_from_adapters(folder, one):
@@ -367,6 +447,28 @@ def test_adapters_are_folded_into_what_is_stored(folder, model, mesh, tmp_path):
     np.testing.assert_allclose(got, kernel + 0.5 * a @ b, atol=1e-5)  # float32 sums of three
     with pytest.raises(ValueError, match="has transformer/ already"):
         wan.store(folder, tmp_path / "new", mesh=mesh, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "part, file, content, words",
+    [
+        ("scheduler", "scheduler/scheduler_config.json", "{}", "of its scheduler names no class"),
+        ("scheduler", "scheduler/scheduler_config.json", None, "does not exist"),
+        ("tokenizer", "tokenizer/tokenizer_config.json", '{"tokenizer_class": 3}', "its tokenizer"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_described_is_known_before_it_is_converted(
+    folder, one, tmp_path, part, file, content, words
+):
+    for name in ("transformer", "vae", "text_encoder", "tokenizer"):
+        if name != part:
+            (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / part).mkdir()
+    if content:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        wan.store(tmp_path, tmp_path / "new", mesh=one, dtype=jnp.float32, form="diffusers")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_number_that_is_not_finite_is_found_in_a_stored_model(folder, one, tmp_path):

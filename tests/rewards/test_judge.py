@@ -226,6 +226,22 @@ def test_refusals(folder, tmp_path):
         judge.make(folder)(np.zeros((1, *SHOWN, 3)), ["a", "b"])
 
 
+def test_images_that_are_none_and_questions_that_are_no_texts(folder):
+    ask, images = judge.make(folder), np.zeros((1, *SHOWN, 3), np.float32)
+    for wrong, question, words in (
+        (images.astype(np.uint8), "a", r"images are uint8: they have to be floats in \[0, 1\]"),
+        (images + 255, "a", "values from 0 to 255"),
+        (images - 1, "a", "values from -1 to 1"),
+        (images[:, :0], "a", "images have the shape"),
+        (images, "\ud800", "is no text in UTF-8"),
+        (images, [None], "the question None is no text"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ask(wrong, question)
+    with pytest.raises(ValueError, match="images_at_once is 0: it has to be 1 or more"):
+        judge.make(folder, images_at_once=0)
+
+
 @pytest.mark.parametrize("name", ["judge", "hps", "pickscore"])
 def test_a_nano_network_that_is_not_there_is_named_by_its_field(monkeypatch, tmp_path, name):
     """A field that the config has."""

@@ -148,3 +148,11 @@ def test_refusals(folder, tmp_path, name):
     with pytest.raises(ValueError, match=rf"rewards\.{name}: .* holds no tokenizer"):
         kind(str(folder), tokenizer=str(tmp_path)).check()
     dataclasses.replace(kind(str(folder))).check()
+
+
+@pytest.mark.parametrize("change", [{"eos_token_id": 2}, {"vocab_size": 40}, {"eos_token_id": 0}])
+def test_the_tokenizer_of_another_network_is_refused(folder, change):
+    words, config = clip.Tokenizer(folder, 16), clip.read_config(folder)
+    words.check(config)
+    with pytest.raises(ValueError, match="holds the tokenizer of another network"):
+        words.check(dataclasses.replace(config, **change))

@@ -9,6 +9,7 @@ from tests.rewards.test_recon import ideal
 from worldr1_jax.nano import videos as nano_videos
 from worldr1_jax.rewards import build, recon
 from worldr1_jax.rewards.choice import choose
+from worldr1_jax.rewards.function import HostFunction
 from worldr1_jax.rewards.meta_view import MetaView
 from worldr1_jax.rewards.reconstruct import thinned
 from worldr1_jax.rewards.trajectory import Trajectory
@@ -35,6 +36,16 @@ def reward():
         (VIDEO + 255, PROMPTS, PATHS, r"values from 0 to 255: they have to be in \[0, 1\]"),
         (VIDEO - 1, PROMPTS, PATHS, r"values from -1 to 1: they have to be in \[0, 1\]"),
         (VIDEO, PROMPTS[:1], PATHS, "2 videos and 1 prompts"),
+        (VIDEO, "ab", PATHS, "prompts are 'ab': they have to be a list of texts"),
+        (VIDEO, ["a", "\ud800"], PATHS, "prompt 2, '.*', has"),
+        (VIDEO[:, :, :0], PROMPTS, PATHS, "there is nothing to score"),
+        (VIDEO[:0], [], PATHS[:0], "there is nothing to score"),
+        (VIDEO, [None, b"a"], PATHS, "they have to be a list of texts"),
+        (VIDEO.tolist(), PROMPTS, PATHS, "videos is a list: it has to be an array"),
+        (VIDEO, PROMPTS, PATHS * 2, "camtoworld has a matrix that is no pose"),
+        (VIDEO, PROMPTS, PATHS + np.eye(4)[3], "camtoworld has a matrix that is no pose"),
+        (VIDEO, PROMPTS, PATHS * np.diag([1, 1, -1, 1]), "camtoworld has a matrix that is no pose"),
+        (VIDEO, PROMPTS, PATHS + np.nan, "camtoworld has a matrix that is no pose"),
         (VIDEO, PROMPTS, PATHS[:, :2], r"camtoworld has the shape \(2, 2, 4, 4\); 2 videos of 3"),
         (VIDEO[:, :1], PROMPTS, PATHS[:, :1], "a camera path needs 2"),
     ],
@@ -44,9 +55,57 @@ def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, 
         reward(videos, prompts, paths)
 
 
+def test_what_is_made_as_it_is_scored_is_looked_at_too(reward):
+    with pytest.raises(ValueError, match=r"from 0 to 255: they have to be in \[0, 1\]"):
+        reward(VIDEO, PROMPTS, PATHS, decode=lambda some, places: some + 255)
+
+
+def test_a_name_that_is_no_reward_is_not_off(reward):
+    with pytest.raises(ValueError, match="off names 'traj': the rewards are recon"):
+        reward(VIDEO, PROMPTS, PATHS, off=("traj",))
+
+
+def test_prompts_that_were_asked_are_those_of_the_videos():
+    found = build({"palette": 1.0})
+    for asked, words in (
+        ({}, "asked lacks the reward 'palette'"),
+        (found.ask(PROMPTS[:1]), r"asked is of \[1\] prompts and there are 2 videos"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            found.score(found.networks, VIDEO, PATHS, asked)
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (["0.5", "0.25"], "the reward judge gave what are no numbers for numpy: they are <U4"),
+        ([1j, 2], "they are complex128"),
+        (np.array(["2020", "2021"], "datetime64[Y]"), "they are datetime64"),
+        ({"a": 1}, "not 'dict'"),
+        ([[1], [1, 2]], "inhomogeneous"),
+        ([10**400, 1], "too large"),
+        ([[1], [2]], r"of the shape \(2, 1\) for 2 videos"),
+    ],
+)
+def test_what_a_judge_may_not_answer(answer, words):
+    with pytest.raises(ValueError, match=words):
+        HostFunction(lambda *_: answer, "judge").call(VIDEO, PROMPTS, PATHS)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[None, 2], np.ma.array([1.0, 2.0], mask=[True, False]), jnp.array([jnp.nan, 2], jnp.bfloat16)],
+)
+def test_what_a_judge_may_leave_open(answer):
+    got = HostFunction(lambda *_: answer, "judge").call(VIDEO, PROMPTS, PATHS)
+    np.testing.assert_array_equal(got, np.array([np.nan, 2], np.float32))
+
+
 def test_rewards_of_one_name_are_refused_and_keep_their_sections():
     with pytest.raises(ValueError, match="are called 'trajectory': give yours another"):
         choose({"trajectory": 1.0, Trajectory(mode="segments"): 0.0})
+    with pytest.raises(ValueError, match="names 3: it has to be a name, a Reward or a function"):
+        choose({3: 1.0})
     with pytest.raises(ValueError, match="are called '<lambda>'"):
         choose({(lambda *_: 0): 1.0, (lambda *_: 1): 1.0})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -84,7 +85,15 @@ def table(rows: Sequence[Scored], names: Sequence[str]) -> str:
             lines.append(f"{name}  {row.error}")
         else:
             lines.append(name + "".join(f"{row.scores[n]:>13.4f}" for n in names))
-    return "\n".join(lines)
+    # Bytes of a file's name that are no text could not be printed.
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def picture_name(number: int, path: str) -> str:
+    """The file of a video's picture: its number and the beginning of its name, which may be as long
+    as a file system allows."""
+    stem = os.fsencode(Path(path).stem)[:100].decode("utf-8", "ignore")
+    return f"{number:03d}-{stem}.png"
 
 
 def check_any(rows: Sequence[Scored]) -> None:

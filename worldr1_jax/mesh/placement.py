@@ -82,7 +82,7 @@ def turns(mesh: Mesh, count: int, at_once: int) -> int:
     mine = count // batch_parts(mesh)
     if not at_once or mine <= at_once:
         return 1
-    if mine % at_once:
+    if at_once < 0 or mine % at_once:
         raise ValueError(
             f"sample.videos_at_once is {at_once}: it has to divide the {mine} videos of a device"
         )

@@ -111,11 +111,13 @@ def from_state(state: Mapping[str, Any], alpha: float) -> dict[str, Adapter]:
 
 def joined(several: Sequence[tuple[Adapters, float]]) -> dict[str, Adapter]:
     """Adapters that do what all of these do together, each times its strength: halves side by side,
-    scales and strengths in B."""
+    scales and strengths in B, which is not finite where float32 does not hold it."""
     parts: dict[str, list[Adapter]] = {}
     for found, strength in several:
         for path, (a, b, scale) in found.items():
-            parts.setdefault(path, []).append(Adapter(a, b * np.float32(scale * strength), 1.0))
+            with np.errstate(over="ignore", invalid="ignore"):  # of whoever gave the strength
+                scaled = b * np.float32(scale * strength)
+            parts.setdefault(path, []).append(Adapter(a, scaled, 1.0))
     return {
         path: Adapter(
             jnp.concatenate([adapter.a for adapter in found], axis=-1),
@@ -162,6 +164,17 @@ def attach(model: nnx.Module, found: Adapters) -> nnx.Module:
       ValueError: a path that is no linear layer, a shape that does not fit its kernel, or a layer
         that is already adapted; the network is then as it was.
     """
+    check(model, found)
+    layers = linears(model)
+    for path, (a, b, scale) in found.items():
+        layers[path].lora_a = nnx.LoRAParam(jnp.asarray(a, jnp.float32))
+        layers[path].lora_b = nnx.LoRAParam(jnp.asarray(b, jnp.float32))
+        layers[path].lora_scale = scale
+    return model
+
+
+def check(model: nnx.Module, found: Adapters) -> None:
+    """Raises ValueError as `attach` does; abstract leaves (nnx.eval_shape) are fine."""
     layers = linears(model)
     for path, (a, b, _) in found.items():
         if path not in layers:
@@ -176,11 +189,6 @@ def attach(model: nnx.Module, found: Adapters) -> nnx.Module:
                 f"{[*stack, fan_in, fan_out]} needs {[*stack, fan_in, 'r']} and "
                 f"{[*stack, 'r', fan_out]}"
             )
-    for path, (a, b, scale) in found.items():
-        layers[path].lora_a = nnx.LoRAParam(jnp.asarray(a, jnp.float32))
-        layers[path].lora_b = nnx.LoRAParam(jnp.asarray(b, jnp.float32))
-        layers[path].lora_scale = scale
-    return model
 
 
 def detach(model: nnx.Module) -> nnx.Module:

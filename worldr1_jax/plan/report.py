@@ -13,6 +13,8 @@ in no figure.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from worldr1_jax.settings import Settings
 # loops have a stated number of turns.
 ERRORS = {"xla": 0.05, "moving": 0.5, "kernels": schedule.ERROR, "interconnect": 0.5}
 GUESSED = 0.5
+MOST = 2**16  # chips of a topology: describing a million takes minutes
+_NAME = re.compile(r"([1-9]\d*\*)?\w+:\d+(x\d+)*(_twisted|_untwisted)?")  # of a topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +84,18 @@ def topology_devices(name: str) -> list[Any]:
     """Described devices of a topology such as "v5p:4x4x4", "v5e:1x1", or "2*v5e:4x4" (two slices).
 
     Raises:
-      ValueError: a chip that is not in CHIPS, libtpu is missing, or it knows no such topology.
+      ValueError: a chip that is not in CHIPS, no such name or more than MOST chips, libtpu is
+        missing, or it knows no such topology.
     """
     slices, _, shape = name.rpartition("*")
-    if shape.partition(":")[0] not in CHIPS:
+    chip, _, grid = shape.partition(":")
+    if chip not in CHIPS:
         raise ValueError(f"topology '{name}' is of no chip known here: {', '.join(CHIPS)}")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"topology '{name}' is none: give one as v5p:4x4x4 or 2*v5e:16x16")
+    sides = map(int, grid.partition("_")[0].split("x"))
+    if int(slices or 1) * math.prod(sides) > MOST:
+        raise ValueError(f"topology '{name}' has more than {MOST} chips, which nobody has planned")
     from jax.experimental import topologies
 
     compiler.set_flags()

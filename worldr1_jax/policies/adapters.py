@@ -7,11 +7,14 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from worldr1_jax import files
+from worldr1_jax.fields import is_number
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan import lora_files
 from worldr1_jax.nn import lora
@@ -41,14 +44,20 @@ def load(path: str | Path, config: wan_dit.Config, kind: str = "ema") -> lora.Ad
     if not isinstance(found, dict):
         raise ValueError(f"the checkpoint of {path} holds no adapters: it is of another program")
     # On the host, as those of files: they may go onto any mesh.
-    return lora.from_state(jax.device_get(found), alpha)
+    adapters = lora.from_state(jax.device_get(found), alpha)
+    try:
+        lora.check(nnx.eval_shape(lambda: wan_dit.WanDiT(config, nnx.Rngs(0))), adapters)
+    except ValueError as error:
+        raise ValueError(f"{path} is of another network: {error}") from error
+    return adapters
 
 
 def load_all(specs: Sequence[str], config: wan_dit.Config, kind: str = "ema") -> lora.Adapters:
     """The adapters of several paths together; "path:0.8" gives those of a path a strength, which is
-    1 without. Arguments and errors as for `load`, and for a strength that is not finite."""
+    1 without. Arguments and errors as for `load`, and for a strength or a product that is not
+    finite."""
     named = map(strength_of, specs)
-    return _together([(load(path, config, kind), strength) for path, strength in named])
+    return _together(specs, [(load(path, config, kind), strength) for path, strength in named])
 
 
 def read_all(specs: Sequence[str], config: wan_dit.Config, kind: str = "ema") -> lora_files.Lora:
@@ -64,8 +73,10 @@ def read_all(specs: Sequence[str], config: wan_dit.Config, kind: str = "ema") ->
         for leaf, blocks in found.differences.items():
             into = differences.setdefault(leaf, {})
             for block, value in blocks.items():
-                into[block] = into.get(block, np.float32(0)) + np.float32(strength) * value
-    return lora_files.Lora(dict(_together(adapters)), differences)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    into[block] = into.get(block, np.float32(0)) + np.float32(strength) * value
+                _check_finite(specs, leaf, into[block])
+    return lora_files.Lora(dict(_together(specs, adapters)), differences)
 
 
 def strength_of(spec: str) -> tuple[str, float]:
@@ -85,19 +96,30 @@ def strength_of(spec: str) -> tuple[str, float]:
     return path, strength
 
 
-def _together(several: list[tuple[lora.Adapters, float]]) -> lora.Adapters:
+def _together(specs: Sequence[str], several: list[tuple[lora.Adapters, float]]) -> lora.Adapters:
     """Joined; one alone, at its own strength, keeps its bits."""
-    if len(several) == 1 and several[0][1] == 1:
-        return several[0][0]
-    return lora.joined(several)
+    alone = len(several) == 1 and several[0][1] == 1
+    found = several[0][0] if alone else lora.joined(several)
+    for path, adapter in found.items():
+        _check_finite(specs, path, adapter.a, adapter.b)
+    return found
+
+
+def _check_finite(specs: Sequence[str], path: str, *arrays: Any) -> None:
+    """One number that is not would reach every output."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError(
+            f"adapters {', '.join(specs)}: '{path}' has numbers that are not finite in float32, as "
+            "they are or by their strength"
+        )
 
 
 def _alpha(run: Path) -> float:
     """policy.lora_alpha of a run, which its config.json keeps."""
     path = run / checkpoint.CONFIG
     policy = files.read_json(path).get("policy") if os.path.lexists(path) else None
-    alpha = policy.get("lora_alpha") if isinstance(policy, dict) else None
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    alpha: Any = policy.get("lora_alpha") if isinstance(policy, dict) else None
+    if not is_number(alpha, 1e-6, 1e6):  # as policies.base.Options has it
         raise ValueError(
             f"{run} has no config.json of a run: policy.lora_alpha gives the adapters' scale"
         )

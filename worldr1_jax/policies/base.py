@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from worldr1_jax.fields import in_range, of_kind, one_of
+from worldr1_jax.files import short
 from worldr1_jax.nn.layers import HELD
 from worldr1_jax.nn.lora import LAYERS, Adapters
 from worldr1_jax.weights.convert import read_config
@@ -194,8 +195,9 @@ def family(folder: str | Path) -> Any:
             "a folder in diffusers' layout or of Wan-Video's own release"
         )
     name = read_config(found[0]).get("_class_name", "WanModel")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
-            f"policy.weights '{folder}' is a {name}: it has to be one of {', '.join(FAMILIES)}"
+            f"policy.weights '{folder}' is a {short(str(name))}: it has to be one of "
+            f"{', '.join(FAMILIES)}"
         )
     return importlib.import_module(FAMILIES[name])

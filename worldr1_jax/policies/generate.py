@@ -19,6 +19,7 @@ from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data.loader import check_seed
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import placement as sharding
+from worldr1_jax.nn.lora import Adapters
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rollout import unipc
 from worldr1_jax.rollout.sample import Sampler
@@ -39,6 +40,17 @@ class Generated:
         return f"{words or 'video'}-{_digest(self.prompt):08x}-{self.number}"
 
 
+def tag(made_by: Sequence[Any], adapters: Adapters | None) -> str:
+    """Six digits that any other setting, or any other number of the adapters, changes: for names of
+    files that do not write over those of others."""
+    found = hashlib.sha256(repr(list(made_by)).encode())
+    for path, (a, b, scale) in sorted((adapters or {}).items()):
+        found.update(repr((path, a.shape, scale)).encode())
+        for half in (a, b):
+            found.update(np.asarray(half).tobytes())
+    return found.hexdigest()[:6]
+
+
 def read_prompts(source: str) -> list[str]:
     """The prompts of a file in its order, or of standard input for "-", by the rules of
     data/prompts.py: .jsonl records, of whatever split, or text, one prompt a line.
@@ -53,15 +65,6 @@ def read_prompts(source: str) -> list[str]:
     if source == "-":
         return prompt_files.texts(sys.stdin.buffer.read(), "standard input", commands.complaint)
     return prompt_files.texts(prompt_files.read_content(source), source, commands.complaint)
-
-
-def mark(asked: object, adapters: Any = None) -> str:
-    """Six digits for a file's name, other ones for another request or other adapters: a run that
-    has gone on has the same path."""
-    digest = hashlib.sha256(repr(asked).encode())
-    for leaf in jax.tree.leaves(adapters):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:6]
 
 
 def generate(

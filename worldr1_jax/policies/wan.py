@@ -33,9 +33,19 @@ from worldr1_jax.nn import lora
 from worldr1_jax.nn.attention import for_mesh
 from worldr1_jax.policies import adapters as adapters_of
 from worldr1_jax.policies.base import POLICY, TEXT, VAE, Work
-from worldr1_jax.policies.wan_folder import CLASSES, INDEX, LAYOUTS, load_tokenizer, parts, tokenize
+from worldr1_jax.policies.wan_folder import (
+    CLASSES,
+    INDEX,
+    LAYOUTS,
+    SCHEDULER,
+    load_tokenizer,
+    parts,
+    tokenize,
+)
 from worldr1_jax.weights import convert
 
+# Most rows of an embedding that no token has: tables are filled up to a round number. UMT5 has 84.
+_UNUSED = 1024
 # Published sizes, by the names of the config's variants.
 SIZES = {"small": wan_dit.Config.wan_1_3b, "large": wan_dit.Config.wan_14b}
 
@@ -210,10 +220,11 @@ def load_text(
     found = parts(folder)
     tokenizer = load_tokenizer(found["tokenizer"])
     encoder = umt5.load(found["text_encoder"], dtype=dtype, mesh=mesh)
-    if len(tokenizer) > encoder.config.vocab_size:
+    words = encoder.config.vocab_size
+    if not words - _UNUSED <= len(tokenizer) <= words:
         raise ValueError(
-            f"{found['tokenizer']} has {len(tokenizer)} tokens, more than the "
-            f"{encoder.config.vocab_size} of the text encoder beside it"
+            f"{found['tokenizer']} has {len(tokenizer)} tokens, and the text encoder beside it "
+            f"{words}: they are not of one model"
         )
     return Wan({TEXT: encoder}, tokenizer, tokens)
 
@@ -296,6 +307,8 @@ def store(
     if taken:
         raise ValueError(f"{to} has {taken[0]}/ already: write to a new folder")
     files.check_writable(to)
+    # Read before hours of converting, not after them.
+    pipeline = _pipeline(Path(folder), found["tokenizer"], shift) if form == "diffusers" else {}
 
     def write(model: Any, part: str, save: Callable[[Any, Path], None]) -> None:
         if form == "orbax":
@@ -313,6 +326,7 @@ def store(
         lora_files.add(dit, differences)
     if adapters is not None:
         lora.merge(lora.attach(dit, adapters))
+    convert.check_finite(dit, f"policy.weights {folder} with adapters in {jnp.dtype(dtype)}")
     write(dit, "transformer", wan_dit.save)
     del dit
     write(wan_vae.load(found["vae"], mesh=mesh), "vae", wan_vae.save)
@@ -324,8 +338,8 @@ def store(
     write(text, "text_encoder", umt5.save)
     if jax.process_index() == 0:
         _copy(found["tokenizer"], to / "tokenizer")
-        if form == "diffusers":
-            _write_index(Path(folder), to, shift)
+        for name, values in pipeline.items():
+            files.write_atomically(to / name, f"{json.dumps(values, indent=2)}\n".encode())
 
 
 def _copy(folder: Path, to: Path) -> None:
@@ -336,34 +350,30 @@ def _copy(folder: Path, to: Path) -> None:
             shutil.copyfile(file, to / file.name)
 
 
-def _write_index(folder: Path, to: Path, shift: float) -> None:
-    """What makes a pipeline of the four parts for diffusers: the index, and a scheduler, that of
-    `folder` if it has one."""
-    if (folder / "scheduler").is_dir():
-        _copy(folder / "scheduler", to / "scheduler")
-    else:
-        scheduler = {
-            "_class_name": "UniPCMultistepScheduler",
-            "num_train_timesteps": 1000,
-            "solver_order": 2,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": shift,
-        }
-        _write_json(to / "scheduler" / "scheduler_config.json", scheduler)
-    scheduler_class = files.read_json(to / "scheduler" / "scheduler_config.json")["_class_name"]
-    config = to / "tokenizer" / "tokenizer_config.json"
+def _pipeline(folder: Path, tokenizer: Path, shift: float) -> dict[str, dict[str, Any]]:
+    """What makes a pipeline of the four parts for diffusers, by file: the index, and a scheduler,
+    that of `folder` if it has one. Raises ValueError for a part that does not say its class."""
+    own = folder / SCHEDULER
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "solver_order": 2,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": shift,
+    }
+    if own.parent.is_dir():
+        scheduler = files.read_json(own)
+    config = tokenizer / "tokenizer_config.json"
     named = files.read_json(config).get("tokenizer_class") if config.is_file() else None
-    index = {
-        "_class_name": "WanPipeline",
-        "scheduler": ["diffusers", scheduler_class],
+    index: dict[str, list[Any]] = {
+        "scheduler": ["diffusers", scheduler.get("_class_name")],
         "text_encoder": ["transformers", CLASSES["text_encoder"]],
         "tokenizer": ["transformers", named or "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", CLASSES["transformer"]],
         "vae": ["diffusers", CLASSES["vae"]],
     }
-    _write_json(to / INDEX, index)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    files.write_atomically(path, f"{json.dumps(values, indent=2)}\n".encode())
+    for part, library_and_class in index.items():
+        if not isinstance(library_and_class[1], str):
+            raise ValueError(f"policy.weights {folder}: the config of its {part} names no class")
+    return {INDEX: {"_class_name": "WanPipeline", **index}, SCHEDULER: scheduler}

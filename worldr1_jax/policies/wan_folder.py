@@ -45,6 +45,7 @@ _OTHERS = {
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "that of image-to-video",
 }
 INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 _MOST_TOKENIZER = 256 * files.MIB
 # diffusers' class -> the part that has to be of it.
 CLASSES = {
@@ -120,7 +121,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, of whose own code none is run.
 
     Raises:
-      ValueError: a folder with code of its own, or without a tokenizer that transformers knows.
+      ValueError: a folder with code of its own, without a tokenizer that transformers knows, or
+        with one that does not pad and end prompts as UMT5 has learnt them.
     """
     from transformers import AutoTokenizer
 
@@ -131,14 +133,21 @@ def load_tokenizer(folder: Path) -> Any:
                 "a tokenizer that transformers knows"
             )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises no narrower type
-        reason = files.short(str(error).strip().split("\n")[0])
+        reason = files.short(str(error).strip().split("\n")[0]).rstrip(".")
         raise ValueError(
             f"{folder} holds no tokenizer that transformers can read: {reason}"
         ) from error
+    end = tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None or end is None or tokenizer("a")["input_ids"][-1] != end:
+        raise ValueError(
+            f"{folder} holds no tokenizer of UMT5's kind: it has to have a token that pads, and to "
+            "end every prompt with its end token"
+        )
+    return tokenizer
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,9 +19,11 @@ from typing import Any, ClassVar
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax.mesh import arrays
 from worldr1_jax.types import Reconstruction
 from worldr1_jax.weights import needed
 from worldr1_jax.weights.needed import Needed
@@ -44,6 +46,7 @@ Parts = dict[str, Float[Array, " B"]]
 # What a reward may need of the 3D network: cameras (and depth), or Gaussians too, which cost a
 # second dense head.
 CAMERAS, GAUSSIANS = "cameras", "gaussians"
+SLACK = 0.01  # beyond [0, 1], as rounding and resampling leave it
 
 
 @flax.struct.dataclass
@@ -136,3 +139,27 @@ def find(name: str) -> type[Reward]:
         raise ValueError(f"rewards.weights names '{name}': it knows {', '.join(REWARDS)}")
     module, _, attribute = REWARDS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def check_range(name: str, pictures: Any) -> None:
+    """Raises ValueError for pictures or videos, called `name`, that are no floats, or in 0..255 or
+    -1..1. Inside a program nobody can ask for their values; those that are not finite are masked
+    later."""
+    if not jnp.issubdtype(pictures.dtype, jnp.floating):
+        raise ValueError(f"{name} are {pictures.dtype}: they have to be floats in [0, 1]")
+    if isinstance(pictures, jax.core.Tracer):
+        return
+    low, high = (float(arrays.to_host(end)) for end in _ends(pictures))
+    if low < -SLACK or high > 1 + SLACK:
+        raise ValueError(
+            f"{name} have values from {low:.3g} to {high:.3g}: they have to be in [0, 1]"
+        )
+
+
+@jax.jit
+def _ends(pictures: Array) -> tuple[Array, Array]:
+    """Least and largest value of those that are finite."""
+    finite = jnp.isfinite(pictures)
+    return jnp.min(pictures, where=finite, initial=0.0), jnp.max(
+        pictures, where=finite, initial=1.0
+    )

@@ -169,6 +169,11 @@ def _resolved(named: Named, sections: dict[str, Mapping[str, Any]]) -> tuple[str
         return named, _made(find(named), named, sections.get(named, {}))
     if isinstance(named, Reward):
         return _name_of(type(named)), named
+    if not callable(named):
+        raise ValueError(
+            f"rewards.weights names {short(repr(named))}: it has to be a name, a Reward or a "
+            "function"
+        )
     name = getattr(named, "__name__", type(named).__name__)
     return name, HostFunction(named, name)
 

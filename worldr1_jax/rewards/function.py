@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from worldr1_jax.files import short
 from worldr1_jax.rewards.base import Reward
 
 # (videos [B F H W 3] in [0, 1], B prompts, camtoworld [B F 4 4]) -> [B], on the host
@@ -43,7 +45,7 @@ class HostFunction(Reward):
         count = len(prompts)
         values = np.full(count, np.nan, np.float32)
         if jax.process_index() == 0:
-            answer = np.asarray(self.function(videos, prompts, camtoworld), np.float32)
+            answer = self._numbers(self.function(videos, prompts, camtoworld))
             if answer.shape != (count,):
                 raise ValueError(
                     f"the reward {self.name} gave numbers of the shape {answer.shape} for {count} "
@@ -56,3 +58,17 @@ class HostFunction(Reward):
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+    def _numbers(self, answer: Any) -> np.ndarray:
+        """What a function gave, in float32, NaN where it is masked: neither texts nor dates, which
+        numpy would count."""
+        try:
+            plain = np.ma.filled(answer, np.nan)
+            if plain.dtype.kind not in "biuO" and not jnp.issubdtype(plain.dtype, jnp.floating):
+                raise TypeError(f"they are {plain.dtype}")
+            return plain.astype(np.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch has the third
+            reason = short(str(error).split("\n")[0].rstrip("."))
+            raise ValueError(
+                f"the reward {self.name} gave what are no numbers for numpy: {reason}"
+            ) from error

@@ -38,7 +38,14 @@ from worldr1_jax.mesh.arrays import each_device
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import qwen3_vl
 from worldr1_jax.rewards import meta_view
-from worldr1_jax.rewards.base import GAUSSIANS, Evidence, Networks, Parts, Reward
+from worldr1_jax.rewards.base import (
+    GAUSSIANS,
+    Evidence,
+    Networks,
+    Parts,
+    Reward,
+    check_range,
+)
 from worldr1_jax.rewards.likeness import where_shown
 from worldr1_jax.splat import render as splat
 from worldr1_jax.types import Reconstruction
@@ -212,8 +219,11 @@ def make(
       would be no digit (qwen3_vl.judge).
 
     Raises:
-      ValueError: weights or a tokenizer that cannot be read.
+      ValueError: weights or a tokenizer that cannot be read, or no image at a time; and of that
+        function, images that are not [B H W 3] in [0, 1], or questions that are no texts.
     """
+    if images_at_once < 1:
+        raise ValueError(f"images_at_once is {images_at_once}: it has to be 1 or more")
     mesh = mesh or make_mesh({"data": 1}, jax.devices()[:1])
     folder = resolve(weights, "judge", field="weights")
     network = qwen3_vl.load(folder, dtype=jnp.dtype(dtype), mesh=mesh)
@@ -230,10 +240,11 @@ def make(
     def judge_images(
         images: Any, question: str | Sequence[str] = asks(weights)
     ) -> Float[np.ndarray, " B"]:
-        images = np.asarray(images, np.float32)
-        if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        images = np.asarray(images)
+        if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
             raise ValueError(f"images have the shape {images.shape}: it has to be (B, H, W, 3)")
-        count = len(images)
+        check_range("images", images)
+        images, count = images.astype(np.float32), len(images)
         questions = [question] * count if isinstance(question, str) else list(question)
         if len(questions) != count:
             raise ValueError(f"there are {count} images and {len(questions)} questions")

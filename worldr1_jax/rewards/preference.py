@@ -139,8 +139,10 @@ class Hps(Reward):
             folder = Path(self.tokenizer)
         elif folder.is_file():
             folder = folder.parent
-        length = clip.read_config(self._source).max_position_embeddings
-        return clip.Tokenizer(folder, length)
+        config = clip.read_config(self._source)
+        words = clip.Tokenizer(folder, config.max_position_embeddings)
+        words.check(config)
+        return words
 
 
 @dataclasses.dataclass(frozen=True)

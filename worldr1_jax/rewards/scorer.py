@@ -13,18 +13,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from worldr1_jax.data.prompts import check_texts
+from worldr1_jax.files import short
+from worldr1_jax.geometry import are_rigid
 from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.mesh.compiler import Jit, Program
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.rewards import combine
-from worldr1_jax.rewards.base import Evidence, Parts
+from worldr1_jax.rewards.base import SLACK, Evidence, Parts, check_range
 from worldr1_jax.rewards.choice import GENERAL, RECONSTRUCT, Choice, Named, choose
 from worldr1_jax.rewards.function import HostFunction
 from worldr1_jax.rewards.reconstruct import Reconstruct
 from worldr1_jax.timing import StageTimer
 from worldr1_jax.types import Scores
-
-_SLACK = 0.01  # beyond [0, 1], as rounding and resampling leave it
 
 # (what stands for some videos, such as latents [b ...], their places in the batch [b]) -> videos
 Decode = Callable[[Array, np.ndarray], Array]
@@ -173,7 +174,8 @@ class Scorer:
           off: rewards that are left out.
 
         Raises:
-          ValueError: a reward that is a plain function, which no program can hold.
+          ValueError: a reward that is a plain function, which no program can hold; arrays that do
+            not belong together, and, outside of a program, values that `__call__` refuses.
         """
         names = self._on(off)
         outside = [n for n in names if isinstance(self.choice.rewards[n], HostFunction)]
@@ -182,7 +184,9 @@ class Scorer:
                 f"the reward {outside[0]} is a plain function: score calls none, turn it off"
             )
         self._check_videos(videos, camtoworld)
-        _check_range(videos)
+        check_range("videos", videos)
+        _check_poses(camtoworld)
+        _check_asked(names, asked, videos.shape[0])
         evidence = self.evidence(networks, videos, camtoworld, needs=self.choice.needs(names))
         parts: Parts = {}
         for name in names:
@@ -220,6 +224,11 @@ class Scorer:
     def _on(self, off: Sequence[str]) -> tuple[str, ...]:
         """Names of the rewards that are left when those of `off` are not asked."""
         out = {member for name in off for member in self.choice.members(name)}
+        strange = sorted(out - self.choice.rewards.keys())
+        if strange:
+            raise ValueError(
+                f"off names '{strange[0]}': the rewards are {', '.join(self.choice.rewards)}"
+            )
         return tuple(name for name in self.choice.rewards if name not in out)
 
     # ------------------------------------------------------------------------- turn by turn
@@ -248,12 +257,14 @@ class Scorer:
 
         Raises:
           ValueError: videos, prompts and paths that do not belong together, videos that are not
-            floats, or so few frames that the 3D network would see no movement.
+            floats in [0, 1], paths that are not of rigid poses, so few frames that the 3D network
+            would see no movement, or a name in `off` that is no reward.
         """
         if decode is None:
             self._check_videos(videos, camtoworld)
-            _check_range(videos)
+            check_range("videos", videos)
         self._check_batch(videos.shape[0], prompts, camtoworld)
+        _check_poses(camtoworld)
         stage, names = timer or StageTimer(), self._on(off)
         turns = placement.turns(self.mesh, len(prompts), self._at_once)
         # The 3D network stays awake over all turns, the others while they are used.
@@ -270,6 +281,7 @@ class Scorer:
                 with stage("decode") as wait_for:
                     some = wait_for(decode(some, places))
                 self._check_videos(some, camtoworld[places])
+                check_range("videos", some)
             with stage(RECONSTRUCT) as wait_for:
                 evidence = wait_for(self._see(network, some, camtoworld[places], needs))
             if seen is not None:
@@ -356,6 +368,9 @@ class Scorer:
     # ---------------------------------------------------------------------------- checks
 
     def _check_batch(self, count: int, prompts: Sequence[str], camtoworld: Any) -> None:
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts are {short(repr(prompts))}: they have to be a list of texts")
+        check_texts(prompts)
         if len(prompts) != count:
             raise ValueError(f"there are {count} videos and {len(prompts)} prompts: want as many")
         shape = camtoworld.shape
@@ -368,10 +383,11 @@ class Scorer:
             raise ValueError(f"there are {count} videos; the mesh splits them in {parts} parts")
 
     def _check_videos(self, videos: Any, camtoworld: Any) -> None:
+        _check_arrays(videos=videos, camtoworld=camtoworld)
         if len(videos.shape) != 5 or videos.shape[-1] != 3:
             raise ValueError(f"videos have the shape {videos.shape}; it has to be (B, F, H, W, 3)")
-        if not jnp.issubdtype(videos.dtype, jnp.floating):
-            raise ValueError(f"videos are {videos.dtype}: they have to be floats in [0, 1]")
+        if 0 in videos.shape:
+            raise ValueError(f"videos have the shape {videos.shape}: there is nothing to score")
         frames = (videos.shape[0], videos.shape[1])
         if camtoworld.shape != (*frames, 4, 4):
             raise ValueError(
@@ -385,22 +401,38 @@ class Scorer:
             )
 
 
-@jax.jit
-def _ends(videos: Array) -> tuple[Array, Array]:
-    """Least and largest value of those that are finite; videos that are not are masked later."""
-    finite = jnp.isfinite(videos)
-    return jnp.min(videos, where=finite, initial=0.0), jnp.max(videos, where=finite, initial=1.0)
+def _check_arrays(**given: Any) -> None:
+    """Raises ValueError for lists and tensors of torch, whose values mean the same."""
+    for name, value in given.items():
+        if not isinstance(value, np.ndarray | jax.Array):
+            kind = type(value).__name__
+            raise ValueError(f"{name} is a {kind}: it has to be an array of numpy or jax")
 
 
-def _check_range(videos: Any) -> None:
-    """Raises ValueError for videos in 0..255 or -1..1. Inside a program nobody can ask."""
-    if isinstance(videos, jax.core.Tracer):
+def _check_poses(camtoworld: Any) -> None:
+    """Raises ValueError for matrices that are no rigid poses, such as transposed or scaled ones.
+    Whether they are camtoworld or its inverse does not show."""
+    if isinstance(camtoworld, jax.core.Tracer):
         return
-    low, high = (float(arrays.to_host(end)) for end in _ends(videos))
-    if low < -_SLACK or high > 1 + _SLACK:
+    poses = camtoworld if isinstance(camtoworld, np.ndarray) else arrays.to_host(camtoworld)
+    if not are_rigid(np.asarray(poses, np.float64), SLACK):
         raise ValueError(
-            f"videos have values from {low:.3g} to {high:.3g}: they have to be in [0, 1]"
+            "camtoworld has a matrix that is no pose: it has to be [[R, t], [0 0 0 1]] with R a "
+            "rotation and all numbers finite"
         )
+
+
+def _check_asked(names: Sequence[str], asked: Mapping[str, Any], count: int) -> None:
+    """Raises ValueError for what `ask` gave of other rewards or of another number of prompts."""
+    for name in names:
+        if name not in asked:
+            raise ValueError(f"asked lacks the reward '{name}': it is what ask(prompts) gives")
+        for leaf in jax.tree.leaves(asked[name]):
+            if np.shape(leaf)[:1] != (count,):
+                raise ValueError(
+                    f"asked is of {list(np.shape(leaf)[:1])} prompts and there are {count} videos: "
+                    "want as many"
+                )
 
 
 def _average(parts: Parts, shares: Mapping[str, float]) -> Array:

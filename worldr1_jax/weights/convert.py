@@ -192,6 +192,12 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
     files.write_atomically(folder / "config.json", f"{text}\n".encode())
 
 
+def check_finite(model: nnx.Module, what: str) -> None:
+    """Raises ValueError, beginning with `what`, for a parameter that holds a number that is not
+    finite, such as the sum of a kernel and adapters that its dtype does not hold."""
+    stored.check_finite(what, {name: leaf.get_raw_value() for name, leaf in leaves(model).items()})
+
+
 def leaves(
     model: nnx.Module, skip: type[nnx.Variable] | None = nnx.LoRAParam
 ) -> dict[str, nnx.Variable]:

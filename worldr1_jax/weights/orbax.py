@@ -93,10 +93,15 @@ def restore(path: str | Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> di
     with ocp.StandardCheckpointer() as reader:
         values = reader.restore(path / LEAVES, wanted)
     cast = {name: _cast(values.pop(name), target.dtype) for name, target in targets.items()}
-    for name, sound in _are_finite(cast).items():
-        if not arrays.to_host(sound):
-            raise ValueError(f"{path}: '{name}' holds numbers that are not finite")
+    check_finite(path, cast)
     return cast
+
+
+def check_finite(what: str | Path, leaves: Mapping[str, jax.Array]) -> None:
+    """Raises ValueError, beginning with `what`, for a leaf with a number that is not finite."""
+    for name, sound in _are_finite(dict(leaves)).items():
+        if not arrays.to_host(sound):
+            raise ValueError(f"{what}: '{name}' holds numbers that are not finite")
 
 
 @jax.jit

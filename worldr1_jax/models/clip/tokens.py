@@ -11,6 +11,7 @@ from absl import logging
 from jaxtyping import Int
 
 from worldr1_jax.files import short
+from worldr1_jax.models.clip.config import Config
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 _said: set[Path] = set()  # folders whose first cut prompt has been reported
@@ -33,6 +34,18 @@ class Tokenizer:
     def __init__(self, folder: str | Path, length: int = 77):
         self._folder, self._length = Path(folder), length
         self._tokenizer = _read(self._folder)
+
+    def check(self, config: Config) -> None:
+        """Raises ValueError for the tokenizer of another network, of which CLIP would read prompts
+        at the wrong place, or words that it does not have."""
+        tokens = self._tokenizer(["a box"])["input_ids"][0]
+        end = max(tokens) if config.eos_token_id is None else config.eos_token_id
+        if len(self._tokenizer) > config.vocab_size or tokens[-1] != end:
+            raise ValueError(
+                f"{self._folder} holds the tokenizer of another network: it has "
+                f"{len(self._tokenizer)} tokens and ends with {tokens[-1]}, and CLIP here has "
+                f"{config.vocab_size} and reads a prompt at {end}"
+            )
 
     def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "N T"]:
         """Token ids. A longer prompt is cut and ends with the end token all the same, and the log
@@ -77,7 +90,7 @@ def _read(folder: Path) -> Any:
             found = CLIPTokenizer(str(folder / VOCABULARY), str(folder / MERGES))
         tokens = found(["a box"])["input_ids"][0]
     except Exception as error:  # the tokenizers library raises no narrower type
-        reason = short(str(error).strip().split("\n")[0])
+        reason = short(str(error).strip().split("\n")[0]).rstrip(".")
         raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
     if len(tokens) < 3:  # the ends and a word
         raise ValueError(f"{folder} holds a tokenizer that makes nothing of 'a box'")

@@ -51,7 +51,8 @@ class Tokens:
           length: N; None means that of the longest row.
 
         Raises:
-          ValueError: no question, one that holds a special token, or rows longer than `length`.
+          ValueError: no question, one that is no text or holds a special token, or rows longer
+            than `length`.
         """
         if not questions:
             raise ValueError("questions are empty; give one for each row of images")
@@ -74,6 +75,8 @@ class Tokens:
         """Ids with one <|image_pad|> an image. Special tokens part the text for the tokenizer, so
         that the pieces' ids are those of the whole."""
         ids = self.special
+        if not isinstance(question, str) or not _is_unicode(question):
+            raise ValueError(f"the question {files.short(repr(question))} is no text in UTF-8")
         words = self._encode(question)
         found = set(words) & set(ids.values())
         if found:
@@ -97,6 +100,11 @@ def expand(
     return np.repeat(ids, np.where(ids == image_pad, per_image, 1))
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether no half of a surrogate pair stands for a byte that is no text."""
+    return text == text.encode("utf-8", "ignore").decode()
+
+
 def read_tokens(path: str | Path, config: Config) -> Tokens:
     """The tokenizer of a network's folder, checked against its config.
 
@@ -113,7 +121,7 @@ def read_tokens(path: str | Path, config: Config) -> Tokens:
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the tokenizers library raises no narrower type
-        reason = files.short(str(error).strip().split("\n")[0])
+        reason = files.short(str(error).strip().split("\n")[0]).rstrip(".")
         raise ValueError(f"{file} cannot be read as a tokenizer: {reason}") from error
     found = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
     special = {name: number for name, number in found.items() if number is not None}

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from worldr1_jax import files
+from worldr1_jax.fields import is_number
 from worldr1_jax.models.wan import dit as wan_dit
 from worldr1_jax.models.wan.lora_names import FORMS, Key, kinds, linears, parse
 from worldr1_jax.nn import lora
@@ -49,6 +51,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 # Patterns of layers' names that are read: any other regular expression could take for ever.
 _PATTERN = re.compile(r"\^?([\w-]|\\?\.(?!\*)|\\d\+|\[0-9\]\+|\.\*(?!.*\.\*))+\$?")
 _MOST_PATTERNS = 2000
+_MOST = sys.float_info.max  # which a whole number of a JSON file may exceed
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _WHOLES = ("I8", "I16", "I32", "I64", "U8")  # dtypes of an alpha beside floats
 
@@ -247,7 +250,7 @@ class _Settings:
                     "which pairs of A and B cannot honour"
                 )
         for field in ("r", "lora_alpha"):
-            if not _is_number(values.get(field)):
+            if not is_number(values.get(field), -_MOST, _MOST):
                 raise ValueError(f"{source} lacks the number '{field}', which gives the scale")
         ranks, alphas = (_patterns(source, values, f"{name}_pattern") for name in ("rank", "alpha"))
         root = values.get("use_rslora") or False
@@ -285,13 +288,9 @@ def _patterns(source: str, values: Mapping[str, Any], field: str) -> dict[str, f
                 f"{source} has the pattern '{files.short(pattern)}' in '{field}'; what is read are "
                 "names with '.', '\\d+' and one '.*'"
             )
-        if not _is_number(value):
+        if not is_number(value, -_MOST, _MOST):
             raise ValueError(f"{source} has no number for '{files.short(pattern)}' in '{field}'")
     return patterns
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _read(path: Path, network: nnx.Module) -> Lora:
@@ -429,8 +428,8 @@ class _Reader:
         return self._scaled(pair.alpha, a, b, float(alpha.reshape(())) / len(a))
 
     def _scaled(self, key: Key, a: np.ndarray, b: np.ndarray, scale: float) -> Adapter:
-        if not abs(scale) <= float(np.finfo(np.float32).max):
-            raise ValueError(f"{self.file}: '{key.text}' is scaled by {scale}, which is no float32")
+        if not abs(scale) * max(1.0, float(np.abs(b).max())) <= float(np.finfo(np.float32).max):
+            raise ValueError(f"{self.file}: '{key.text}' is scaled by {scale}, beyond float32")
         return Adapter(a.T, b.T, scale)
 
     def _tensor(self, key: Key) -> np.ndarray:
