@@ -219,7 +219,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     c.policy.lora_rank, c.policy.lora_alpha = 16, 32.0
     c.policy.dtype, c.policy.remat, c.policy.text_tokens = "float32", "dots", 32
     # 3 is the best of the base; what is learnt moves the camera more, and needs less guidance
-    c.sample.steps, c.sample.guidance = 10, 2.85
+    c.sample.steps, c.sample.guidance = 10, 2.7
     c.camera.flow_scale, c.camera.magnitudes = 4, "nano"
     # one frame for each latent frame
     c.rewards.reconstruct.da3, c.rewards.reconstruct.frame_stride = "nano", 4
@@ -255,9 +255,12 @@ def _fast(c: ml_collections.ConfigDict) -> None:
     c.algorithm.levels = (0.55, 1.0)  # the camera is decided near 1
     c.algorithm.decay, c.algorithm.kl_weight = 0.75, 0.0
     c.advantage.rewards, c.advantage.std = "each", "batch"
+    # Captions that differ in the camera differ where the prompt enters. Adapters there alone move
+    # the camera as far, for two thirds of the diversity that those on all attention cost.
+    c.policy.lora_layers = "cross"
     c.train.warmup = 4
     if c.variant == "nano":
-        c.train.learning_rate = 3e-4
+        c.train.learning_rate = 7e-4
     else:  # not trained yet: the recipe is nano's, the rate the paper's
         c.sample.steps, c.algorithm.solver = 20, "unipc"
 
