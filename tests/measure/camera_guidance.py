@@ -8,8 +8,8 @@ negative prompt, a video follows
 
     v(0) + guidance (v(c) - v(0)) + weight (v(c) - v(s))
 
-Held-out prompts of nano, at the guidance of the config. Prints S_traj and
-the rest for each weight, and the paired change from the first of them.
+Held-out prompts of nano. Prints S_traj and the rest for each weight, and the paired change from the
+first of them.
 """
 
 from __future__ import annotations
@@ -52,10 +52,13 @@ def main() -> None:
     """Prints a table for each weight."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0, 2.0])
+    parser.add_argument("--guidance", type=float, default=0.0, help="0: the config's")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the noise, as the run's")
     args = parser.parse_args()
-    found = settings.read(get_config("nano"))
+    config = get_config("nano")
+    config.sample.guidance = args.guidance or config.sample.guidance
+    found = settings.read(config)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     scorer = settings.build_scorer(found, mesh)
     prompts = settings.load_prompts(found).test[: args.prompts]
