@@ -215,7 +215,8 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _load(config: str) -> ConfigDict:
-    """What the config file makes of its variant; where it makes none, the program ends."""
+    """What the config file makes of its variant; where it makes none, the program ends. The file is
+    run here for its faults, and once more by config_flags."""
     path, _, variant = config.partition(":")
     try:
         make = runpy.run_path(path).get("get_config")

@@ -104,9 +104,9 @@ def rigid_inverse(camtoworld: Float[Array, "*b 4 4"]) -> Float[Array, "*b 4 4"]:
     return rigid(inverse, -position)
 
 
-def are_rigid(camtoworld: Float[np.ndarray, "*b 4 4"], slack: float) -> bool:
+def are_rigid(camtoworld: Float[np.ndarray, "*b 4 4"], slack: float = 0.02) -> bool:
     """Whether each matrix is a rotation, not a reflection, and a position, all of them finite, up
-    to `slack`; on the host."""
+    to `slack`, which holds products of poses in bfloat16; on the host."""
     rotation = camtoworld[..., :3, :3]
     if not np.isfinite(camtoworld).all():
         return False

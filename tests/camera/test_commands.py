@@ -307,3 +307,26 @@ def test_wrong_moves_are_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="Camera"):
             commands.check([move])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "names", "scene"),
+    [
+        ("Camera fixed. Moving up the stairs is an old man.", ["fixed"], None),
+        ("Camera fixed. Family moves left.", ["fixed"], None),
+        ("Camera first pushes in, then pans left. A box.", ["push_in", "pan_left"], "A box."),
+        ("Camera very slowly pans left. A box.", ["pan_left"], "A box."),
+        ("Camera movements: pan left. A box.", ["pan_left"], "A box."),
+        ("Camera dramatically pushes in. A box.", ["push_in"], "A box."),
+        ("Camera pull out to show more of the scene. A box.", ["pull_out"], "A box."),
+        ("A row of camera dollies in a studio.", [], None),
+    ],
+)
+def test_plain_english_is_neither_refused_nor_read_as_more(prompt, names, scene):
+    assert not commands.complaint(prompt) and list(commands.parse(prompt)) == names
+    assert commands.scene(prompt) == (scene or prompt.partition(". ")[2] or prompt)
+
+
+@pytest.mark.parametrize("who", ["a butterfly", "Emily", "a family"])
+def test_who_moves_is_no_manner(who):
+    assert commands.complaint(f"Camera fixed, {who} moves left. A box.")

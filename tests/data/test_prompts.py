@@ -14,7 +14,7 @@ from worldr1_jax.policies import generate
 
 def _folder(tmp_path, **files: bytes):
     for split in prompts.SPLITS:
-        (tmp_path / f"{split}.txt").write_bytes(files.get(split, b"a prompt\n"))
+        (tmp_path / f"{split}.txt").write_bytes(files.get(split, f"a {split} prompt\n".encode()))
     return tmp_path
 
 
@@ -22,8 +22,8 @@ def test_folder_is_read_in_file_order(tmp_path):
     folder = _folder(tmp_path, train="A red sphere.\r\n  Камера, два\u2028слова. \nlast".encode())
     assert prompts.read(folder) == prompts.PromptSets(
         train=("A red sphere.", "Камера, два\u2028слова.", "last"),
-        dynamic=("a prompt",),
-        test=("a prompt",),
+        dynamic=("a dynamic prompt",),
+        test=("a test prompt",),
     )
 
 
@@ -57,7 +57,7 @@ def test_what_is_not_asked_for_may_be_missing(tmp_path):
     folder = _folder(tmp_path)
     (folder / "dynamic.txt").unlink()
     (folder / "test.txt").unlink()
-    assert prompts.read(folder) == prompts.PromptSets(("a prompt",))
+    assert prompts.read(folder) == prompts.PromptSets(("a train prompt",))
     (folder / "train.txt").unlink()
     with pytest.raises(ValueError, match=r"train\.txt: missing"):
         prompts.read(folder)
@@ -127,7 +127,7 @@ def test_what_would_be_read_as_another_prompt_or_split_is_refused(tmp_path):
         (
             "a.jsonl",
             '{"prompt": "a"}\n{"prompt": "a", "split": "test"}',
-            "test: train prompts are no held-out",
+            "test: what is learnt from is not held out, such as 'a'",
         ),
     ):
         (tmp_path / name).write_text(content)

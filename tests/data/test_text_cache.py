@@ -107,7 +107,7 @@ def test_the_files_of_two_caches_are_none(tmp_path):
     write(tmp_path / "b", "x", PROMPTS[::-1])
     (tmp_path / "b" / text_cache.RECORDS).rename(tmp_path / "a" / text_cache.RECORDS)
     cache = text_cache.TextCache(tmp_path / "a", made_by="x")
-    with pytest.raises(ValueError, match="the record of 'a red sphere' is another prompt's"):
+    with pytest.raises(ValueError, match="the record of 'a red sphere' is another's"):
         cache.check(PROMPTS)
 
 

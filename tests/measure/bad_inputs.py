@@ -291,7 +291,7 @@ def prompt_files(folder: Path, rng: random.Random) -> Iterator[Try]:
     for name, content in BYTES.items():
         for split in prompts.SPLITS:
             place = folder / f"{name}{split}"
-            prompts.write(place, prompts.PromptSets(("A box.",), ("A box.",), ("A box.",)))
+            prompts.write(place, prompts.PromptSets(("A box.",), ("A box.",), ("A cube.",)))
             (place / f"{split}.txt").write_bytes(content)
             yield Try("prompt files", f"{split}.txt {name}", lambda p=place: readers["read"](p))
         (folder / "one.txt").write_bytes(content)

@@ -60,7 +60,8 @@ class Move(NamedTuple):
 
 _MARKS = r"""[\s"'“”‘’«»„(\[{*_#>•·‣–—-]"""  # of quotations, lists and headings
 _HEAD = re.compile(
-    rf"(?:{_MARKS}|\(?\d{{1,3}}[.):]\s)*(?:the\s+)?cameras?(?![a-z0-9])[\s:=_\"“'–—-]*",
+    rf"(?:{_MARKS}|\(?\d{{1,3}}[.):]\s)*(?:the\s+)?cameras?(?![a-z0-9])[\s:=_\"“'–—-]*"
+    r"(?:first\b[\s,]*)?",
     re.IGNORECASE,
 )
 # A point inside "7.5 degrees" or before ".5 degrees" does not end a sentence.
@@ -73,6 +74,11 @@ _GOES_ON = re.compile(  # a sentence behind the first that speaks of the camera 
     re.IGNORECASE,
 )
 _OPENS = re.compile(rf"(?:{_MARKS}|,)*")
+# Openings of a sentence: manners of a camera, as "family" and "Emily" are none; and what is as
+# likely seen as asked for, "Moving up the stairs is an old man".
+_HOW = re.compile("(?:slow|quick|rapid|swift|brisk|gent|smooth|slight|steadi|gradual|subt)ly")
+_NO_HOW = re.compile(r"(?:\w*f|fami|emi|li|mil|mol|sal|al|bul|bel|jel|ital|assemb)ly")
+_SEEN_MOVING = re.compile(r"fixed|(?:mov|roll|push|pull)\w*(?:ing|ed)\b")
 _ENDING = "(?:s|es|d|ed|ing|ning|ting)?"  # pushes in, panning left
 _GAP = r"[\s_-]+"
 
@@ -124,9 +130,10 @@ _FILLERS = _listed(
 # of `_CHANGES`; other words are refused.
 _LEADS = _listed(
     "motion path work direction directions instruction instructions command commands should will "
-    "must does do be being it its now next also first finally lastly starts start begins begin "
+    "must do be being it its now next also finally lastly starts start begins begin "
     "s continues continue keeps keep makes make performs perform does goes with smooth cinematic "
-    "gentle steady subtle gradual continuous constant simple long short single"
+    "gentle steady subtle gradual continuous constant simple long short single very quite motions "
+    "movements angle style trajectory control technique action setting position executes takes by"
 )
 # What a camera can be asked for that is no command here. The verbs always ask for movement; the
 # others are things as well, and ask for it before a direction or the end ("crane up"), or
@@ -155,7 +162,7 @@ _PREPOSITIONS = _listed(
 # Where what the camera sees begins: "push in toward the left door" asks for no other direction.
 _PLACE = re.compile(
     r"\b(?:toward|towards|past|over|under|through|along|across|at|on|of|behind|above|below|near|"
-    r"beside|between|around)\b"
+    r"beside|between|around|to\s+(?:reveal|show|(?:an?|the)(?!\s+(?:left|right))))\b"
 )
 # Words that turn a command beside them into something else.
 _CHANGES = re.compile(
@@ -168,7 +175,7 @@ _CHANGES = re.compile(
     r"concurrently|faster|slower|speed\w*|slow(?:s|ing)|(?:ac|de)celerat\w*"
 )
 _MANNER = re.compile(  # said of the movement, though it looks like a place
-    r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}(?:speed|pace|rate|tempo|same\s+time|once|loop)\b"
+    r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}(?:speed|pace|rate|tempo|same\s+time|once|loop)\s*$"
 )
 
 
@@ -309,8 +316,7 @@ _LISTED = ", ".join(name.replace("_", " ") for name in NAMES) + ", in a sentence
 _STRAY = re.compile(
     r"\bcameras?(?:[^\w,;.!?]|_)+"
     r"(?:(?:\w+ly|then|and|also|now|is|to|will|starts?|begins?|slow|fast)[^\w,;.!?]+){0,3}"
-    rf"(?:{'|'.join(_phrase(name) for name in NAMES if name != 'fixed')}|"
-    r"(?:zoom|pan|tilt|orbit|doll(?:y|ie))(?:s|ing|ning))(?![a-z])",
+    rf"(?:{'|'.join(_phrase(name) for name in NAMES if name != 'fixed')}|zoom(?:s|ing))(?![a-z])",
     re.IGNORECASE,
 )
 
@@ -351,15 +357,22 @@ def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
     body = sentence["body"].lower()
     words = re.findall(r"[\w'’-]+", body)
     if not lead and ";" not in after:  # a sentence of its own, which may well be of the scene
-        while words and (words[0] == "and" or words[0].endswith("ly")):
+        while words and (words[0] == "and" or _HOW.fullmatch(words[0])):
             del words[0]
         command = _COMMANDS.match(" ".join(words))
-        moves_on = command is not None and command.lastgroup != "fixed"
+        moves_on = command is not None and not _SEEN_MOVING.match(command[0])
         return sentence if moves_on or _is_only_how(body) else None
     while words and (words[0] in _FILLERS or _SPEED.fullmatch(words[0])):
         del words[0]
     begins = _COMMANDS.match(" ".join(words)) or (words and _CHANGES.fullmatch(words[0]))
     return sentence if begins or _asks(words) else None
+
+
+def _is_strange(word: str, first: bool) -> bool:
+    """Whether a word before a command, the first of a part or another, may change what it says."""
+    if word.endswith("ly"):
+        return bool(_NO_HOW.fullmatch(word))
+    return not first or word not in _LEADS
 
 
 def _is_only_how(part: str) -> bool:
@@ -392,7 +405,7 @@ def _clause(body: str) -> tuple[tuple[Move, ...], tuple[str, ...]]:
             changed = [words for words in near if any(map(_CHANGES.fullmatch, words))]
             start = hits[index - 1].end() if index else 0
             lead = _words(_DEGREES.sub(" ", part[start : hit.start()]))
-            if any(not word.endswith("ly") and (index or word not in _LEADS) for word in lead):
+            if any(_is_strange(word, first=not index) for word in lead):
                 changed.append(lead)
             wrong += changed + refused
             if not changed:

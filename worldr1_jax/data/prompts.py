@@ -7,6 +7,7 @@ at which str.splitlines would also cut. Blank lines and marks of byte order are 
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import unicodedata
@@ -78,7 +79,7 @@ def read(path: str | os.PathLike[str], complaint: Complaint = lambda text: "") -
 
     Raises:
       ValueError: a path or file that is missing or empty, bytes that are not UTF-8, half of a
-        surrogate pair, control characters, a test prompt that is a train prompt as well, or a
+        surrogate pair, control characters, a test prompt that is learnt from as well, or a
         prompt to which `complaint` objects; one sentence names every file and line at fault.
     """
     path = files.local(path)
@@ -97,10 +98,9 @@ def read(path: str | os.PathLike[str], complaint: Complaint = lambda text: "") -
         problems.add(path.name, "neither a folder nor a .txt or .jsonl file")
     else:
         problems.add(path.name, "missing")
-    if both := sorted(set(sets["train"]) & set(sets["test"])):
-        problems.add(
-            "test", f"train prompts are no held-out ones, such as '{files.short(both[0])}'"
-        )
+    if both := sorted({*sets["train"], *sets["dynamic"]} & set(sets["test"])):
+        example = files.short(both[0])
+        problems.add("test", f"what is learnt from is not held out, such as '{example}'")
     problems.raise_if_any(files.short(str(path)))
     return PromptSets(**{split: tuple(prompts) for split, prompts in sets.items()})
 
@@ -119,8 +119,9 @@ def read_content(path: str | os.PathLike[str]) -> bytes:
 
 
 def check_texts(prompts: Sequence[str]) -> None:
-    """Raises ValueError, naming the first prompt that cannot be written as UTF-8; such come from
-    command lines, of which each byte that is no text becomes half of a surrogate pair."""
+    """Raises ValueError, naming the first prompt that has control characters or cannot be written
+    as UTF-8; the latter come from command lines, of which each byte that is no text becomes half of
+    a surrogate pair."""
     for number, prompt in enumerate(prompts, start=1):
         if wrong := prompt and _fault(f"x{prompt}", "prompt"):
             raise ValueError(f"prompt {number}, '{files.short(prompt)}', has {wrong}")
@@ -210,9 +211,16 @@ def _split_fault(values: Mapping[str, Any]) -> str:
         known = values["split"] in SPLITS
         return "" if known else f'"split" is not one of {", ".join(SPLITS)}'
     for name in values:
-        if difflib.get_close_matches(name.lower(), ["split"], cutoff=0.8):
+        if _is_misspelt(name):
             return f'"{files.short(name)}" in place of "split"'
     return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_misspelt(name: str) -> bool:
+    """Whether a field of a record is "split" by mistake."""
+    near = difflib.SequenceMatcher(None, name.lower(), "split").ratio() >= 0.8
+    return near and name != "splits"
 
 
 def _content(path: Path, problems: _Problems) -> bytes | None:

@@ -227,7 +227,8 @@ class TextCache:
         for prompt, digest, record in zip(prompts, digests, records, strict=True):
             example, size = files.short(prompt), len(record) - len(digest)
             if not record.startswith(digest):
-                raise ValueError(self._damaged(f"the record of '{example}' is another prompt's"))
+                reason = f"the record of '{example}' is another's, or of an earlier version"
+                raise ValueError(self._damaged(reason))
             if size % row or size > tokens * row:
                 raise ValueError(self._damaged(f"'{example}' has {size} bytes"))
             found = np.frombuffer(record, self._dtype, offset=len(digest))

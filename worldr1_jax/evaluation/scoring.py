@@ -85,8 +85,7 @@ def table(rows: Sequence[Scored], names: Sequence[str]) -> str:
             lines.append(f"{name}  {row.error}")
         else:
             lines.append(name + "".join(f"{row.scores[n]:>13.4f}" for n in names))
-    # Bytes of a file's name that are no text could not be printed.
-    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+    return "\n".join(lines)
 
 
 def picture_name(number: int, path: str) -> str:

@@ -138,8 +138,8 @@ def grown(fresh: Adapters, given: Adapters) -> dict[str, Adapter]:
     for path, adapter in given.items():
         if path not in fresh:
             raise ValueError(
-                f"the adapters to start from have '{path}', which is not trained: fold them into "
-                "the weights first"
+                f"the adapters to start from have '{path}', which is not trained: set "
+                "policy.lora_layers=attention, or fold them into the weights first"
             )
         if adapter.a.shape[-1] > fresh[path].a.shape[-1]:
             raise ValueError(

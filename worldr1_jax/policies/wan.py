@@ -326,7 +326,8 @@ def store(
         lora_files.add(dit, differences)
     if adapters is not None:
         lora.merge(lora.attach(dit, adapters))
-    convert.check_finite(dit, f"policy.weights {folder} with adapters in {jnp.dtype(dtype)}")
+    made_of = f"policy.weights {folder}{' with adapters' if adapters or differences else ''}"
+    convert.check_finite(dit, f"{made_of} in {jnp.dtype(dtype)}")
     write(dit, "transformer", wan_dit.save)
     del dit
     write(wan_vae.load(found["vae"], mesh=mesh), "vae", wan_vae.save)

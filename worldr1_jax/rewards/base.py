@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from worldr1_jax.mesh import arrays
 from worldr1_jax.types import Reconstruction
 from worldr1_jax.weights import needed
 from worldr1_jax.weights.needed import Needed
@@ -46,7 +45,7 @@ Parts = dict[str, Float[Array, " B"]]
 # What a reward may need of the 3D network: cameras (and depth), or Gaussians too, which cost a
 # second dense head.
 CAMERAS, GAUSSIANS = "cameras", "gaussians"
-SLACK = 0.01  # beyond [0, 1], as rounding and resampling leave it
+SLACK = 0.01  # of pictures beyond [0, 1], as rounding and resampling leave it
 
 
 @flax.struct.dataclass
@@ -149,7 +148,7 @@ def check_range(name: str, pictures: Any) -> None:
         raise ValueError(f"{name} are {pictures.dtype}: they have to be floats in [0, 1]")
     if isinstance(pictures, jax.core.Tracer):
         return
-    low, high = (float(arrays.to_host(end)) for end in _ends(pictures))
+    low, high = map(float, _ends(pictures))  # replicated: no host has to ask another
     if low < -SLACK or high > 1 + SLACK:
         raise ValueError(
             f"{name} have values from {low:.3g} to {high:.3g}: they have to be in [0, 1]"
@@ -158,8 +157,7 @@ def check_range(name: str, pictures: Any) -> None:
 
 @jax.jit
 def _ends(pictures: Array) -> tuple[Array, Array]:
-    """Least and largest value of those that are finite."""
-    finite = jnp.isfinite(pictures)
-    return jnp.min(pictures, where=finite, initial=0.0), jnp.max(
-        pictures, where=finite, initial=1.0
-    )
+    """Least and largest value of those that are finite; inf and -inf without any."""
+    known = jnp.isfinite(pictures)
+    low = jnp.min(pictures, where=known, initial=jnp.inf)
+    return low, jnp.max(pictures, where=known, initial=-jnp.inf)

@@ -63,10 +63,10 @@ class HostFunction(Reward):
         """What a function gave, in float32, NaN where it is masked: neither texts nor dates, which
         numpy would count."""
         try:
-            plain = np.ma.filled(answer, np.nan)
+            plain = np.ma.asanyarray(answer)
             if plain.dtype.kind not in "biuO" and not jnp.issubdtype(plain.dtype, jnp.floating):
                 raise TypeError(f"they are {plain.dtype}")
-            return plain.astype(np.float32)
+            return plain.astype(np.float32).filled(np.nan)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch has the third
             reason = short(str(error).split("\n")[0].rstrip("."))
             raise ValueError(

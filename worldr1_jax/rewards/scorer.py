@@ -20,7 +20,7 @@ from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.mesh.compiler import Jit, Program
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.rewards import combine
-from worldr1_jax.rewards.base import SLACK, Evidence, Parts, check_range
+from worldr1_jax.rewards.base import Evidence, Parts, check_range
 from worldr1_jax.rewards.choice import GENERAL, RECONSTRUCT, Choice, Named, choose
 from worldr1_jax.rewards.function import HostFunction
 from worldr1_jax.rewards.reconstruct import Reconstruct
@@ -415,7 +415,7 @@ def _check_poses(camtoworld: Any) -> None:
     if isinstance(camtoworld, jax.core.Tracer):
         return
     poses = camtoworld if isinstance(camtoworld, np.ndarray) else arrays.to_host(camtoworld)
-    if not are_rigid(np.asarray(poses, np.float64), SLACK):
+    if not are_rigid(np.asarray(poses, np.float64)):
         raise ValueError(
             "camtoworld has a matrix that is no pose: it has to be [[R, t], [0 0 0 1]] with R a "
             "rotation and all numbers finite"
