@@ -230,8 +230,8 @@ def test_images_that_are_none_and_questions_that_are_no_texts(folder):
     ask, images = judge.make(folder), np.zeros((1, *SHOWN, 3), np.float32)
     for wrong, question, words in (
         (images.astype(np.uint8), "a", r"images are uint8: they have to be floats in \[0, 1\]"),
-        (images + 255, "a", "values from 0 to 255"),
-        (images - 1, "a", "values from -1 to 1"),
+        (images + 255, "a", "values from 255 to 255"),
+        (images - 1, "a", "values from -1 to -1"),
         (images[:, :0], "a", "images have the shape"),
         (images, "\ud800", "is no text in UTF-8"),
         (images, [None], "the question None is no text"),

@@ -33,8 +33,8 @@ def reward():
         (VIDEO[0], PROMPTS, PATHS, r"want|has to be \(B, F, H, W, 3\)"),
         (VIDEO[..., :1], PROMPTS, PATHS, r"has to be \(B, F, H, W, 3\)"),
         (VIDEO.astype(np.uint8), PROMPTS, PATHS, "uint8: they have to be floats"),
-        (VIDEO + 255, PROMPTS, PATHS, r"values from 0 to 255: they have to be in \[0, 1\]"),
-        (VIDEO - 1, PROMPTS, PATHS, r"values from -1 to 1: they have to be in \[0, 1\]"),
+        (VIDEO + 255, PROMPTS, PATHS, r"values from 255 to 255: they have to be in \[0, 1\]"),
+        (VIDEO - 1, PROMPTS, PATHS, r"values from -1 to -1: they have to be in \[0, 1\]"),
         (VIDEO, PROMPTS[:1], PATHS, "2 videos and 1 prompts"),
         (VIDEO, "ab", PATHS, "prompts are 'ab': they have to be a list of texts"),
         (VIDEO, ["a", "\ud800"], PATHS, "prompt 2, '.*', has"),
@@ -56,7 +56,7 @@ def test_what_does_not_belong_together_is_named(reward, videos, prompts, paths, 
 
 
 def test_what_is_made_as_it_is_scored_is_looked_at_too(reward):
-    with pytest.raises(ValueError, match=r"from 0 to 255: they have to be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"from 255 to 255: they have to be in \[0, 1\]"):
         reward(VIDEO, PROMPTS, PATHS, decode=lambda some, places: some + 255)
 
 
