@@ -210,7 +210,7 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
 def _nano(c: ml_collections.ConfigDict) -> None:
     """Two CPU cores, ten minutes. What differs from the paper differs because of size, and is
     measured in docs/results."""
-    # 40 gain hardly more S_traj and cost half as much diversity again (docs/results)
+    # 40 cost seed 0 half as much diversity again, for S_traj within its interval (docs/results)
     c.num_updates, c.checkpoint_every, c.videos_every = 32, 8, 10
     c.groups = 4
     c.frames, c.height, c.width, c.fps = 17, 64, 64, 8.0
@@ -257,7 +257,7 @@ def _fast(c: ml_collections.ConfigDict) -> None:
     c.algorithm.decay, c.algorithm.kl_weight = 0.75, 0.0
     c.advantage.rewards, c.advantage.std = "each", "batch"
     # Captions that differ in the camera differ where the prompt enters. Adapters there alone move
-    # the camera as far, for two thirds of the diversity that those on all attention cost.
+    # the camera as far as those on all attention, and cost less diversity (docs/results).
     c.policy.lora_layers = "cross"
     c.train.warmup = 4
     if c.variant == "nano":
