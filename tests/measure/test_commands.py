@@ -14,7 +14,8 @@ from tests.launching import ROOT, environment
     [
         "cost_of_frame_stride --scenes=2 --rounds=1",
         "truth_of_rewards --scenes=2 --only still",
-        "camera_guidance --prompts=2 --weights 0 1",
+        "camera_guidance --prompts=2 --weights 0 1 --above=0.85",
+        "told_apart --prompts=32 --levels 0.9",
         "weights",
     ],
 )
