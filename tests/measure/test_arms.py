@@ -43,3 +43,12 @@ def test_what_an_update_takes_is_that_of_the_main_phase(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     updates = algorithms.updates_of(tmp_path)
     assert len(updates) == 3 and algorithms.seconds(updates) == 3.5
+
+
+def test_a_gain_is_of_the_weighted_reward_and_of_seeds_that_the_base_has():
+    def of(trajectory, hps):
+        found = {"trajectory": trajectory, "hps": hps}  # hps is the R_gen of nano
+        return measures(9.0) | {k: np.full(40, v, np.float32) for k, v in found.items()}
+
+    rows = {arms.BASE: {0: of(0.3, 0.8)}, "fast": {0: of(0.4, 0.9), 1: of(0.9, 0.9)}}
+    np.testing.assert_allclose(algorithms.gain("fast", rows), [0.15] * 3, rtol=1e-5)
