@@ -238,6 +238,14 @@ def test_what_a_contrast_of_captions_needs(field, value, message):
     assert re.match(message, refusal(config)), refusal(config)
 
 
+def test_a_watch_on_kl_needs_one_that_is_measured():
+    config = world.get_config("nano,fast")
+    config.watch.kl = 0.01
+    assert refusal(config).startswith("watch.kl is 0.01, but with algorithm.kl_weight=0")
+    config.algorithm.kl_weight = 1e-9
+    settings.read(config)
+
+
 @pytest.mark.parametrize(
     ("variant", "forwards"),
     [("nano", 34), ("small,fast", 54), ("nano,grpo", 44), ("nano,flash", 26), ("small,grpo", 124)],

@@ -66,26 +66,15 @@ class Awm(Forward):
             log_prob(v) - log_prob(drawn), self.strength(samples.advantages), self.clip
         )
 
-        def distance(policy, weight):
-            if not weight:
-                return jnp.zeros_like(found.loss)
-            return mean_square(v - self.at(policy, noised, samples.text))
-
         told = self.contrasted(policies, samples, noised, v)
+        losses = {"contrast": told.loss, "shared": told.shared, "policy_loss": found.loss}
+        weights = {"kl": self.kl_weight, "kl_average": self.average_weight}
+        for name, policy in (("kl", policies.base), ("kl_average", policies.average)):
+            if weights[name]:
+                losses[name] = mean_square(v - self.at(policy, noised, samples.text))
         return Terms(
-            losses={
-                "contrast": told.loss,
-                "shared": told.shared,
-                "policy_loss": found.loss,
-                "kl": distance(policies.base, self.kl_weight),
-                "kl_average": distance(policies.average, self.average_weight),
-            },
-            weights={
-                "kl": self.kl_weight,
-                "kl_average": self.average_weight,
-                "contrast": self.contrast,
-                "shared": self.anchor,
-            },
+            losses=losses,
+            weights=weights | {"contrast": self.contrast, "shared": self.anchor},
             metrics={
                 "contrast_gap": told.gap,
                 "ratio_mean": found.ratio,

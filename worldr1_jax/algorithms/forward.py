@@ -45,7 +45,8 @@ class Forward(Algorithm):
     Attributes:
       draws: noise levels at which a sample is looked at, one evaluation each, at least 1.
       levels: lowest and highest of them, in [0, 1]: where a movement is decided, above 0.9, or all.
-      kl_weight: of `mean |v - v_base|^2`; at 0 the base's forward is not run.
+      kl_weight: of `mean |v - v_base|^2`; at 0 the base's forward is not run and no KL is measured,
+        while 1e-9 only measures it.
       absorb: with guidance in the rollout: True trains the branch of the prompt alone, which takes
         over what guidance did, at half the cost; False trains the guided velocity as it is sampled.
       solver: of the rollout: "euler" or "unipc", which needs fewer steps.

@@ -71,7 +71,8 @@ class Windowed(Algorithm):
     """What algorithms on a window of stochastic steps share: all but their `surrogate`.
 
     Attributes:
-      kl_weight: beta of the KL to the policy without adapters; at 0 its forward is not run.
+      kl_weight: beta of the KL to the policy without adapters; at 0 its forward is not run and no
+        KL is measured, while 1e-9 only measures it.
       sde: noise of the window: "flow" (flow-SDE) or "cps" (coefficients-preserving).
       eta: its amount: 0.7 with level "sd3", 1 with "linear", 0.3 with "constant"; cps: in (0, 1].
       level: sigma -> noise level of the flow-SDE (`sde.noise_level`).
@@ -179,11 +180,11 @@ class Windowed(Algorithm):
             samples.advantages,
             sigmas,
         )
-        kl = jnp.zeros_like(found.loss)
+        losses = {"policy_loss": found.loss}
         if self.kl_weight > 0:
-            kl = sde.kl(now.mean, step(policies.base).mean, now.std)
+            losses["kl"] = sde.kl(now.mean, step(policies.base).mean, now.std)
         return Terms(
-            losses={"policy_loss": found.loss, "kl": kl},
+            losses=losses,
             weights={"kl": self.kl_weight},
             metrics={"ratio_mean": found.ratio, "clip_fraction": found.clipped},
             peaks={"ratio_deviation": jnp.abs(found.ratio - 1)},

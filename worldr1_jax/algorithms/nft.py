@@ -76,18 +76,17 @@ class Nft(Forward):
             return mean_square(error) / jax.lax.stop_gradient(jnp.maximum(size, LEAST))
 
         r = (1 + self.strength(samples.advantages)) / 2
-        kl = jnp.zeros_like(r)
-        if self.kl_weight > 0:
-            kl = mean_square(v - self.at(policies.base, noised, samples.text))
         scale = self.advantage_max / self.beta
         told = self.contrasted(policies, samples, noised, v)
+        losses = {
+            "policy_loss": scale * (r * miss(1) + (1 - r) * miss(-1)),
+            "contrast": told.loss,
+            "shared": told.shared,
+        }
+        if self.kl_weight > 0:
+            losses["kl"] = mean_square(v - self.at(policies.base, noised, samples.text))
         return Terms(
-            losses={
-                "policy_loss": scale * (r * miss(1) + (1 - r) * miss(-1)),
-                "kl": kl,
-                "contrast": told.loss,
-                "shared": told.shared,
-            },
+            losses=losses,
             weights={
                 "kl": self.kl_weight,
                 "contrast": self.contrast,
