@@ -241,7 +241,7 @@ def test_what_a_contrast_of_captions_needs(field, value, message):
 def test_a_watch_on_kl_needs_one_that_is_measured():
     config = world.get_config("nano,fast")
     config.watch.kl = 0.01
-    assert refusal(config).startswith("watch.kl is 0.01, but with algorithm.kl_weight=0")
+    assert refusal(config).startswith("watch.kl needs algorithm.kl_weight above 0")
     config.algorithm.kl_weight = 1e-9
     settings.read(config)
 

@@ -164,11 +164,7 @@ def read(config: ml_collections.ConfigDict) -> Settings:
     if found.algorithm.captions > 1:
         _check_contrast(found)
     if found.watch.kl and getattr(found.algorithm, "kl_weight", None) == 0:
-        raise ValueError(
-            f"watch.kl is {found.watch.kl:g}, but with algorithm.kl_weight=0 no KL is measured: "
-            "1e-9 measures it, for one forward more"
-        )
-
+        raise ValueError("watch.kl needs algorithm.kl_weight above 0: 1e-9 only measures the KL")
     try:
         found.algorithm.draw(jax.random.key(0), 0, found.plan)  # which says whether its window fits
     except ValueError as error:

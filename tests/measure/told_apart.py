@@ -14,6 +14,7 @@ about.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -57,7 +58,7 @@ def pairs(found: settings.Settings, pipeline: Pipeline, count: int) -> Iterator[
         )  # fmt: skip
 
 
-@jax.jit(static_argnames="pipeline")
+@functools.partial(jax.jit, static_argnames="pipeline")
 def told(
     pipeline: Pipeline, adapters, base, pair: Pair, sigma: Array, key: Array
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
