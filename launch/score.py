@@ -5,10 +5,9 @@ python launch/score.py --config=configs/world.py --list=videos.jsonl --pictures 
 
 The list has a line {"video": "a.mp4", "prompt": "..."} for each video. Videos of any size and of up
 to --config.frames frames. --pictures writes workdir/<number>-<video>.png: frames, their re-renders,
-depth, and the camera path asked for against the one recovered.
+depth, and the camera path asked for against the one recovered. scores.json is written once a minute
+and at the end, so that a long list that is stopped keeps what it has.
 """
-
-import dataclasses
 
 import cli
 from absl import flags
@@ -25,8 +24,8 @@ def main() -> None:
     """Scores one video after the other; those that cannot be judged say why."""
     from worldr1_jax import settings
     from worldr1_jax.evaluation import scoring
-    from worldr1_jax.files import check_writable, write_atomically
-    from worldr1_jax.workdir.metrics import write_summary
+    from worldr1_jax.files import check_writable
+    from worldr1_jax.workdir.metrics import Progress
 
     config = cli.CONFIG.value
     if len(VIDEO.value) != len(PROMPT.value):
@@ -40,17 +39,13 @@ def main() -> None:
         raise ValueError("there is no video: give --video and --prompt, or --list=file.jsonl")
     found = settings.read(config)
     found.rewards.check()
-    folder, rows = check_writable(cli.WORKDIR.value), []
+    folder = check_writable(cli.WORKDIR.value)
     scorer = settings.build_scorer(found, settings.scoring_mesh(found))
-    for row in scoring.score(
+    scored = scoring.score(
         scorer, pairs, magnitudes=found.camera.units, most_frames=found.run.frames,
         with_pictures=PICTURES.value,
-    ):  # fmt: skip
-        rows.append(row)
-        if row.picture:
-            write_atomically(folder / scoring.picture_name(len(rows), row.path), row.picture)
-    records = [dataclasses.asdict(row) | {"picture": bool(row.picture)} for row in rows]
-    write_summary(folder / "scores.json", {"videos": records})
+    )  # fmt: skip
+    rows = scoring.keep(scored, folder, Progress(len(pairs), unit="video"))
     print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)
     scoring.check_any(rows)
 

@@ -16,6 +16,7 @@ from worldr1_jax.camera import trajectory
 from worldr1_jax.evaluation import scoring
 from worldr1_jax.media import write_mp4
 from worldr1_jax.rewards import build
+from worldr1_jax.workdir import metrics
 
 PROMPT = "Camera push in. A red sphere."
 NANO = trajectory.Magnitudes.nano()
@@ -103,6 +104,31 @@ def test_what_cannot_be_judged_says_why(reward, tmp_path):
     scoring.check_any([*found, scoring.Scored("a.mp4", PROMPT, {"total": 1.0})])
     (row,) = rows(reward, [(str(tmp_path / "tiny.mp4"), "Camera zoom in. X")])
     assert 'the camera cannot "zoom in"' in row.error and not row.scores  # as training refuses it
+
+
+def test_a_list_that_is_stopped_keeps_what_it_has(tmp_path, capsys):
+    """Written while it goes on, and when it ends early; and an old file is not lost to none."""
+
+    def written():
+        found = json.loads((tmp_path / "scores.json").read_text())["videos"]
+        return [(row["path"], row["picture"]) for row in found]
+
+    def videos():
+        yield scoring.Scored("a.mp4", PROMPT, {"total": 1.0}, picture=b"png")
+        assert written() == [("a.mp4", True)]
+        yield scoring.Scored("b.mp4", PROMPT, {}, error="none")
+        raise KeyboardInterrupt
+
+    def stopped_at_once():
+        raise KeyboardInterrupt
+        yield
+
+    for rows in (videos(), stopped_at_once()):
+        with pytest.raises(KeyboardInterrupt):
+            scoring.keep(rows, tmp_path, metrics.Progress(3, unit="video"), save_every=0.0)
+    assert written() == [("a.mp4", True), ("b.mp4", False)]
+    assert (tmp_path / "001-a.png").read_bytes() == b"png"
+    assert "video 2/3" in capsys.readouterr().err
 
 
 def test_lists(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,10 +17,12 @@ from jaxtyping import Float
 from worldr1_jax.camera import commands, trajectory
 from worldr1_jax.data import prompts
 from worldr1_jax.evaluation import pictures
+from worldr1_jax.files import write_atomically
 from worldr1_jax.media import read_video
 from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.rewards import Evidence, Scorer, likeness
 from worldr1_jax.rewards.trajectory import Trajectory
+from worldr1_jax.workdir.metrics import Progress, write_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,32 @@ def score(
         except ValueError as error:
             found = Scored(path, prompt, {}, error=str(error))
         yield found
+
+
+def keep(
+    scored: Iterable[Scored], folder: Path, progress: Progress, save_every: float = 60.0
+) -> list[Scored]:
+    """Writes each picture as it comes, and folder/scores.json every so many seconds and at the end,
+    whatever ends it; a file of before stays until there is a video to write. Returns the rows
+    without their pictures, of which a long list would not fit."""
+    rows: list[Scored] = []
+    records: list[dict[str, object]] = []
+    saved = time.monotonic()
+    try:
+        for done, row in enumerate(scored):
+            if row.picture:
+                write_atomically(folder / picture_name(done + 1, row.path), row.picture)
+            rows.append(dataclasses.replace(row, picture=b""))
+            records.append(dataclasses.asdict(rows[-1]) | {"picture": bool(row.picture)})
+            progress.update(done)
+            if time.monotonic() - saved > save_every:
+                write_summary(folder / "scores.json", {"videos": records})
+                saved = time.monotonic()
+    finally:
+        progress.close()
+        if records:
+            write_summary(folder / "scores.json", {"videos": records})
+    return rows
 
 
 def table(rows: Sequence[Scored], names: Sequence[str]) -> str:
