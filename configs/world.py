@@ -6,7 +6,8 @@
     --config=configs/world.py:small,fast (what nano learns by)
     --config.sample.steps=20
 
-Values marked [paper] are World-R1's (arXiv 2604.24764); the others say where they come from. All
+Values marked [paper] are World-R1's (arXiv 2604.24764), [released] those of its code, [Wan] those
+of Wan2.1; the others say where they come from. --help drops a mark where a value is another. All
 variants have the same fields, and the same code reads them: each section is passed whole to the
 dataclass that is named beside it, which says more, and what values it takes.
 """
@@ -52,7 +53,7 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.groups = 48  # prompts per update [paper]
     c.group_size = 8  # K, videos per prompt [paper]
     c.frames, c.height, c.width = 81, 480, 832  # of the videos; frames = 1 + 4 k [paper]
-    c.fps = 16.0  # of the mp4 files; Wan's own rate
+    c.fps = 16.0  # of the mp4 files [Wan]
     # -1: what is left; data 0: all four as they suit the devices and the model
     c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     # networks that wait in the hosts' pinned memory while no stage uses them: text (the encoder),
@@ -79,12 +80,12 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.policy.dtype = "bfloat16"
     # what the backward pass recomputes: none, dots, attention, full, whole, the least memory last
     c.policy.remat = "full"
-    c.policy.text_tokens = 512  # padded length of prompts; Wan's own
+    c.policy.text_tokens = 512  # padded length of prompts [Wan]
 
     c.sample = ml_collections.ConfigDict()  # (policies/stages.py: Sampling)
     c.sample.steps = 50  # T [paper]
     c.sample.shift = 3.0  # of the schedule; Wan at 480p (5 at 720p)
-    c.sample.guidance = 5.0  # classifier-free guidance [paper]; 1 is off
+    c.sample.guidance = 5.0  # classifier-free guidance; 1 is off [paper]
     c.sample.negative_prompt = ""  # what guidance leads away from
     # that a device samples, decodes or scores at a time; 0: all that it has
     c.sample.videos_at_once = 0
@@ -94,12 +95,13 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.camera.mode = "initial"
     # 0: plain noise, 1: warped noise alone; released: 0.35 Small, 0.40 Large
     c.camera.strength = 0.35
-    c.camera.degradation = 0.35  # fresh noise blended into the warped noise; released
-    c.camera.flow_scale = 16  # resolution of the warp over that of the latents; released
+    c.camera.degradation = 0.35  # fresh noise blended into the warped noise [released]
+    c.camera.flow_scale = 16  # resolution of the warp over that of the latents [released]
     c.camera.magnitudes = "released"  # how far a command goes: released (1000 units deep) or nano
 
     c.rewards = ml_collections.ConfigDict()  # (rewards/base.py: a section for each reward)
-    # 0 measures a reward and does not learn from it; None, in a file such as this, leaves it out
+    # 0: not learnt from, but in the held-out report and in scores; None, in a file such as this,
+    # leaves a reward out
     c.rewards.weights = ml_collections.ConfigDict(
         {"recon": 1.0, "trajectory": 1.0, "meta_view": 1.0, "general": 1.0, "mvcs": 0.0}
     )
@@ -168,7 +170,7 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.advantage.rewards = "sum"  # or each: every reward by its own std, then the weighted sum
     c.advantage.std = "group"  # or batch, or global
     c.advantage.floor = 0.0  # least std of a reward, when each
-    c.advantage.clip = 5.0  # [paper]
+    c.advantage.clip = 5.0  # largest that counts in full [paper]
 
     c.train = ml_collections.ConfigDict()  # (algorithms/update.py: Rules)
     c.train.learning_rate = 1e-4  # AdamW [paper]
@@ -188,7 +190,7 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     # periodic decoupled training [paper]
     c.dynamic.main_updates, c.dynamic.dynamic_updates = 100, 50
     # rewards that the dynamic phase turns off [paper: R_3D]
-    c.dynamic.off = ("recon", "trajectory", "meta_view")
+    c.dynamic.off = ("recon", "trajectory", "meta_view", "judge")
 
     c.watch = ml_collections.ConfigDict()  # (workdir/watch.py: Watch)
     # end the run when a prompt's videos differ by less than this share of what they did; 0: never
@@ -201,9 +203,9 @@ def _paper(algorithm: str) -> ml_collections.ConfigDict:
     c.evaluate.prompts = 64  # held-out prompts of the before/after report; 0: no report
     c.evaluate.samples = 2  # videos per prompt, for the diversity
     c.evaluate.batch = 16  # prompts at a time, or so many more that the mesh divides their videos
-    # guidance of the base that the report compares with: the best of these on `sweep` prompts
+    # guidance of the base that the report compares with: the best of these
     c.evaluate.guidances = ()
-    c.evaluate.sweep = 16
+    c.evaluate.sweep = 16  # prompts on which that is found
     return c
 
 
@@ -231,7 +233,7 @@ def _nano(c: ml_collections.ConfigDict) -> None:
     c.rewards.judge.weights = "nano"  # for a rewards.weights.judge; why it has none: docs/rewards
     c.rewards.recon.likeness = "ssim"  # LPIPS means little at 64 pixels
     # At this size S_recon is won by stillness and blur, and S_meta by stillness: they are measured
-    # and not learnt from. Colours are learnt sooner than cameras, and at full weight instead.
+    # and not learnt from.
     c.rewards.weights.recon = c.rewards.weights.meta_view = 0.0
     c.rewards.weights.general = 0.5
     # Where a movement is beyond the base policy, S_traj is all but noise, which a group's own std

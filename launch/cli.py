@@ -237,6 +237,7 @@ def _load(config: str) -> ConfigDict:
 
 def _help(config: str) -> str:
     """The launcher's docstring, its flags, and every field of the config."""
+    found = _load(config)
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "flags:"]
     for flag in [*(flags.FLAGS[name] for name in ("config", "workdir", "traceback")), *_own()]:
         default = "" if flag.default in (None, []) else flag.default
@@ -245,9 +246,18 @@ def _help(config: str) -> str:
     lines += [
         "",
         f"fields of {config}:",
-        config_help.describe(config.partition(":")[0], _load(config)),
+        config_help.describe(config.partition(":")[0], found, _meanings(found)),
     ]
     return "\n".join(lines)
+
+
+def _meanings(config: ConfigDict) -> dict[str, str]:
+    """What the fields of the config's algorithm mean, which differ from one to the next."""
+    from worldr1_jax.algorithms import base
+
+    name = config.get("algorithm", {}).get("name")
+    found = config_help.attributes(base.load(name)) if name in base.ALGORITHMS else {}
+    return {f"algorithm.{field}": text for field, text in found.items()}
 
 
 def _hint(flag: str, found: ConfigDict) -> str:

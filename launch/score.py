@@ -17,7 +17,7 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "the prompt of each --video, in
 LIST = flags.DEFINE_string("list", "", ".jsonl file of videos and prompts")
 PICTURES = flags.DEFINE_bool("pictures", False, "write a picture for each video")
 
-SHOWN = ("total", "recon", "trajectory", "general", "psnr", "ssim", "rot_err", "trans_err")
+FIRST, LAST = ("total", "recon", "trajectory"), ("psnr", "ssim", "rot_err", "trans_err")
 
 
 def main() -> None:
@@ -46,7 +46,8 @@ def main() -> None:
         with_pictures=PICTURES.value,
     )  # fmt: skip
     rows = scoring.keep(scored, folder, Progress(len(pairs), unit="video"))
-    print(scoring.table(rows, scoring.named(rows, SHOWN)), flush=True)
+    shown = dict.fromkeys((*FIRST, *found.rewards.reported(), *LAST))
+    print(scoring.table(rows, scoring.named(rows, [*shown])), flush=True)
     scoring.check_any(rows)
 
 

@@ -16,7 +16,10 @@ gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
   cd $repo
   exec 9>train.lock
   flock -n 9 || { echo already running; exit 0; }
-  test -x .venv/bin/pip || python3 -m venv .venv
+  test -x .venv/bin/pip || if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+    then python3 -m venv .venv
+    else python3 -m pip install -q --user uv && python3 -m uv venv -q --seed --python 3.12 .venv  # Ubuntu 22.04
+  fi
   .venv/bin/pip install -q -e '.[tpu]'
   nohup .venv/bin/python launch/tpu_train.py --distributed $flags >>train.log 2>&1 </dev/null &
 "

@@ -83,8 +83,11 @@ WEIGHTS = re.compile(r"rewards\.(weights|general)\.\w+")
 # The only rewards of the nano config that count with the dynamic phase on: one has to be left.
 ONLY = ("rewards.general.hps", "rewards.weights.general")
 JUDGE = ("rewards.judge.height", "rewards.judge.width")  # 0: as the video is
-# None: left out, as is no reward that dynamic.off names.
-OPTIONAL = ("rewards.weights.judge", "rewards.weights.mvcs", "rewards.weights.palette")
+# None: left out.
+OPTIONAL = tuple(
+    f"rewards.weights.{name}"
+    for name in ("judge", "mvcs", "palette", "recon", "meta_view", "trajectory")
+)
 LEFT = re.compile(r"mesh\.data")  # -1: what is left
 SIGNED = ("algorithm.margin",)
 # Texts of which files are made, or nothing: checked where they are read.
@@ -236,6 +239,18 @@ def test_what_a_contrast_of_captions_needs(field, value, message):
     config = world.get_config("nano,fast")
     assert changed(config, field, value)
     assert re.match(message, refusal(config)), refusal(config)
+
+
+def test_the_dynamic_phase_turns_off_every_reward_of_3d():
+    """A judge too, which most configs leave out."""
+    config = world.get_config("nano")
+    config.rewards.weights.judge = 0.1
+    found = settings.read(config)
+    off = set(found.rewards.meant(found.dynamic.off))
+    assert {"recon", "trajectory", "meta_view", "judge"} == off
+    assert set(found.rewards.counted()) - off == {"hps"}
+    config.rewards.weights.judge = None
+    assert "judge" not in settings.read(config).rewards.meant(found.dynamic.off)
 
 
 def test_a_watch_on_kl_needs_one_that_is_measured():

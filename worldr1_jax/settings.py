@@ -194,9 +194,9 @@ def _check_dynamic(found: Settings) -> None:
     """No phase may be left without a reward that counts: it would stop a run in its middle."""
     choice, dynamic = found.rewards, found.dynamic
     for name in dynamic.off:
-        if any(member not in choice.rewards for member in choice.members(name)):
-            known = ", ".join([*choice.rewards, "general"])
-            raise ValueError(f"dynamic.off names '{name}': the rewards are {known}")
+        known = dict.fromkeys([*choice.rewards, "general", *REWARDS])  # one may be left out
+        if name not in known:
+            raise ValueError(f"dynamic.off names '{name}': the rewards are {', '.join(known)}")
     off = set(choice.meant(dynamic.off))
     if dynamic.dynamic_updates and not set(choice.counted()) - off:
         raise ValueError("dynamic.off leaves no reward that counts: name fewer, or weigh another")

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_collections
 import pytest
 
 from configs import world
+from worldr1_jax.algorithms import base as algorithms
+from worldr1_jax.algorithms.base import ALGORITHMS
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 sys.path.insert(0, str(LAUNCH))
@@ -97,7 +100,43 @@ def test_every_field_has_a_comment():
 def test_comments_are_read_in_the_files_own_encoding(tmp_path):
     path = tmp_path / "config.py"
     path.write_bytes(b"# coding: latin-1\nc.seed = 3  # caf\xe9\n")
-    assert config_help.comments(path) == {"seed": "caf\u00e9"}
+    assert config_help.comments(path) == {"seed": config_help.Comment("caf\u00e9", 3)}
+
+
+def test_a_comment_is_that_of_the_field_whatever_a_variant_makes_of_it(tmp_path):
+    """A value that a variant changes is not marked with the source of another, and a comment on why
+    it does so is not what the field means."""
+    path = tmp_path / "config.py"
+    path.write_text(
+        "c.steps = 50  # T [paper]\n"
+        "c.rank, c.alpha = 32, 64.0  # of adapters [paper]\n"
+        "# counts [paper], or not\n"
+        "c.weights = ConfigDict({'recon': 1.0})\n"
+        "for name in ('hps', 'pick'):\n"
+        "    c.rewards[name] = judge = ConfigDict()\n"
+        "    judge.fit = 'pad'  # to a square\n"
+        "c.steps, c.rank = 10, 32\n"
+        "# here for reasons of size\n"
+        "c.weights.recon = 0.0\n"
+        "c.rewards.hps.fit = 'squeeze'  # small\n"
+    )
+    values = {"steps": 10, "rank": 32, "weights": {"recon": 0.0}, "rewards": {"hps": {"fit": 1}}}
+    text = config_help.describe(path, ml_collections.ConfigDict(values), {"rank": "its meaning"})
+    assert [" ".join(line.split()) for line in text.splitlines()] == [
+        "--config.steps=10 T",
+        "--config.rank=32 its meaning",
+        "--config.weights.recon=0.0 counts [paper], or not",
+        "--config.rewards.hps.fit=1 to a square",
+    ]
+
+
+def test_an_algorithms_fields_mean_what_its_class_says():
+    for name in ALGORITHMS:
+        found = config_help.attributes(algorithms.load(name))
+        assert set(algorithms.section(name)) - {"name"} <= set(found), name
+    nft, grpo = (config_help.attributes(algorithms.load(name)) for name in ("nft", "grpo"))
+    assert nft["kl_weight"].startswith("of `mean") and nft["kl_weight"].endswith("measures it")
+    assert grpo["kl_weight"].startswith("beta") and nft["sharpness"] == nft["margin"]
 
 
 def test_what_a_wrong_flag_may_have_meant():

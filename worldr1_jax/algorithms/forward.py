@@ -52,7 +52,7 @@ class Forward(Algorithm):
       solver: of the rollout: "euler" or "unipc", which needs fewer steps.
       advantage_max: advantage that counts in full, > 0; larger ones are cut.
       contrast: weight of the contrast of captions (contrast.py); at 0 there are no rivals.
-      sharpness, margin: of it, see there; > 0, and any.
+      sharpness, margin: of the contrast, see contrast.py; > 0, and any.
       anchor: weight of `mean |(v(c) + v(c')) / 2 - the base's|^2`: captions that differ in the
         camera alone may part, and what they have in common stays; at 0 the base is not run.
     """

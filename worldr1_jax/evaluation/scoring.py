@@ -31,7 +31,7 @@ class Scored:
 
     Attributes:
       path, prompt: as given.
-      scores: every part, "mvcs" and "total"; empty where `error` says why.
+      scores: every part and "total"; empty where `error` says why.
       error: one sentence; empty when the video was scored.
       picture: PNG, or empty.
     """

@@ -1,5 +1,5 @@
-"""Trains every nano network from nothing: VAE, then policy with its text encoder, the 3D network,
-CLIP, and the judge.
+"""Trains every nano network from nothing: VAE, 3D network (its cameras, then the whole), policy
+with its text encoder, CLIP, and the judge.
 
 Each stage reads ground truth from `nano.videos`, trains (`nano.fit`), and writes the publisher's
 files. A stage is a function of its seed.

@@ -227,7 +227,7 @@ def program(
 
 
 def table_row(variant: str, topology: str, mesh: jax.sharding.Mesh, programs: list[Program]) -> str:
-    """The plan as a row of docs/pods.md: the largest program and its bytes a device, seconds
+    """The plan as a row of a table: the largest program and its bytes a device, seconds
     and chip-hours of an update, MFU of rollout and update, and seconds to compile them all."""
     found = report(topology, mesh, programs)
     largest = max(programs, key=lambda p: p.hbm_peak_bytes)

@@ -51,8 +51,9 @@ class Choice:
         return (name,)
 
     def meant(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The rewards that names of the config mean."""
-        return tuple(member for name in names for member in self.members(name))
+        """The rewards that names of the config mean, as far as they are there."""
+        found = (member for name in names for member in self.members(name))
+        return tuple(member for member in found if member in self.rewards)
 
     def counted(self) -> tuple[str, ...]:
         """Rewards that count."""

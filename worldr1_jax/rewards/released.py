@@ -11,8 +11,8 @@ profile, to 1e-3; and all of S_traj, with the alignment, below six frames. What 
   - S_recon stays the paper's. The release compares render k, of an interpolated path at time k/2,
     with frame k, and squeezes renders of 504x294 to 512x512. Its distance is the lpips package's,
     which `models.lpips` equals to 1e-4.
-  - S_meta is not here in either mode. R_gen of the release (HPSv2.1 on random frames, not the same
-    for a group) needs weights that nano does without.
+  - S_meta's judge has a mode of its own (`judge`). R_gen of the release is of random frames, not
+    the same for a group; here (`preference`) they are evenly spaced.
 """
 
 from __future__ import annotations

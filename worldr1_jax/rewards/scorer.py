@@ -304,8 +304,10 @@ class Scorer:
         return self._measured(self._on(()), evidence, prompts, StageTimer())
 
     def programs(self, shapes: Any) -> Iterator[Program]:
-        """The stages of one turn; `shapes` (plan.programs.Shapes) describe what it is given."""
-        needs, names = self.choice.needs(), self._on(())
+        """The stages of one turn of training, which measures what counts; `shapes`
+        (plan.programs.Shapes) describe what it is given."""
+        names = self._on(self.choice.measured())
+        needs = self.choice.needs(names)
         networks = arrays.shapes(self.networks)
         network = {RECONSTRUCT: networks[RECONSTRUCT]} if needs else {}
         if needs:

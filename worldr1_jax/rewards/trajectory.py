@@ -2,8 +2,7 @@
 
 Both paths start at the identity, which fixes the frame, so only the scale of the recovered one is
 unknown. A full similarity fit is wrong here: a straight line leaves its rotation free, and a still
-camera leaves everything free (the released code scores a perfect push-in 0.52 and a perfect pan
-0.65).
+camera leaves everything free (the released code scores a perfect push-in 0.52).
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ class Backbone(nnx.Module):
           images: ImageNet-normalised; H and W multiples of the patch size.
           strategy: how the reference frame is chosen when there are 3 or more; see
             `reference_frame`.
-          implementation: of `models.attention`; within frames it sees B*F sequences, across them B
+          implementation: of `nn.attention`; within frames it sees B*F sequences, across them B
             long ones. With one that does not hold the scores, call it under `jax.set_mesh`.
 
         Raises:

@@ -89,7 +89,7 @@ class DA3(nnx.Module):
 
         Args:
           dtype: of the backbone's products; heads, norms, softmax, RoPE and residuals stay float32.
-          attention: an implementation of `models.attention`; at real sizes one that does not hold
+          attention: an implementation of `nn.attention`; at real sizes one that does not hold
             the scores.
         """
         self.config, self.attention = config, attention
