@@ -34,7 +34,7 @@ from tests.measure import bad_files
 from tests.measure.tries import FAULTS, Try, count, table
 from tests.models import test_lora_files
 from tests.test_settings import FREE, SIGNED, changed, flat
-from worldr1_jax import settings, train
+from worldr1_jax import preflight, settings, train
 from worldr1_jax.algorithms import base as algorithms
 from worldr1_jax.camera import commands
 from worldr1_jax.data import prompts
@@ -177,7 +177,7 @@ def workdirs(folder: Path, rng: random.Random) -> Iterator[Try]:
     ):
         yield from _written(run, "config.json", content, lambda: compare_config(run, config))
     for name, value in rng.sample(list(_flat(config)), 80):
-        if name.partition(".")[0] in settings.MAY_CHANGE or name in settings.MAY_CHANGE:
+        if name.partition(".")[0] in preflight.MAY_CHANGE or name in preflight.MAY_CHANGE:
             continue
         other = json.loads(json.dumps(config))
         *parts, last = name.split(".")
@@ -188,7 +188,7 @@ def workdirs(folder: Path, rng: random.Random) -> Iterator[Try]:
         yield Try(
             "workdirs",
             f"another {name}",
-            lambda o=other: compare_config(run, o, settings.MAY_CHANGE),
+            lambda o=other: compare_config(run, o, preflight.MAY_CHANGE),
             kept=run,
         )
     for line in (

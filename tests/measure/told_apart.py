@@ -8,14 +8,15 @@ their caption and of those that did something else: the gap (algorithms/contrast
 0 where the caption that the video obeys better fits it better, with its 95% interval over videos;
 how many pairs have it above 0; and the mean square difference of the velocities of both captions,
 which is what the gap would be, times the misses' size, of a policy that knows how its videos came
-about.
+about. "Pan or move" is the same of videos that were asked for one of these and made one of them,
+beside the other, which moves the picture alike and differs by parallax alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +27,29 @@ from configs.world import get_config
 from worldr1_jax import episode, settings
 from worldr1_jax.algorithms.contrast import contrast
 from worldr1_jax.algorithms.forward import mean_square
+from worldr1_jax.camera import commands
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.policies.stages import Pipeline
+from worldr1_jax.rewards.hindsight import CLEAR, LEAST, Rivals, clauses
 from worldr1_jax.rollout.sample import Sampler, sample_keys
 
 BATCH = 32
+ALIKE = {
+    "move_left": "pan_left", "pan_left": "move_left", "move_right": "pan_right",
+    "pan_right": "move_right",
+}  # fmt: skip
+LABELS = (
+    ("obeyed", "did something else"),
+    ("pan or move, obeyed", "pan or move, did the other"),
+)
 Pair = tuple[Array, Array, Array, Array]  # latents, own and rival embeddings, lead
 
 
-def pairs(found: settings.Settings, pipeline: Pipeline, count: int) -> Iterator[Pair]:
-    """Videos with their rivals, BATCH at a time; those that nothing clear can be said of with a
-    lead of 0."""
+def pairs(found: settings.Settings, pipeline: Pipeline, count: int) -> Iterator[tuple[Pair, Pair]]:
+    """Videos with their rivals, and with what looks alike, BATCH at a time; those that nothing
+    clear can be said of with a lead of 0."""
     scorer = settings.build_scorer(found, pipeline.mesh)
     hindsight = settings.make_hindsight(found, pipeline)
     assert hindsight is not None  # nano contrasts captions
@@ -51,11 +62,29 @@ def pairs(found: settings.Settings, pipeline: Pipeline, count: int) -> Iterator[
             text_null=pipeline.negative(), guidance=found.sample.guidance,
         )  # fmt: skip
         episode.judge(pipeline, scorer, rolled, off=found.rewards.measured(), witness=hindsight.see)
+        alike = beside_what_looks_alike(prompts, hindsight.rows)
         rivals = hindsight.choose(prompts, np.random.default_rng((found.run.seed, first)))
-        yield (
-            rolled.trajectory.latents, rolled.text, pipeline.encode(rivals.prompts),
-            jnp.asarray(rivals.lead),
-        )  # fmt: skip
+        kept, text = rolled.trajectory.latents, rolled.text
+        some, like = (
+            (kept, text, pipeline.encode(one.prompts), jnp.asarray(one.lead))
+            for one in (rivals, alike)
+        )
+        yield some, like
+
+
+def beside_what_looks_alike(prompts: Sequence[str], rows: Mapping[int, np.ndarray]) -> Rivals:
+    """Of a pan the move, and of a move the pan, for videos that clearly made one of them."""
+    every = clauses()
+    rivals, leads = list(prompts), np.zeros(len(prompts), np.float32)
+    for place, row in rows.items():
+        asked = tuple(move.name for move in commands.moves(prompts[place]))
+        if len(asked) == 1 and asked[0] in ALIKE:
+            other = every.index((ALIKE[asked[0]],))
+            own, its = row[0], row[1 + other]
+            if max(own, its) >= LEAST and abs(own - its) >= CLEAR:
+                rivals[place] = commands.replaced(prompts[place], every[other])
+                leads[place] = own - its
+    return Rivals(rivals, leads)
 
 
 @functools.partial(jax.jit, static_argnames="pipeline")
@@ -71,8 +100,14 @@ def told(
     return gap, mean_square(own - other)
 
 
-def rows(name: str, pipeline: Pipeline, every: list[Pair], levels: list[float]) -> Iterator[str]:
-    """Lines of the table of one policy."""
+def rows(
+    name: str,
+    pipeline: Pipeline,
+    every: Sequence[Pair],
+    levels: Sequence[float],
+    labels: tuple[str, str],
+) -> Iterator[str]:
+    """Lines of the table of one policy: of leads above 0, and below."""
     lead = np.concatenate([np.asarray(pair[3]) for pair in every])
     for sigma in levels:
         with arrays.on(pipeline.mesh):
@@ -81,7 +116,7 @@ def rows(name: str, pipeline: Pipeline, every: list[Pair], levels: list[float]) 
                 for i, pair in enumerate(every)
             ]
         gaps, apart = (np.concatenate([np.asarray(x[i]) for x in found]) for i in range(2))
-        for label, mask in (("obeyed", lead > 0), ("did something else", lead < 0)):
+        for label, mask in zip(labels, (lead > 0, lead < 0), strict=True):
             gap = gaps[mask]
             low, high = paired_bootstrap_ci95(np.zeros_like(gap), gap, 0)
             yield (
@@ -102,15 +137,17 @@ def main() -> None:
     config.seed = args.seed
     found, mesh = settings.read(config), make_mesh({"data": 1}, jax.devices()[:1])
     base = settings.build_pipeline(found, mesh, None)
-    every = list(pairs(found, base, args.prompts))
-    lead = np.concatenate([np.asarray(pair[3]) for pair in every])
-    print(f"{np.sum(lead > 0)} videos obeyed, {np.sum(lead < 0)} did something else")
+    sets = dict(zip(LABELS, zip(*pairs(found, base, args.prompts), strict=True), strict=True))
+    for labels, every in sets.items():
+        lead = np.concatenate([np.asarray(pair[3]) for pair in every])
+        print(f"{labels[0]}: {np.sum(lead > 0)} videos; {labels[1]}: {np.sum(lead < 0)}")
     print("| policy | noise level | of | gap | above 0 | captions apart |\n" + "| --- " * 6 + "|")
     for name in ("base", *args.adapters):
         adapters = None if name == "base" else settings.load_adapters(found, [name])
         pipeline = settings.build_pipeline(found, mesh, None, adapters) if adapters else base
-        for row in rows(name, pipeline, every, args.levels):
-            print(row, flush=True)
+        for labels, every in sets.items():
+            for row in rows(name, pipeline, every, args.levels, labels):
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

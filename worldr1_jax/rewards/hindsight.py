@@ -49,6 +49,9 @@ class Hindsight:
     Args:
       reward: S_traj as the run has it.
       paths: prompts -> the paths that they ask for, camtoworld [n F 4 4].
+
+    Attributes:
+      rows: place in the batch -> S_traj of what was seen, under its own caption and every clause.
     """
 
     def __init__(
@@ -68,13 +71,13 @@ class Hindsight:
             return jnp.concatenate([own[:, None], every(paths).T], axis=1)
 
         self._compare = jax.jit(compare)
-        self._seen: dict[int, np.ndarray] = {}
+        self.rows: dict[int, Float[np.ndarray, " C+1"]] = {}
 
     def see(self, evidence: Evidence, places: np.ndarray) -> None:
         """Notes how well the cameras of one turn obeyed every clause."""
         paths = self._paths[:, :: evidence.frame_stride]
         rows = arrays.to_host(self._compare(evidence, paths))
-        self._seen |= dict(zip(places.tolist(), rows, strict=True))
+        self.rows |= dict(zip(places.tolist(), rows, strict=True))
 
     def choose(self, prompts: Sequence[str], rng: np.random.Generator) -> Rivals:
         """A rival for each prompt; forgets what was seen.
@@ -83,13 +86,13 @@ class Hindsight:
         any caption that it clearly did not obey, as long as its own.
         """
         rivals, leads = list(prompts), np.zeros(len(prompts), np.float32)
-        for place, row in sorted(self._seen.items()):  # turns come in an order of the mesh's
+        for place, row in sorted(self.rows.items()):  # turns come in an order of the mesh's
             own, others = row[0], row[1:]
             count = max(len(commands.moves(prompts[place])), 1)
             if (rival := self._rival(own, others, count, rng)) is not None:
                 rivals[place] = commands.replaced(prompts[place], self._clauses[rival])
                 leads[place] = own - others[rival]
-        self._seen = {}
+        self.rows = {}
         return Rivals(rivals, leads)
 
     def _rival(
