@@ -25,7 +25,7 @@ def main() -> None:
     products, and the shares of the update and of the products."""
     import jax
 
-    from worldr1_jax import settings, train
+    from worldr1_jax import preflight, settings, train
     from worldr1_jax.plan.flops import jaxpr_flops
     from worldr1_jax.plan.programs import Shapes, every
     from worldr1_jax.timing import StageTimer
@@ -33,9 +33,9 @@ def main() -> None:
     config = cli.CONFIG.value
     cli.use_cpu_well_for(config)
     found = settings.read(config)
-    settings.check_files(found)
+    preflight.check_files(found)
     prompts, mesh = settings.load_prompts(found), settings.make_mesh(found)
-    settings.check(found, mesh, prompts)
+    preflight.check(found, mesh, prompts)
     programs, state = train.build(found, mesh)
     loader, timer = settings.make_loader(found, prompts), StageTimer()
     runs = []

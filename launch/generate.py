@@ -35,7 +35,7 @@ def main() -> None:
     as it is made."""
     import jax
 
-    from worldr1_jax import settings
+    from worldr1_jax import preflight, settings
     from worldr1_jax.camera import trajectory
     from worldr1_jax.files import check_writable
     from worldr1_jax.media import write_mp4
@@ -54,7 +54,7 @@ def main() -> None:
         cli.use_cpu_well(BATCH.value or max(wanted, 1))
     found = settings.read(config)
     mesh = settings.make_mesh(found)
-    settings.check_policy(found)
+    preflight.check_policy(found)
     if found.policy.adapters:
         raise ValueError("policy.adapters is what training starts from: sample with --adapters")
     if flags.FLAGS["order"].present and SAMPLER.value != "unipc":

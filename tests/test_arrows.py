@@ -11,7 +11,7 @@ PACKAGE = "worldr1_jax"
 FLOORS = (
     ("launch",),
     ("plan", "train"),
-    ("settings",),
+    ("settings", "preflight"),
     ("nano", "evaluation"),
     ("episode",),
     ("policies", "rewards"),

@@ -4,24 +4,19 @@ import dataclasses
 import importlib
 import math
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import ml_collections
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
 from configs import world
-from tests import tiny
-from worldr1_jax import settings, timing
+from worldr1_jax import preflight, settings, timing
 from worldr1_jax.algorithms import base as algorithms
-from worldr1_jax.data.prompts import PromptSets
-from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.rewards.base import REWARDS, find
 from worldr1_jax.rewards.reconstruct import Reconstruct
 
@@ -275,27 +270,6 @@ def test_forwards_of_the_policy_for_a_video_and_update(variant, forwards):
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"groups": 3, "group_size": 4}, "groups x group_size is 12 videos, which the mesh's"),
-        ({"sample.videos_at_once": 3}, "sample.videos_at_once is 3: it has to divide the 4 videos"),
-        ({"frames": 18}, r"frames is 18: it has to be 1 \+ 4 k"),
-        ({"policy.weights": "nowhere"}, "'nowhere'"),
-        ({"rewards.reconstruct.da3": "nowhere"}, "'nowhere'"),
-        ({"policy.text_cache": "nowhere"}, "nowhere"),
-        ({"policy.adapters": "nowhere"}, "nowhere"),
-    ],
-)
-def test_what_does_not_fit_the_mesh_or_the_files_is_refused(changes, message):
-    config = world.get_config("nano,grpo")
-    for name, value in changes.items():
-        assert changed(config, name, value)
-    prompts = PromptSets(("a",), ("b",), ("c", "d"))
-    with pytest.raises(ValueError, match=message):
-        settings.check(settings.read(config), make_mesh(MESH_OF_8, jax.devices()), prompts)
-
-
 def test_fields_that_are_unknown_or_missing_are_refused():
     config = world.get_config("nano,grpo")
     with config.unlocked():
@@ -311,7 +285,7 @@ def test_fields_that_are_unknown_or_missing_are_refused():
 @pytest.mark.parametrize("variant", ["nano", "nano,grpo", "large"])
 def test_what_a_newer_field_is_taken_to_have_been_is_its_default(variant):
     config = world.get_config(variant)
-    known = settings.defaults(settings.read(config))
+    known = preflight.defaults(settings.read(config))
     fields = dict(flat(config))
     assert {"algorithm.kl_weight", "train.adam_eps", "rewards.judge.mode"} <= known.keys()
     assert {name for name in known if not name.startswith("rewards.weights.")} <= fields.keys()
@@ -324,55 +298,7 @@ def test_advice_on_memory_names_fields_and_what_a_resume_may_change():
         for name in re.findall(r"[a-z]\w+[._]\w[\w.]+", f"{first}, {then}"):
             assert name in names, name
         for name in re.findall(r"[a-z]\w+[._]\w[\w.]+", first):
-            assert {name, name.partition(".")[0]} & set(settings.MAY_CHANGE), name
-
-
-def test_what_paths_hold_counts_and_not_where_they_lead(tmp_path, weights):
-    """Another copy is the same; the same path with other weights is not."""
-    copied = shutil.copytree(weights, tmp_path / "copy")
-    prompts = PromptSets(("a",), ("b",), ("c",))
-
-    def contents(folder, prompts=prompts):
-        return settings.contents(settings.read(tiny.config(folder)), prompts)
-
-    here = contents(weights)
-    assert {"prompts", "policy.weights", "rewards.reconstruct.da3"} == set(here)
-    assert contents(copied) == here != contents(weights, PromptSets(("a",), ("x",)))
-    assert contents(weights, PromptSets(("a",), ("b",))) == here  # none are learnt from
-    (copied / "README.md").write_text("no weights")
-    assert contents(copied) == here
-    with (copied / "da3" / "model.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x7f")
-    assert contents(copied)["rewards.reconstruct.da3"] != here["rewards.reconstruct.da3"]
-
-
-def test_the_strength_of_the_adapters_that_training_starts_from_counts(tmp_path, weights):
-    """Another strength is another start."""
-    (tmp_path / "a").write_bytes(b"lora")
-
-    def held(spec):
-        found = settings.read(tiny.config(weights, **{"policy.adapters": str(tmp_path / spec)}))
-        return settings.contents(found, PromptSets(("a",), ()))["policy.adapters"]
-
-    assert held("a") == held("a:1") != held("a:0.8")
-    assert held("a:0.8") == held("a:0.80") != held("a:0.5")
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"rewards.reconstruct.frame_stride": 17}, "of 17 frames the 3D network sees 1, and"),
-        ({"rewards.reconstruct.gaussian_frames": 1}, "gaussian_frames is 1: S_meta compares"),
-        ({"frames": 1}, "of 1 frames the 3D network sees 1|needs? at least"),
-    ],
-)
-def test_frames_that_rewards_could_not_use_are_refused_before_the_first_rollout(changes, words):
-    config = world.get_config("nano")
-    config.update_from_flattened_dict(changes)
-    found = settings.read(config)
-    with pytest.raises(ValueError, match=words):
-        settings.check(found, settings.make_mesh(found), settings.load_prompts(found))
+            assert {name, name.partition(".")[0]} & set(preflight.MAY_CHANGE), name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """World-R1 in JAX. The rooms in the order in which data flows through them:
 
 settings     the config, checked, and the objects that it asks for
+preflight    what else has to be right before anything is loaded
 data         prompts: files, groups of K, main and dynamic phases
 camera       commands in a prompt -> camera path -> flow -> warped starting noise
 policies     models that sample videos, loaded, and compiled on the mesh

@@ -8,21 +8,18 @@ compiles before `read` has passed; below this module, functions take plain argum
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-import worldr1_jax
 from worldr1_jax.algorithms import advantage, base
 from worldr1_jax.algorithms import update as learning
-from worldr1_jax.camera import commands, trajectory
+from worldr1_jax.camera import commands
 from worldr1_jax.camera.injection import Camera
 from worldr1_jax.data import prompts as prompt_files
 from worldr1_jax.data import text_cache
@@ -30,25 +27,21 @@ from worldr1_jax.data.loader import Loader
 from worldr1_jax.data.phases import Phases
 from worldr1_jax.data.world_prompts import generate as world_prompts
 from worldr1_jax.evaluation.held_out import Evaluate
-from worldr1_jax.fields import check_names, defaults_of, each_of, in_range, of_kind
+from worldr1_jax.fields import check_names, each_of, in_range, of_kind
 from worldr1_jax.mesh import arrays, chips, placement
 from worldr1_jax.mesh import make as meshes
 from worldr1_jax.mesh.compiler import Jit
 from worldr1_jax.nano import captions
 from worldr1_jax.nn.layers import HELD
 from worldr1_jax.nn.lora import Adapters
-from worldr1_jax.policies.adapters import strength_of
 from worldr1_jax.policies.base import POLICY, TEXT, VAE, Options, Work, family
 from worldr1_jax.policies.stages import Pipeline, Sampling
 from worldr1_jax.rewards import Scorer
 from worldr1_jax.rewards import scorer as scoring
-from worldr1_jax.rewards.base import REWARDS, find
+from worldr1_jax.rewards.base import REWARDS
 from worldr1_jax.rewards.choice import Choice, choose
 from worldr1_jax.rewards.hindsight import Hindsight
-from worldr1_jax.rewards.reconstruct import Reconstruct
 from worldr1_jax.rewards.trajectory import Trajectory
-from worldr1_jax.weights import needed
-from worldr1_jax.weights.needed import Needed
 from worldr1_jax.weights.shipped import resolve
 from worldr1_jax.workdir.watch import Watch
 
@@ -58,14 +51,6 @@ IDLE = (TEXT, VAE, POLICY, "rewards")  # networks that may wait on the hosts
 # an estimate, from a block that was compiled for a TPU at size; it agrees with the one update that
 # the compiler has refused.
 BLOCK = 160
-
-# What a resume may change without becoming another run: memory, speed, pictures, and how long. Of
-# what is learnt it changes the rounding of sums at most, as another mesh does.
-MAY_CHANGE = (
-    "num_updates", "checkpoint_every", "checkpoint_keep", "videos_every", "evaluate", "fps", "mesh",
-    "idle_on_host", "policy.text_cache", "policy.chunked_vae", "policy.remat",
-    "sample.videos_at_once", "train.microbatches",
-)  # fmt: skip
 
 SECTIONS: Mapping[str, type] = {
     "mesh": meshes.Sizes,
@@ -215,98 +200,6 @@ def _check_contrast(found: Settings) -> None:
         )
 
 
-def check(found: Settings, mesh: jax.sharding.Mesh, prompts: prompt_files.PromptSets) -> None:
-    """Raises ValueError for what would only fail later, after minutes of loading and compiling."""
-    check_policy(found)
-    if found.policy.adapters:
-        load_adapters(found, [found.policy.adapters])
-    found.rewards.check()
-    found.rewards.check_frames(found.run.frames)
-    trajectory.check_fit(texts(found, prompts), found.run.frames)
-    cache = open_text_cache(found)
-    if cache is not None:
-        cache.check(texts(found, prompts))
-    parts = placement.batch_parts(mesh)
-    if found.run.videos % parts:
-        raise ValueError(
-            f"groups x group_size is {found.run.videos} videos, which the mesh's data x fsdp = "
-            f"{parts} cannot divide"
-        )
-    placement.turns(mesh, found.run.videos, found.sample.videos_at_once)
-    rules_on(found, mesh).check_parts(found.run.videos)
-    draw = found.algorithm.draw(jax.random.key(0), 0, found.plan)
-    if draw.prefix and (found.run.groups % parts or found.camera.mode == "step"):
-        raise ValueError(
-            f"algorithm.share is 'prefix' and groups is {found.run.groups}: the mesh's data x fsdp "
-            f"= {parts} has to divide the groups, and camera.mode must not be step; noise has no "
-            "such conditions"
-        )
-    if draw.prefix:
-        placement.turns(mesh, found.run.groups, found.sample.videos_at_once)
-    if draw.solver is not None and found.camera.mode == "step":
-        raise ValueError("algorithm.solver is 'unipc', which undoes camera.mode=step: use initial")
-
-
-def contents(found: Settings, prompts: prompt_files.PromptSets) -> dict[str, str]:
-    """Field of the config that names files -> hash of what they hold, as far as it is learnt from.
-    What ships with the package ("nano") goes by its version."""
-    start, strength = strength_of(found.policy.adapters)
-    times = "" if strength == 1 else f" times {strength!r}"
-    run = Path(start) / "checkpoints"  # of another run, which has more that is not learnt from
-    used = (prompts.train, prompts.dynamic if found.dynamic.dynamic_updates else ())
-    return {
-        "prompts": hashlib.sha256(repr(used).encode()).hexdigest(),
-        **{
-            one.field: _held(one.value)
-            for one in (_policy(found), *found.rewards.needed())
-            if one.value != "nano"
-        },
-        **({"policy.adapters": _held(run if run.is_dir() else start) + times} if start else {}),
-    }
-
-
-def defaults(found: Settings) -> dict[str, Any]:
-    """Field of the config -> its default, which a folder from before the field has: that of a new
-    field has to do what was done before. None: a reward that is left out."""
-    kinds = {**SECTIONS, "algorithm": type(found.algorithm), "rewards.reconstruct": Reconstruct}
-    kinds |= {f"rewards.{name}": find(name) for name in REWARDS}
-    return defaults_of(kinds) | {f"rewards.weights.{name}": None for name in REWARDS}
-
-
-def _held(path: str | Path) -> str:
-    return text_cache.fingerprint([path])
-
-
-def identity(
-    config: ml_collections.ConfigDict, prompts: prompt_files.PromptSets, contents: Mapping[str, str]
-) -> dict[str, str]:
-    """What hosts have to have in common, as texts: config, prompts, code, and weights."""
-    return {
-        "config": config.to_json(sort_keys=True),
-        "prompts": repr(prompts),
-        "version of worldr1_jax and jax": f"{worldr1_jax.__version__} {jax.__version__}",
-        "files of weights": repr(sorted(contents.items())),
-    }
-
-
-def check_files(found: Settings) -> None:
-    """Raises ValueError that names every network that is missing, where to get it and its size; to
-    be called first, for the mesh already asks for the policy's shape."""
-    needed.check((_policy(found), *found.rewards.needed()))
-
-
-def _policy(found: Settings) -> Needed:
-    sizes = {"large": ("Wan-AI/Wan2.1-T2V-14B", "69 GB")}
-    what, size = sizes.get(found.run.variant, ("Wan-AI/Wan2.1-T2V-1.3B", "18 GB"))
-    return Needed("policy.weights", found.policy.weights, what, size, "Apache-2.0")
-
-
-def check_policy(found: Settings) -> None:
-    """The part of `check` that sampling videos depends on."""
-    folder = resolve(found.policy.weights)
-    family(folder).read(folder).latents(found.run.size)
-
-
 # ------------------------------------------------------------------------------------- prompts
 
 
@@ -379,7 +272,10 @@ def make_mesh(
         work = family(folder).read(folder).work(found.run.size, found.policy.text_tokens)
     context = least_context(found, work, there) if there[0].platform == "tpu" else 1
     return meshes.make_mesh(
-        meshes.default_sizes(there, found.run.videos, work.heads, context), there
+        meshes.default_sizes(
+            there, found.run.videos // found.train.minibatches, work.heads, context
+        ),
+        there,
     )
 
 

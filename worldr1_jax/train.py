@@ -18,12 +18,13 @@ from clu import parameter_overview
 from flax import nnx
 
 import worldr1_jax
-from worldr1_jax import episode, settings
+from worldr1_jax import episode, preflight, settings
 from worldr1_jax.algorithms import update as learning
+from worldr1_jax.algorithms.advantage import FLAT
 from worldr1_jax.algorithms.base import Rival
 from worldr1_jax.data.loader import Loader, PromptBatch
 from worldr1_jax.evaluation import held_out
-from worldr1_jax.files import read_json, write_atomically
+from worldr1_jax.files import read_json, short, write_atomically
 from worldr1_jax.mesh import arrays, compiler, hosts
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
@@ -38,7 +39,6 @@ from worldr1_jax.workdir.metrics import MetricsWriter, Progress, write_summary
 from worldr1_jax.workdir.stop import Stopped, StopSignal
 from worldr1_jax.workdir.watch import Watcher
 
-FLAT = 1e-6  # spread of a reward below which a group teaches nothing of it
 SHOWN = ("reward", "kl", "grad_norm", "masked", "skipped")  # beside the rewards that count
 
 
@@ -85,15 +85,20 @@ def run(
 
     # ---------------------------------------------------------------- what was asked for, checked
     found = settings.read(config)
-    settings.check_files(found)
+    preflight.check_files(found)
     prompts = settings.load_prompts(found)
     mesh = settings.make_mesh(found)
-    settings.check(found, mesh, prompts)
+    preflight.check(found, mesh, prompts)
+    if found.algorithm.captions > 1 and (shared := preflight.shared_scenes(prompts)):
+        _say(
+            f"note: {len(shared)} scenes of held-out prompts are learnt from, too, such as "
+            f"'{short(shared[0])}': rival captions may be held-out prompts"
+        )
     loader = settings.make_loader(found, prompts)
     asked = json.loads(config.to_json())
-    contents = settings.contents(found, prompts)
-    compare_config(workdir, asked, settings.MAY_CHANGE, contents, settings.defaults(found))
-    hosts.agree(settings.identity(config, prompts, contents))
+    contents = preflight.contents(found, prompts)
+    compare_config(workdir, asked, preflight.MAY_CHANGE, contents, preflight.defaults(found))
+    hosts.agree(preflight.identity(config, prompts, contents))
 
     with (
         Lock(workdir) as lock,
@@ -211,6 +216,7 @@ def learn(
                 if ended:
                     _say(f"ended after update {done}: {ended}")
                     break
+            stop.between_stages()  # what was asked for in the last stage; the report takes long
         except Stopped:
             with stop.saving():
                 keeper.save(done, state)
@@ -234,9 +240,10 @@ def held_out_report(
         test[: found.evaluate.prompts], programs.keys[1], found.evaluate.samples,
         found.evaluate.batch, found.sample.videos_at_once,
     )  # fmt: skip
+    start = "what policy.adapters gave" if found.policy.adapters else "the base"
     return held_out.compare(
         programs.pipeline, programs.scorer, adapters, exam, found.evaluate,
-        seed=found.run.seed, workdir=workdir,
+        seed=found.run.seed, workdir=workdir, start=start,
     )  # fmt: skip
 
 

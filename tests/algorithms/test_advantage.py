@@ -82,6 +82,31 @@ def test_the_floor_keeps_noise_small():
     np.testing.assert_allclose(got, [0.01, -0.01], rtol=1e-5)
 
 
+def one(rewards, **fields):
+    """Advantages of a run that learns from one reward."""
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+    make = advantage.make(mesh, 2, {"n": 1.0}, Advantage(rewards="each", std="batch", **fields))
+    rewards = jnp.array(rewards)
+    return make(Scores({"n": rewards}, rewards, jnp.ones(4, bool)))[0]
+
+
+def test_a_floor_holds_in_what_is_learnt_from():
+    """Standardised once more, what the floor has made small would be as large as without it."""
+    noise = [0.001, -0.001, -0.001, 0.001]
+    np.testing.assert_allclose(one(noise, floor=0.1), np.array(noise) / 0.1001 * 1.1, rtol=1e-3)
+    assert np.abs(one(noise)).min() > 0.9
+
+
+def test_rounding_teaches_nothing():
+    same = 0.7 + np.float32(6e-8) * np.array([1, 0, 0, 1], np.float32)
+    np.testing.assert_array_equal(one(same), 0)
+
+
+def test_a_floor_of_a_sum_is_none():
+    with pytest.raises(ValueError, match="floor is not 0, but rewards is 'sum'"):
+        Advantage(floor=0.1)
+
+
 def scores():
     """Two groups of three; "b" failed on sample 5, and only sample 3 of its group is left."""
     a, b = jnp.array([1.0, 2, 3, 5, 7, 6]), jnp.array([4.0, 4, 1, 0, jnp.nan, jnp.nan])

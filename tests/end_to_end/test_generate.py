@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import launching, tiny
-from worldr1_jax import settings
+from worldr1_jax import preflight, settings
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.models import umt5
 from worldr1_jax.models.wan import dit as wan_dit
@@ -239,7 +239,7 @@ def test_a_run_on_encoded_prompts_never_reads_the_encoder(
         return settings.read(tiny.config(folder, **changes | {"evaluate.prompts": 0} | more))
 
     def check(found):
-        settings.check(found, mesh, settings.load_prompts(found))
+        preflight.check(found, mesh, settings.load_prompts(found))
 
     with monkeypatch.context() as patch:
         patch.setattr(umt5, "load", None)

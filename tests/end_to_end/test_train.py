@@ -1,6 +1,7 @@
 """The whole loop on tiny random weights: what it writes, kills and resumes, meshes, wrong input."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -8,16 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 from tests import tiny
 from tests.launching import environment
 from tests.measure import kills
-from worldr1_jax import train
+from worldr1_jax import settings, train
 from worldr1_jax.mesh import make as meshes
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +191,32 @@ def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
     # larger.
     for a, b in zip(*results, strict=True):
         assert np.allclose(a, b, atol=1e-5), np.abs(a - b).max()
+
+
+def test_a_stop_in_the_last_stage_comes_before_the_report(monkeypatch, tmp_path):
+    """Which at full size takes hours."""
+
+    def one_update(programs, state, loader, update, timer, *, between):
+        between()
+        if update == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return state, train.Outcome(None, {}, None, {"reward": 0.0})
+
+    saved = []
+    keeper = SimpleNamespace(
+        saved=0, loader=None, lock=SimpleNamespace(check=lambda: None), settled=lambda: saved[-1],
+        watcher=train.Watcher(settings.Watch()), save=lambda done, state: saved.append(done),
+    )  # fmt: skip
+    monkeypatch.setattr(train, "one_update", one_update)
+    run = SimpleNamespace(num_updates=2, checkpoint_every=1, fps=8.0)
+    programs = SimpleNamespace(
+        settings=SimpleNamespace(run=run, rewards=SimpleNamespace(reported=tuple)),
+        pipeline=SimpleNamespace(base=nnx.State({})), mesh=meshes.make_mesh({}, jax.devices()[:1]),
+    )  # fmt: skip
+    with pytest.raises(train.Stopped):
+        train.learn(programs, SimpleNamespace(adapters={}), 0, keeper, str(tmp_path))
+    assert saved[-1] == 2
 
 
 def wrong_prompts(tmp_path, content):

@@ -51,6 +51,19 @@ with StopSignal(lambda: 7, grace=0.5):
 """
 
 
+def test_a_checkpoint_that_cannot_be_written_keeps_no_process_alive():
+    """Of a disk that is full; the thread that listens may not die of it."""
+    failing = LONG_STAGE.replace("lambda: 7", "lambda: open('/nowhere/at/all')")
+    run = subprocess.Popen(
+        [sys.executable, "-c", failing],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert run.stdout is not None and run.stdout.readline() == "in a stage\n"
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 0 and "stopped in the middle of a stage: [Errno 2]" in said
+
+
 @pytest.mark.parametrize(
     ("asked", "status"), [([signal.SIGTERM], 0), ([signal.SIGINT, signal.SIGINT], 130)]
 )

@@ -4,17 +4,20 @@ With K videos of a prompt, a reward R, and the mean over the prompt's group,
 
     sum:   A = (R - mean R) / (std + eps),  R = sum_n w_n R_n
     each:  A = (Z - mean Z) / (std Z + eps) over the batch,  Z = sum_n w_n (R_n - mean R_n) / std_n
+           with max(std_n, floor) in the Z above, and std_n in the Z that it is divided by
 
 The sum is GRPO's: the reward with the largest spread decides what is learnt. GDPO (arXiv
 2601.05242) weighs each reward in units of its own spread, so that weights say what they seem to.
 Trap: where a reward is all but noise, so is what it is divided by. std_n over the batch, or the
-floor under it, keeps such a group's noise small.
+floor under it, keeps such a group's noise small; where no reward differs by more than rounding
+does, nothing is learnt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ from worldr1_jax.mesh import arrays
 from worldr1_jax.types import Scores
 
 EPS = 1e-4  # added to every std
+FLAT = 1e-6  # spread of rewards that are the same but for float32's rounding: they teach nothing
 REWARDS = ("sum", "each")
 STDS = ("group", "batch", "global")
 
@@ -49,6 +53,8 @@ class Advantage:
     def __post_init__(self):
         one_of(self, rewards=REWARDS, std=STDS)
         in_range(self, floor=(0, 1e9), clip=(1e-9, 1e9))
+        if self.floor and self.rewards == "sum":
+            raise ValueError("floor is not 0, but rewards is 'sum': it is of each reward's std")
 
 
 def make(
@@ -67,14 +73,15 @@ def make(
     """
 
     def compare(parts, valid):
-        rewards = parts["total"]
+        rewards, unit, std = parts["total"], None, settings.std
         if settings.rewards == "each":
-            rewards = each_standardised(
-                {name: parts[name] for name in parts if name != "total"},
-                weights, group_size, valid, std=settings.std, floor=settings.floor,
+            each = partial(
+                each_standardised, {name: parts[name] for name in parts if name != "total"},
+                weights, group_size, valid, std=settings.std,
             )  # fmt: skip
-        std = "batch" if settings.rewards == "each" else settings.std
-        found = group_advantage(rewards, group_size, valid, std=std, clip=settings.clip)
+            # A second std of what the floor has made small would make it large again.
+            rewards, unit, std = each(floor=settings.floor), each(), "batch"
+        found = group_advantage(rewards, group_size, valid, std=std, clip=settings.clip, unit=unit)
         return found, comparable(valid, group_size).reshape(-1)
 
     program = jax.jit(compare, out_shardings=arrays.batched(mesh))
@@ -98,6 +105,7 @@ def group_advantage(
     std: str = "group",
     clip: float = 5.0,
     eps: float = EPS,
+    unit: Float[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
     """`(reward - group mean) / (std + eps)`, clipped to `+-clip`.
 
@@ -110,6 +118,7 @@ def group_advantage(
       std: one of STDS, see `Advantage`.
       clip: largest absolute advantage, > 0.
       eps: added to the std.
+      unit: whose std it is, in place of the rewards'.
 
     Raises:
       ValueError: when group_size does not divide B or is below 2, or `std` is unknown.
@@ -117,6 +126,8 @@ def group_advantage(
     valid = jnp.ones(rewards.shape[0], bool) if valid is None else valid
     mask = comparable(valid, group_size)
     deviation, spread = _spread(rewards, mask, std)
+    if unit is not None:
+        _, spread = _spread(unit, mask, std)
     return jnp.where(mask, jnp.clip(deviation / (spread + eps), -clip, clip), 0.0).reshape(-1)
 
 
@@ -141,9 +152,10 @@ def each_standardised(
       floor: least std of a reward.
       eps: added to the std.
     """
-    mask, total = comparable(valid, group_size), 0.0
+    mask, total = comparable(valid, group_size), jnp.zeros(())
     for name, rewards in parts.items():
         deviation, spread = _spread(rewards, mask, std)
+        deviation = jnp.where(spread > FLAT, deviation, 0.0)
         total += weights[name] * deviation / (jnp.maximum(spread, floor) + eps)
     return jnp.asarray(total).reshape(-1)
 

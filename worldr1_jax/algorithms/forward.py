@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from worldr1_jax.algorithms.base import Algorithm, Draw, Plan, Policies, Samples, Velocity
 from worldr1_jax.algorithms.contrast import contrast
 from worldr1_jax.fields import each_in_range, in_range, of_kind, one_of
-from worldr1_jax.rollout import unipc
+from worldr1_jax.rollout import schedule, unipc
 from worldr1_jax.rollout.sample import Sampler
 from worldr1_jax.types import Trajectory
 
@@ -78,6 +78,8 @@ class Forward(Algorithm):
         each_in_range(self, levels=(0, 1), length=2)
         if self.levels[0] >= self.levels[1]:
             raise ValueError(f"levels is {self.levels}: the lower level comes first")
+        if self.anchor and not self.contrast:
+            raise ValueError("anchor is not 0, but contrast is: it holds what two captions share")
 
     @property
     def terms(self) -> int:
@@ -100,6 +102,12 @@ class Forward(Algorithm):
 
     def draw(self, key: PRNGKeyArray, update: int, plan: Plan) -> Draw:
         """Deterministic, by the solver that the field names; see `Algorithm.draw`."""
+        last = schedule.lowest(plan.steps, plan.shift)
+        if self.levels[1] < last:
+            raise ValueError(
+                f"levels is {self.levels}: the lowest noise level at which the rollout asks the "
+                f"policy is {last:.3g}"
+            )
         solver = unipc.make(plan.steps, plan.shift) if self.solver == "unipc" else None
         return Draw(Sampler(kind="none", guidance=plan.guidance), solver=solver)
 

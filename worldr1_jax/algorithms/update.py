@@ -213,13 +213,13 @@ def ema_update(ema: Any, params: Any, step: Int[Array, ""], decay: float, every:
     """Average of the parameters after optimizer step `step` (from 1), renewed every `every` steps.
 
     The k-th renewal has decay `min(decay, (k - 1) / k)`: the plain mean of what was seen until that
-    reaches `decay`, exponential from then on. So the weights of the parameters seen always sum
-    to 1, and the untrained start has none. Departure: the reference's warm-up and its renewal every
-    8 steps barely average over a run of its length.
+    reaches `decay`, exponential from then on; before the first, it is the parameters. So the
+    weights of the parameters seen always sum to 1, and the untrained start has none. Departure: the
+    reference's warm-up and its renewal every 8 steps barely average over a run of its length.
     """
     renewals = step // every
     kept = jnp.minimum(decay, 1 - 1 / jnp.maximum(renewals, 1))
-    kept = jnp.where(step % every == 0, kept, 1.0)
+    kept = jnp.where((step % every == 0) | (renewals == 0), kept, 1.0)
     return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, ema, params)
 
 

@@ -232,8 +232,12 @@ def compare(
     *,
     seed: int,
     workdir: str | Path,
+    start: str = "the base",
 ) -> dict[str, Any]:
     """Held-out prompts under the base policy at its best and under `adapters`, on the same noise.
+
+    The base is what the pipeline has: with adapters to start from, it is no base, and `start` says
+    so.
 
     The base is first tried at every one of `settings.guidances`: turning guidance on is a knob that
     costs nothing, and an improvement has to beat it. Prints the tables and writes
@@ -287,7 +291,7 @@ def compare(
         },
     }
     if jax.process_index() == 0:
-        print(f"the base at guidance {best:g}, its best of {tried or [own]}; the policy at {own:g}")
+        print(f"{start} at guidance {best:g}, its best of {tried or [own]}; the policy at {own:g}")
         print(table(tables["heldout"]), flush=True)
         for name, videos in (("before", old), ("after", new)):
             sheet = contact_sheet(videos, exam.prompts[: len(videos)])

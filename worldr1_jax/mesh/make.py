@@ -113,7 +113,8 @@ def current() -> Any:
 def default_sizes(
     devices: Sequence[Any], videos: int, heads: int, least_context: int = 1
 ) -> dict[str, int]:
-    """Mesh sizes that suit a number of devices, for `videos` of an update and a DiT of `heads`.
+    """Mesh sizes that suit a number of devices, for `videos` of an optimizer step and a DiT of
+    `heads`.
 
     A device takes whole videos where there are enough of them, for then tokens need no exchange;
     else the fewest devices that fill the machine share one (context), at least `least_context`,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -135,17 +135,7 @@ def grown(fresh: Adapters, given: Adapters) -> dict[str, Adapter]:
     Raises:
       ValueError: `given` has a layer that `fresh` lacks, or a larger rank.
     """
-    for path, adapter in given.items():
-        if path not in fresh:
-            raise ValueError(
-                f"the adapters to start from have '{path}', which is not trained: set "
-                "policy.lora_layers=attention, or fold them into the weights first"
-            )
-        if adapter.a.shape[-1] > fresh[path].a.shape[-1]:
-            raise ValueError(
-                f"the adapters to start from have rank {adapter.a.shape[-1]} on '{path}': "
-                f"policy.lora_rank is {fresh[path].a.shape[-1]}, and has to be as large"
-            )
+    check_growth(given, {path: adapter.a.shape[-1] for path, adapter in fresh.items()}.get)
     out = {}
     for path, (a, b, scale) in fresh.items():
         start = given.get(path)
@@ -155,6 +145,23 @@ def grown(fresh: Adapters, given: Adapters) -> dict[str, Adapter]:
             b = jnp.asarray(b).at[..., :rank, :].set(start.b * np.float32(start.scale / scale))
         out[path] = Adapter(a, b, scale)
     return out
+
+
+def check_growth(given: Adapters, rank: Callable[[str], int | None]) -> None:
+    """Raises ValueError where training of these ranks (None: a layer is not trained) cannot start
+    from `given`."""
+    for path, adapter in given.items():
+        has, most = adapter.a.shape[-1], rank(path)
+        if most is None:
+            raise ValueError(
+                f"the adapters to start from have '{path}', which is not trained: set "
+                "policy.lora_layers=attention, or fold them into the weights first"
+            )
+        if has > most:
+            raise ValueError(
+                f"the adapters to start from have rank {has} on '{path}': policy.lora_rank is "
+                f"{most}, and has to be as large"
+            )
 
 
 def attach(model: nnx.Module, found: Adapters) -> nnx.Module:

@@ -67,6 +67,11 @@ def unipc_sigmas(
     return np.append(levels, 0.0).astype(np.float32), timesteps
 
 
+def lowest(steps: int, shift: float) -> float:
+    """The last noise level at which `sigmas` asks the policy; errors are those of `sigmas`."""
+    return float(_shifted(steps, shift, 1.0, 0.0)[-2])
+
+
 def _shifted(steps: int, shift: float, top: float, bottom: float) -> Float[np.ndarray, " T+1"]:
     """`s` even from `top` to `bottom`, shifted, in float64."""
     if steps < 1:

@@ -122,8 +122,12 @@ class StopSignal:
 
     def _leave(self, status: int) -> None:
         with self._busy:
-            say(
-                f"stopped in the middle of a stage; the same command goes on after update "
-                f"{self._saved()}"
-            )
-            os._exit(status)
+            try:  # whatever a disk says that is full, the process is asked to end
+                say(
+                    f"stopped in the middle of a stage; the same command goes on after update "
+                    f"{self._saved()}"
+                )
+            except Exception as error:
+                say(f"stopped in the middle of a stage: {error}")
+            finally:
+                os._exit(status)

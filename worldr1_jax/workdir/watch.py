@@ -26,7 +26,8 @@ class Watch:
         0: any.
       kl: largest mean KL to the base policy, for algorithms that measure one; 0: any.
       patience: updates over which diversity and KL are averaged.
-      idle: updates in a row from which nothing could be learnt.
+      idle: updates in a row from which nothing could be learnt. The policy is not spoilt by them:
+        once what failed is mended, the same command goes on.
     """
 
     diversity: float = 0.75
