@@ -141,5 +141,36 @@ def test_the_base_is_judged_by_what_is_measured():
     assert by == ("hps",)
     scores = {1.0: [np.nan] * 2, 2.0: [0.1, np.nan], 3.0: [0.3, 0.1], 4.0: [0.0, 0.0]}
     measured = {g: {"hps": np.array(values)} for g, values in scores.items()}
-    assert evaluate.best_guidance(measured, by) == 3.0
+    assert evaluate.best_guidance({g: measured[g] for g in (2.0, 3.0, 4.0)}, by) == 3.0
     assert evaluate.best_guidance({1.0: measured[1.0], 4.0: measured[4.0]}, by) == 4.0
+
+
+def test_guidances_are_compared_on_the_same_prompts():
+    """One that fails at seven of eight and is good at the last is not the base's best."""
+    few = np.array([np.nan] * 7 + [1.9])
+    measured = {2.0: {"hps": few}, 4.0: {"hps": np.array([1.8] * 7 + [1.95])}}
+    assert evaluate.best_guidance(measured, ("hps",)) == 4.0
+
+
+def test_a_report_says_how_many_prompts_it_is_of():
+    before = np.linspace(0, 1, 40)
+    after = np.where(np.arange(40) < 2, np.nan, before + 0.1)
+    whole, most, few = (
+        evaluate.table(evaluate.report({"x": a}, {"x": b}, 0)).splitlines()[1]
+        for a, b in ((before, before + 0.1), (before, after), (before[:8], after[:8]))
+    )
+    assert whole.endswith("]") and most.endswith("of 38 prompts, not 40")
+    assert few.endswith("of 6 prompts only")
+
+
+def test_a_video_that_is_not_finite_is_shown_and_ends_no_report(tmp_path):
+    class Broken(Pipeline):
+        def decode(self, latents):
+            return super().decode(latents).at[0, 0, 0, 0].set(np.nan)
+
+    exam = evaluate.Exam(["a", "b"], jax.random.key(0), samples=2, batch=2)
+    found = evaluate.compare(
+        Broken(1), Reward(1), "tuned", exam, evaluate.Evaluate(), seed=0, workdir=tmp_path
+    )
+    assert found["heldout"]["recon"]["pairs"] == 1
+    assert (tmp_path / "videos" / "heldout_after.png").is_file()

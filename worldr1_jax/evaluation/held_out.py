@@ -18,7 +18,7 @@ from worldr1_jax.evaluation import epipolar
 from worldr1_jax.evaluation.statistics import paired_bootstrap_ci95
 from worldr1_jax.fields import each_in_range, in_range
 from worldr1_jax.files import write_atomically
-from worldr1_jax.media import contact_sheet, sheet_frames
+from worldr1_jax.media import contact_sheet, marked, sheet_frames
 from worldr1_jax.mesh import arrays, placement
 from worldr1_jax.policies.stages import Pipeline
 from worldr1_jax.rewards import Scorer
@@ -192,7 +192,8 @@ class _Videos:
 
 class _Cameras:
     """Epipolar errors of a batch's videos, under the cameras that were recovered and under those
-    asked for, turn by turn; of reconstructed frames, on the host's own devices."""
+    asked for, turn by turn; of reconstructed frames, on the host's own devices, one video after the
+    other: a turn of a pod's is more than a device holds."""
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[float, float]] = {}
@@ -203,17 +204,16 @@ class _Cameras:
             return
         found = evidence.reconstruction
         size = found.depth.shape[-2:]  # that the intrinsics are of
-        frames, asked, recovered, matrices = (
-            arrays.to_host(x)
-            for x in (evidence.seen, evidence.path, found.camtoworld, found.intrinsics)
-        )
-        scale = np.array([frames.shape[3] / size[1], frames.shape[2] / size[0], 1.0], np.float32)
-        matrices = matrices * scale[:, None]
-        errors = [
-            np.asarray(epipolar.errors(frames, path, matrices)["epipolar"])
-            for path in (recovered, asked)
-        ]
-        self._found |= dict(zip(places.tolist(), zip(*errors, strict=True), strict=True))
+        leaves = (evidence.seen, evidence.path, found.camtoworld, found.intrinsics)
+        for row, place in enumerate(places.tolist()):
+            frames, asked, recovered, matrices = (arrays.to_host(x[row : row + 1]) for x in leaves)
+            scale = np.array([frames.shape[3] / size[1], frames.shape[2] / size[0], 1.0])
+            matrices = (matrices * scale[:, None]).astype(np.float32)
+            of_recovered, of_asked = (
+                float(epipolar.errors(frames, path, matrices)["epipolar"][0])
+                for path in (recovered, asked)
+            )
+            self._found[place] = of_recovered, of_asked
 
     def errors(self, count: int) -> Measures:
         """Of `count` videos; nothing where none was reconstructed."""
@@ -294,7 +294,7 @@ def compare(
         print(f"{start} at guidance {best:g}, its best of {tried or [own]}; the policy at {own:g}")
         print(table(tables["heldout"]), flush=True)
         for name, videos in (("before", old), ("after", new)):
-            sheet = contact_sheet(videos, exam.prompts[: len(videos)])
+            sheet = contact_sheet(marked(videos), exam.prompts[: len(videos)])
             write_atomically(Path(workdir) / "videos" / f"heldout_{name}.png", sheet)
     return {**tables, "heldout_guidance": guidance}
 
@@ -314,20 +314,17 @@ def judged_by(choice: Choice) -> tuple[str, ...]:
 
 
 def best_guidance(measured: Mapping[float, Measures], by: Sequence[str]) -> float:
-    """The guidance at which the measures `by`, summed, are highest on average; never one at which
-    no video could be scored, where another has any."""
-
-    def total(measures: Measures) -> float:
-        sums = np.sum([measures[name] for name in by], axis=0)
-        known = sums[np.isfinite(sums)]
-        return float(known.mean()) if known.size else -np.inf
-
-    return max(measured, key=lambda guidance: total(measured[guidance]))
+    """The guidance at which the measures `by`, summed, are highest on average over the prompts that
+    were scored at all of them; where there are none, the one at which most were scored."""
+    sums = np.array([np.sum([found[name] for name in by], axis=0) for found in measured.values()])
+    common = np.isfinite(sums).all(axis=0)
+    totals = sums[:, common].mean(axis=1) if common.any() else np.isfinite(sums).sum(axis=1)
+    return list(measured)[int(np.argmax(totals))]
 
 
 def report(before: Measures, after: Measures, seed: int) -> dict[str, dict[str, Any]]:
-    """`{metric: {before, after, paired_ci95, pairs}}`: means over the pairs that both could be
-    scored; NaN where there are none, and no interval of fewer than two."""
+    """`{metric: {before, after, paired_ci95, pairs, prompts}}`: means over the pairs of which both
+    could be scored; NaN where there are none, and no interval of fewer than two."""
     rows = {}
     for name in before:
         both = np.isfinite(before[name]) & np.isfinite(after[name])
@@ -339,16 +336,20 @@ def report(before: Measures, after: Measures, seed: int) -> dict[str, dict[str, 
             if pairs > 1
             else [float("nan")] * 2,
             "pairs": pairs,
+            "prompts": len(both),
         }
     return rows
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The report as lines of text; intervals of few pairs are marked, for they promise too much."""
+    """The report as lines of text; rows of fewer than all prompts are marked, for those that one
+    policy fails at are missing, and few promise too much."""
     lines = [f"{'held-out metric':<22}{'before':>9}{'after':>9}   95% interval of the change"]
     for name, row in rows.items():
         low, high = row["paired_ci95"]
-        few = "" if row["pairs"] >= ENOUGH else f"   of {row['pairs']} prompts only"
+        pairs, prompts = row["pairs"], row["prompts"]
+        few = f"   of {pairs} prompts" + (" only" if pairs < ENOUGH else f", not {prompts}")
+        few = few if pairs < max(prompts, ENOUGH) else ""
         lines.append(
             f"{name:<22}{row['before']:>9.4f}{row['after']:>9.4f}   [{low:+.4f}, {high:+.4f}]{few}"
         )

@@ -84,7 +84,10 @@ def path_plot(
     reach = max(float(np.abs(np.concatenate(lines)).max()), 1e-3)
     picture = Image.new("RGB", (2 * _PANEL, _PANEL), "white")
     draw = ImageDraw.Draw(picture)
-    panels = ((0, "from above: right, forward", 0, 2), (_PANEL, "from the left: forward, up", 2, 1))
+    panels = (
+        (0, "from above: right, forward", 0, 2),
+        (_PANEL, "from the right: forward, up", 2, 1),
+    )
     for left, title, across, up in panels:
         draw.rectangle((left, 0, left + _PANEL - 1, _PANEL - 1), outline="#cccccc")
         draw.text((left + 6, 4), title, fill="black", font=ImageFont.load_default(size=11))
