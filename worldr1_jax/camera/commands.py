@@ -83,6 +83,12 @@ _ENDING = "(?:s|es|d|ed|ing|ning|ting)?"  # pushes in, panning left
 _GAP = r"[\s_-]+"
 
 
+# After a direction that is one: of a place there is more, "to the right of it", "the left wall".
+_NO_PLACE = (
+    rf"(?!{_GAP}(?!(?:and|then|with|at|in|over|across|along|through|past)(?![a-z])|[a-z]+ly)[a-z])"
+)
+
+
 def _phrase(name: str) -> str:
     """Regular expression of one command: inflected verb, any separator, whole words only."""
     verb, *direction = name.split("_")
@@ -91,7 +97,9 @@ def _phrase(name: str) -> str:
     ending = "" if verb == "fixed" else _ENDING
     for here, there in (("left", "right"), ("right", "left")):
         if direction == [here]:  # "pans to the left", "pans leftwards", "pans from right to left"
-            across = rf"(?:from{_GAP})?(?:the{_GAP})?{{}}{_GAP}to{_GAP}(?:the{_GAP})?{{}}"
+            across = (
+                rf"(?:from{_GAP})?(?:the{_GAP})?{{}}{_GAP}to{_GAP}(?:the{_GAP})?{{}}{_NO_PLACE}"
+            )
             one = rf"(?:to\s+(?:the|its)\s+)?{here}(?:wards?)?"
             other = across.format(here, there)
             direction = [rf"(?!{other})(?:{across.format(there, here)}|{one})"]
@@ -164,6 +172,7 @@ _PLACE = re.compile(
     r"\b(?:toward|towards|past|over|under|through|along|across|at|on|of|behind|above|below|near|"
     r"beside|between|around|to\s+(?:reveal|show|(?:an?|the)(?!\s+(?:left|right))))\b"
 )
+_SHOWS = re.compile(rf"\bfixed\b|{_PLACE.pattern}")
 # Words that turn a command beside them into something else.
 _CHANGES = re.compile(
     r"not|no|nor|never|without|cannot|\w+n['’]?t|avoid\w*|stop\w*|instead|rather|except|unless|"
@@ -175,8 +184,13 @@ _CHANGES = re.compile(
     r"concurrently|faster|slower|speed\w*|slow(?:s|ing)|(?:ac|de)celerat\w*"
 )
 _MANNER = re.compile(  # said of the movement, though it looks like a place
-    r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}(?:speed|pace|rate|tempo|same\s+time|once|loop)\s*$"
+    r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}"
+    r"(?:speed|pace|rate|tempo|same\s+time|once|loop|reverse)\s*$"
+    r"|\b(?:per|an?|each|every)\s+(?:second|minute|frame|s|sec)\s*$"
+    r"|\b(?:twice|thrice|again|repeatedly)\s*$"
 )
+# "It moves left" behind these is as likely what the camera sees.
+_IT = re.compile(r"(?:then|next|after that|afterwards|finally|lastly)?[\s,:]*it\b", re.IGNORECASE)
 
 
 class _Clause(NamedTuple):
@@ -328,10 +342,15 @@ def _read(text: str) -> _Clause:
     if first is None:
         return _Clause((), _strays(plain), text)
     bodies, end = [first["body"]], first.end()
+    doubtful: tuple[str, ...] = ()
     while (more := _goes_on(plain, end, after=first["end"])) is not None:
+        said = plain[end : more.end("body")].lower()
+        if _IT.match(said) and _SHOWS.search(bodies[-1].lower()):
+            doubtful = (*doubtful, " ".join(said.split()))
         bodies.append(more["body"])
         first, end = more, more.end()
     found, wrong = _clause(" then ".join(bodies).lower())
+    wrong = (*wrong, *doubtful)
     if not found and not wrong:
         return _Clause((), _strays(plain), text)
     return _Clause(found, (*wrong, *_strays(plain[end:])), text[places[end] :])
@@ -362,7 +381,7 @@ def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
         command = _COMMANDS.match(" ".join(words))
         moves_on = command is not None and not _SEEN_MOVING.match(command[0])
         return sentence if moves_on or _is_only_how(body) else None
-    while words and (words[0] in _FILLERS or _SPEED.fullmatch(words[0])):
+    while words and (words[0] in _FILLERS or words[0] == "it" or _SPEED.fullmatch(words[0])):
         del words[0]
     begins = _COMMANDS.match(" ".join(words)) or (words and _CHANGES.fullmatch(words[0]))
     return sentence if begins or _asks(words) else None
@@ -478,6 +497,6 @@ def _asks(words: Sequence[str]) -> bool:
         return True
     if _VERBS.fullmatch(first) or _INFLECTED.fullmatch(first):
         return True
-    if first not in _PREPOSITIONS and any(map(_CAMERAS_OWN.fullmatch, words)):
+    if not _PLACE.fullmatch(first) and any(map(_CAMERAS_OWN.fullmatch, words)):
         return True
     return len(words) == 2 and rest[0] in ("left", "right", "up", "down")
