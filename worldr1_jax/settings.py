@@ -364,11 +364,27 @@ def make_hindsight(found: Settings, pipeline: Pipeline) -> Hindsight | None:
 
 def make_state(found: Settings, pipeline: Pipeline) -> learning.TrainState:
     """That before the first update, on the pipeline's mesh."""
-    start = partial(
+    places = jax.tree.map(lambda leaf: leaf.sharding, described_state(found, pipeline))
+    with jax.set_mesh(pipeline.mesh):
+        return jax.jit(_start(found), out_shardings=places)(pipeline.adapters)
+
+
+def described_state(found: Settings, pipeline: Pipeline) -> Any:
+    """Shapes and places of `make_state`: moments, average and what the algorithm remembers lie
+    where the adapters do. (Of zeros, which depend on no input, the compiler would give every device
+    a copy.)"""
+    shapes = jax.eval_shape(_start(found), pipeline.adapters)
+    places = placement.beside(shapes, pipeline.adapters, arrays.replicated(pipeline.mesh))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes, places,
+    )  # fmt: skip
+
+
+def _start(found: Settings) -> Any:
+    return partial(
         learning.init_state, optimizer=found.train.optimizer(), algorithm=found.algorithm
     )
-    with jax.set_mesh(pipeline.mesh):
-        return jax.jit(start)(pipeline.adapters)
 
 
 def make_update(found: Settings, pipeline: Pipeline, state: Any, *, donate: bool = True) -> Jit:

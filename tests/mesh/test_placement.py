@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from configs import world
+from worldr1_jax import settings
 from worldr1_jax.mesh import arrays
 from worldr1_jax.mesh import make as meshes
 from worldr1_jax.mesh import placement as sharding
@@ -188,3 +190,28 @@ def test_networks_rest_on_the_hosts_and_come_back_to_their_shards():
         np.testing.assert_array_equal(old, new)
     # Awake copies are the caller's: the network itself goes on resting.
     assert model.blocks.ffn.linear_1.kernel[...].sharding.memory_kind == arrays.HOST
+
+
+def test_moments_lie_where_their_adapters_do():
+    """Not whole on every device, as zeros that depend on no input would."""
+    config = world.get_config("nano")
+    with config.unlocked():
+        config.mesh.data, config.mesh.fsdp = 1, 4
+    found = settings.read(config)
+    mesh = settings.make_mesh(found, jax.devices()[:4])
+    pipeline = settings.build_pipeline(found, mesh, jax.random.key(0))
+    state = settings.make_state(found, pipeline)
+    described = settings.described_state(found, pipeline)
+    assert all(
+        a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(described), strict=True)
+    )
+    split = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(state.adapters)}
+    assert any(not place.is_fully_replicated for place in split.values())
+    beside = jax.tree.leaves((state.opt_state, state.ema, state.algorithm))
+    assert sum(leaf.shape in split for leaf in beside) == 4 * len(jax.tree.leaves(state.adapters))
+    assert all(
+        leaf.sharding.is_equivalent_to(split[leaf.shape], leaf.ndim)
+        for leaf in beside
+        if leaf.shape in split
+    )

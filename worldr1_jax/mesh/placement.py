@@ -185,6 +185,24 @@ def describe(module: nnx.Module, rules: Rules, mesh: Mesh, leaves: Any = WEIGHTS
     return module
 
 
+def beside(tree: Any, like: Any, otherwise: Any) -> Any:
+    """Places for a tree whose parts are trees like another, such as an optimizer's moments: each
+    leaf lies where the leaf of `like` does whose path ends its own, and `otherwise` where none
+    does."""
+    places = {
+        jax.tree_util.keystr(path): (leaf.shape, leaf.sharding)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]
+    }
+
+    def place(path: Any, leaf: Any) -> Any:
+        whole = jax.tree_util.keystr(path)
+        fitting = [name for name in places if whole.endswith(name)]
+        shape, found = places[max(fitting, key=len)] if fitting else ((), otherwise)
+        return found if shape == leaf.shape else otherwise
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def leaf_path(path: Sequence[Any]) -> str:
     """('blocks', 0, 'kernel') -> 'blocks.0.kernel'."""
     return ".".join(str(part) for part in path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -119,12 +118,7 @@ def lowerings(found: Settings, mesh: jax.sharding.Mesh) -> Iterator[Lowering]:
     """Every program of an update in their order, and that of restoring a checkpoint."""
     pipeline, scorer = described_pipeline(found, mesh), described_scorer(found, mesh)
     shapes = Shapes(found, pipeline)
-    start = partial(
-        learning.init_state, optimizer=found.train.optimizer(), algorithm=found.algorithm
-    )
-    state = _like(
-        pipeline.adapters, jax.eval_shape(start, pipeline.adapters), shapes.whole
-    )  # fmt: skip
+    state = settings.described_state(found, pipeline)
     sizes = _sizes(found, pipeline, scorer, shapes, state)
 
     def resting(*names: str) -> int:
@@ -213,14 +207,3 @@ def _over(
     """A described array by what its axes are (see `placement.spec_for`)."""
     place = jax.sharding.NamedSharding(mesh, placement.spec_for(shape, axes, mesh))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def _like(adapters: Any, state: Any, whole: Any) -> Any:
-    """Places for a train state: moments and average lie where their adapter lies."""
-    by_shape = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(adapters)}
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=by_shape.get(x.shape, whole) if x.ndim else whole
-        ),
-        state,
-    )  # fmt: skip
