@@ -107,7 +107,7 @@ def run(
         ) as checkpoints,
     ):
         hosts.agree({
-            "workdir, which has to be a folder that all of them see": lock.holder(),
+            "workdir, which has to be a folder that all of them see": lock.seen(),
             "newest checkpoint": str(checkpoints.latest_step()),
         })  # fmt: skip
         if programs_folder:

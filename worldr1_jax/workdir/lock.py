@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -63,15 +64,26 @@ class Lock:
                 "here"
             )
 
-    def holder(self, wait: float = 20.0) -> str:
-        """Who holds the lock, as this host sees it; "" where it sees none within so many seconds:
-        then its workdir is not the folder that process 0 has."""
+    def seen(self, wait: float = 20.0) -> str:
+        """The name of a file that process 0 makes in the folder, as this host sees it; "" where it
+        does not within so many seconds: then its workdir is not the folder that process 0 has.
+
+        Every process must call it. The name is new, for a mounted bucket may go on showing what
+        a file held before, such as this lock's."""
+        number = np.asarray(secrets.randbits(31))
+        if jax.process_count() > 1:
+            number = multihost_utils.broadcast_one_to_all(number)
+        path = self._path.with_name(f".seen-{int(number):08x}")
+        if jax.process_index() == 0:
+            files.write_atomically(path, b"")
         end = time.monotonic() + wait
-        while True:
-            owner = _owner(self._path)
-            if owner or time.monotonic() > end:
-                return f"{owner['host']} {owner['pid']}" if owner else ""
+        while not (found := path.exists()) and time.monotonic() < end:
             time.sleep(0.2)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(path.name)  # all have looked
+        if jax.process_index() == 0:
+            path.unlink(missing_ok=True)
+        return path.name if found else ""
 
     def __enter__(self) -> Lock:
         refusal = ""

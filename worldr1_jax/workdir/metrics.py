@@ -77,8 +77,8 @@ class MetricsWriter:
         make_folder(self._workdir)
         path = self._workdir / "metrics.jsonl"
         _drop_updates_from(path, restart_update)
-        with named(path, "written"):
-            self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        with named(path, "written"), open(path, "ab"):
+            pass
         with named(self._workdir, "written to"):
             self._board = SummaryWriter(
                 str(self._workdir), purge_step=restart_update, flush_secs=30
@@ -89,10 +89,12 @@ class MetricsWriter:
         if not self._active:
             return
         record = _plain({"update": update, **scalars})
-        with named(self._workdir / "metrics.jsonl", "written"):
-            self._lines.write(json.dumps(record, allow_nan=False) + "\n")
-            self._lines.flush()
-            os.fsync(self._lines.fileno())  # a mounted bucket keeps what is synchronised
+        path = self._workdir / "metrics.jsonl"
+        # A mounted bucket keeps a file once it is closed, and gcsfuse 3 no sooner.
+        with named(path, "written"), open(path, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record, allow_nan=False) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
         for name, value in record.items():
             if isinstance(value, int | float) and name != "update":
                 self._board.add_scalar(name, value, update)
@@ -112,7 +114,6 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._active:
-            self._lines.close()
             self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
