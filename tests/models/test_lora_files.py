@@ -47,6 +47,8 @@ def test_what_is_written_is_read_again(tmp_path, form):
     want = random() | random((r"blocks\.ffn\..*", "proj_out"), rank=2, alpha=3.0)
     lora_files.save(want, tmp_path, form)
     (tmp_path / "._x.safetensors").touch()  # as macOS leaves beside a copy
+    if form == "diffusers":  # whose older readers take the factor 1, whatever the header says
+        want = {path: lora.Adapter(x.a, x.b * np.float32(x.scale), 1.0) for path, x in want.items()}
     assert_equal(lora_files.load(tmp_path, CONFIG), want)
 
 

@@ -71,7 +71,8 @@ def save(source: nnx.Module | Adapters, folder: str | Path, form: str = "peft") 
 
     "peft" gives adapter_model.safetensors with adapter_config.json, for
     PeftModel.from_pretrained and for transformer.load_lora_adapter(prefix="base_model.model");
-    "diffusers" gives pytorch_lora_weights.safetensors, for WanPipeline.load_lora_weights;
+    "diffusers" gives pytorch_lora_weights.safetensors, for WanPipeline.load_lora_weights, with
+    the factor alpha / rank in B;
     "comfyui" gives comfyui_lora.safetensors, for its models/loras.
 
     Args:
@@ -88,6 +89,11 @@ def save(source: nnx.Module | Adapters, folder: str | Path, form: str = "peft") 
     found = lora.adapters(source) if isinstance(source, nnx.Module) else source
     if not found:
         raise ValueError("there is no LoRA to save: the network has no adapters")
+    if form == "diffusers":  # readers that pass over the header, older ones too, take the factor 1
+        found = {
+            leaf: Adapter(a, np.asarray(b) * np.float32(scale), 1.0)
+            for leaf, (a, b, scale) in found.items()
+        }
     filename, prefix, layout = FORMS[form]
     names = {leaf: name for name, leaf in linears(layout).items()}
     tensors = {}
