@@ -9,6 +9,7 @@ from worldr1_jax.camera import commands, trajectory
 from worldr1_jax.geometry import SH_C0
 from worldr1_jax.nano import captions, videos, world
 from worldr1_jax.rewards import likeness, meta_view
+from worldr1_jax.rewards import trajectory as s_traj
 from worldr1_jax.rewards.base import Evidence
 from worldr1_jax.rewards.reconstruct import thinned
 from worldr1_jax.types import Gaussians, Reconstruction
@@ -144,6 +145,29 @@ def test_too_little_cover_halves_the_angle_and_then_is_not_judged(room):
     score, parts = agreement(found.replace(gaussians=gaussians), asked)
     assert np.isnan(score[0]) and parts["cover"][0] < meta_view.COVER
     assert parts["angle"][0] == meta_view.ANGLE / 2
+
+
+def test_who_shows_less_sits_no_easier_exam(room, monkeypatch):
+    """A view from half the angle is easier, and comes when the first one shows too little."""
+    found, asked = room
+    found = moved(found, 1.0 + 0.1 * np.random.default_rng(0).normal(size=FRAMES))
+    whole, parts = agreement(found, asked)
+    assert float(parts["angle"][0]) == meta_view.ANGLE
+    easier, _ = agreement(found, asked, angle=meta_view.ANGLE / 2)
+    assert easier[0] > whole[0]
+    monkeypatch.setattr(meta_view, "COVER", float(parts["cover"][0]) + 0.001)
+    again, parts = meta_view.agreement(found, asked)  # not the compiled one of above
+    assert float(parts["angle"][0]) == meta_view.ANGLE / 2
+    np.testing.assert_allclose(again, whole, rtol=1e-4)
+
+
+def test_a_path_may_start_anywhere():
+    """Of a user's own: turned and moved, it asks for the same."""
+    turn = np.array([[0, 0, 1, 3], [0, 1, 0, 2], [-1, 0, 0, 1], [0, 0, 0, 1]], np.float32)
+    for name in commands.NAMES:
+        asked = np.asarray(path(name))[None]
+        assert meta_view.elevates(turn @ asked) == meta_view.elevates(asked)
+        assert s_traj.moves(turn @ asked) == s_traj.moves(asked) == (name != "fixed")
 
 
 def test_gaussians_of_fewer_frames_are_split_by_their_own(room):

@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from worldr1_jax.fields import in_range, one_of
-from worldr1_jax.geometry import rigid
+from worldr1_jax.geometry import relative_to_first, rigid
 from worldr1_jax.mesh.arrays import each_device
 from worldr1_jax.rewards.base import GAUSSIANS, Evidence, Parts, Reward
 from worldr1_jax.rewards.likeness import ssim_where, structure_where, where_shown
@@ -54,6 +54,11 @@ class _Seen(NamedTuple):
     usable: Bool[Array, " B"]
     angle: Float[Array, " B"]  # degrees
 
+    @property
+    def mean(self) -> Float[Array, " B"]:
+        """Of red, green, blue and depth."""
+        return 0.75 * self.colour + 0.25 * self.depth
+
 
 def agreement(
     reconstruction: Reconstruction,
@@ -66,7 +71,8 @@ def agreement(
     """How alike the two halves of each video look from two places beside the path.
 
     Where either half shows less than COVER of a view, or a view stands inside of something, the
-    video is looked at again from half the angle; if that fails too, it cannot be judged.
+    video is looked at again from half the angle, which is easier: what of the first look could be
+    compared still counts where it was worse. If that fails too, it cannot be judged.
 
     The places count as given: no gradient flows through where the exam is held, or a video could
     be improved by moving it.
@@ -100,13 +106,18 @@ def agreement(
 
     def again(seen: _Seen, turn: Array) -> tuple[_Seen, None]:
         narrower = lax.cond(jnp.all(seen.usable), lambda: seen, lambda: look(turn))
+        worse = (seen.angle > 0) & (seen.cover > 0) & (seen.mean < narrower.mean)
+        colour, depth = (
+            jnp.where(worse, a, b)
+            for a, b in ((seen.colour, narrower.colour), (seen.depth, narrower.depth))
+        )
+        narrower = narrower._replace(colour=colour, depth=depth)
         return jax.tree.map(functools.partial(jnp.where, seen.usable), seen, narrower), None
 
     nothing = jnp.zeros(len(asked))
     unseen = _Seen(nothing, nothing, nothing, nothing > 0, nothing)
     seen, _ = lax.scan(again, unseen, jnp.array([angle, angle / 2]))
-    parts = {"meta_view": 0.75 * seen.colour + 0.25 * seen.depth, "colour": seen.colour,
-             "depth": seen.depth}  # fmt: skip
+    parts = {"meta_view": seen.mean, "colour": seen.colour, "depth": seen.depth}
     parts = {name: jnp.where(seen.usable, part, jnp.nan) for name, part in parts.items()}
     return parts.pop("meta_view"), parts | {"cover": seen.cover, "angle": seen.angle}
 
@@ -147,7 +158,8 @@ def elevates(asked: Float[Array, "B F 4 4"]) -> Bool[Array, " B"]:
     to the side); beside it where it goes ahead, back, up, down or nowhere. Going counts as the
     share of the longest way from the start, looking as the sine of the angle.
     """
-    positions = asked[..., :3, 3] - asked[:, :1, :3, 3]
+    asked = relative_to_first(asked)  # a path of a user's own may start anywhere
+    positions = asked[..., :3, 3]
     farthest = jnp.max(jnp.linalg.norm(positions, axis=-1), axis=1)
     goes = jnp.max(jnp.abs(positions[..., :2]), axis=1) / jnp.maximum(farthest, 1e-6)[:, None]
     aside = goes + jnp.max(jnp.abs(asked[..., :2, 2]), axis=1)

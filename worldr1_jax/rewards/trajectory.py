@@ -207,7 +207,7 @@ def _relative_errors(
 
 def moves(asked: Float[Array, "B F 4 4"]) -> Bool[Array, " B"]:
     """Whether a path asks for any movement; `camera.trajectory` gives exact identities for none."""
-    return jnp.max(jnp.abs(asked - jnp.eye(4)), axis=(1, 2, 3)) > _NO_TRANSLATION
+    return jnp.max(jnp.abs(asked - asked[:, :1]), axis=(1, 2, 3)) > _NO_TRANSLATION
 
 
 def aligned_positions(
