@@ -287,3 +287,19 @@ def test_pipeline_refuses_the_solver_with_a_camera_in_its_steps(model):
             pipeline.adapters, jnp.zeros((2, 5, 3)), pipeline.paths(PROMPTS),
             sample_keys(jax.random.key(3), 2), sampler=ODE, solver=unipc.make(4, 3.0),
         )  # fmt: skip
+
+
+def test_a_still_camera_puts_nothing_into_the_steps(model):
+    """Its warp is noise of its own, which has nothing to do with a movement."""
+    found = {}
+    for mode in ("step", "none"):
+        pipeline = Pipeline(
+            *model, size=(5, 32, 16), sampling=Sampling(3, 3.0), camera=Camera(mode)
+        )
+        prompts = ["Camera fixed. A box.", "Camera pan left. A box."]
+        found[mode] = pipeline.rollout(
+            pipeline.adapters, jnp.zeros((2, 5, 3)), pipeline.paths(prompts),
+            sample_keys(jax.random.key(3), 2), sampler=ODE,
+        ).latents  # fmt: skip
+    still, moving = np.abs(found["step"] - found["none"]).max((1, 2, 3, 4))
+    assert still == 0 and moving > 0.01

@@ -325,7 +325,9 @@ class Pipeline:
         if self.camera.mode == "initial":
             noise = noise_warp.inject(plain, warped, self.camera.strength)
         elif self.camera.mode == "step":
-            on_step = partial(self._add_delta, warped=warped, plain=plain)
+            # The warp of a still camera is noise of its own, which would flicker in the video.
+            still = jnp.all(paths == paths[:, :1], axis=(1, 2, 3))
+            on_step = partial(self._add_delta, warped=warped, plain=plain, still=still)
 
         def velocity(latents, *inputs):
             turns = sharding.turns(self.mesh, len(latents), self._at_once)
@@ -350,10 +352,11 @@ class Pipeline:
         networks = {VAE: nnx.merge(self._vae_graph, state)}
         return self.policy.decode(networks, latents, chunked=self._chunked_vae)
 
-    def _add_delta(self, latents, step, *, warped, plain):
-        return noise_warp.step_delta(
+    def _add_delta(self, latents, step, *, warped, plain, still):
+        moved = noise_warp.step_delta(
             latents, warped, step, noise=plain, strength=self.camera.strength
         )
+        return jnp.where(still[:, None, None, None, None], latents, moved)
 
     def _warp(self, keys, paths):
         """One video after the other, which bounds the memory of the warp."""
