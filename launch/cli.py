@@ -87,7 +87,9 @@ def run(main: Callable[[], object], workdir: str = "runs/world") -> None:
 def use_cpu_well_for(config) -> None:
     """`use_cpu_well` for training, unless the config says how the mesh is made."""
     if config.mesh.data == -1:
-        use_cpu_well(config.groups * config.group_size)
+        train = config.get("train", {})  # whose steps the devices have to share, too
+        parts = math.prod(max(train.get(name, 1), 1) for name in ("minibatches", "microbatches"))
+        use_cpu_well(max(config.groups * config.group_size // parts, 1))
 
 
 def use_cpu_well(*divides: int) -> None:
