@@ -151,8 +151,13 @@ def test_a_run_an_export_and_a_merge_give_one_network(run, folder, mesh, kind, t
     want = lora.from_state(state.ema if kind == "ema" else state.adapters, 32.0)
     assert found["blocks.attn1.to_q"].scale == 2.0  # alpha 32 over rank 16
     jax.tree.map(np.testing.assert_array_equal, found, want)
-    lora_files.save(found, tmp_path / "lora", "diffusers")
-    jax.tree.map(np.testing.assert_array_equal, trained.load(tmp_path / "lora", config), want)
+    for form in ("peft", "diffusers"):
+        lora_files.save(found, tmp_path / form, form)
+    jax.tree.map(np.testing.assert_array_equal, trained.load(tmp_path / "peft", config), want)
+    scaled = {path: lora.Adapter(x.a, 2 * x.b, 1.0) for path, x in want.items()}
+    jax.tree.map(
+        np.testing.assert_array_equal, trained.load(tmp_path / "diffusers", config), scaled
+    )
 
 
 def test_a_pipeline_takes_given_adapters(run, found, mesh):
