@@ -6,7 +6,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
+from configs.world import get_config
+from worldr1_jax import settings
 from worldr1_jax.mesh.make import make_mesh
+from worldr1_jax.plan import programs
 from worldr1_jax.plan.flops import matmul_flops
 
 A, B = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
@@ -54,3 +57,22 @@ def test_a_kernels_body_counts_for_each_block():
     )  # fmt: skip
     rows, square = jnp.ones((32, 128)), jnp.ones((128, 128))
     assert matmul_flops(lambda: call(rows, square)) == 2 * 32 * 128 * 128
+
+
+def test_what_an_update_needs():
+    """An algorithm that takes over what guidance did trains one branch, whatever guidance is."""
+
+    def needed(variant, guidance):
+        config = get_config(variant)
+        config.sample.guidance = guidance
+        found, mesh = settings.read(config), make_mesh({"data": 1}, jax.devices()[:1])
+        pipeline = settings.build_pipeline(found, mesh, jax.random.key(0))
+        shapes = programs.Shapes(found, pipeline)
+        (*_, update) = programs.every(
+            found, pipeline, settings.build_scorer(found, mesh), shapes,
+            settings.described_state(found, pipeline),
+        )  # fmt: skip
+        return update.needed
+
+    assert needed("nano,fast", 2.7) == needed("nano,fast", 1.0) > 0
+    assert needed("nano,grpo", 2.7) == 2 * needed("nano,grpo", 1.0) > 0

@@ -157,7 +157,7 @@ def every(
 def _update(found: Settings, pipeline: Pipeline, shapes: Shapes, state: Any) -> Program:
     algorithm, rules = found.algorithm, found.train
     work = pipeline.policy.shape.work(found.run.size, found.policy.text_tokens)
-    branches = 2 if found.sample.guidance != 1 else 1
+    branches = algorithm.branches(found.sample.guidance)
     drawn: Any = Trajectory(shapes.latents, shapes.states, shapes.logs, shapes.start, shapes.keys)
     advantages: Any = shapes.of(shapes.count)
     valid: Any = shapes.of(shapes.count, dtype=jnp.bool_)
