@@ -83,10 +83,8 @@ _ENDING = "(?:s|es|d|ed|ing|ning|ting)?"  # pushes in, panning left
 _GAP = r"[\s_-]+"
 
 
-# After a direction that is one: of a place there is more, "to the right of it", "the left wall".
-_NO_PLACE = (
-    rf"(?!{_GAP}(?!(?:and|then|with|at|in|over|across|along|through|past)(?![a-z])|[a-z]+ly)[a-z])"
-)
+# What follows a direction, and no place: "to the right of it", "to the left wall".
+_NO_PLACE = rf"(?!{_GAP}(?!(?:and|then|with|at|in|over|across|along|through|past)\b|\w+ly)[a-z])"
 
 
 def _phrase(name: str) -> str:
@@ -342,18 +340,17 @@ def _read(text: str) -> _Clause:
     if first is None:
         return _Clause((), _strays(plain), text)
     bodies, end = [first["body"]], first.end()
-    doubtful: tuple[str, ...] = ()
+    doubtful: list[str] = []
     while (more := _goes_on(plain, end, after=first["end"])) is not None:
         said = plain[end : more.end("body")].lower()
         if _IT.match(said) and _SHOWS.search(bodies[-1].lower()):
-            doubtful = (*doubtful, " ".join(said.split()))
+            doubtful += [" ".join(said.split())]
         bodies.append(more["body"])
         first, end = more, more.end()
     found, wrong = _clause(" then ".join(bodies).lower())
-    wrong = (*wrong, *doubtful)
     if not found and not wrong:
         return _Clause((), _strays(plain), text)
-    return _Clause(found, (*wrong, *_strays(plain[end:])), text[places[end] :])
+    return _Clause(found, (*wrong, *doubtful, *_strays(plain[end:])), text[places[end] :])
 
 
 def _plain(text: str) -> tuple[str, list[int]]:
