@@ -330,3 +330,36 @@ def test_plain_english_is_neither_refused_nor_read_as_more(prompt, names, scene)
 @pytest.mark.parametrize("who", ["a butterfly", "Emily", "a family"])
 def test_who_moves_is_no_manner(who):
     assert commands.complaint(f"Camera fixed, {who} moves left. A box.")
+
+
+@pytest.mark.parametrize(
+    ("clause", "want"),
+    [
+        ("Camera push in. Then it moves left.", ("push_in", "move_left")),
+        ("Camera push in. Finally, it pulls out.", ("push_in", "pull_out")),
+        ("Camera pans from left to right across the room.", ("pan_right",)),
+        ("Camera pans from the left to the right slowly.", ("pan_right",)),
+        ("Camera fixed. It stays still.", ("fixed",)),
+    ],
+)
+def test_sentences_that_go_on_and_directions_that_are_none(clause, want):
+    text = f"{clause} A red sphere."
+    assert (commands.parse(text), commands.unknown(text)) == (want, ())
+
+
+@pytest.mark.parametrize(
+    "clause",
+    [
+        "Camera fixed on a car. It moves left.",
+        "Camera push in on a car. It moves left.",
+        "Camera moves left to the right of the table.",
+        "Camera moves right to the left wall.",
+        "Camera pan left with a zoom in.",
+        "Camera orbit left around the statue twice.",
+        "Camera push in toward the door in reverse.",
+        "Camera pan left at 30 degrees per second.",
+    ],
+)
+def test_what_would_be_dropped_made_up_or_turned_round_is_refused(clause):
+    """It: the car. A place, not a direction. A count and a rate that nothing here honours."""
+    assert commands.unknown(f"{clause} A red sphere.")
