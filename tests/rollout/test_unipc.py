@@ -302,4 +302,4 @@ def test_a_still_camera_puts_nothing_into_the_steps(model):
             sample_keys(jax.random.key(3), 2), sampler=ODE,
         ).latents  # fmt: skip
     still, moving = np.abs(found["step"] - found["none"]).max((1, 2, 3, 4))
-    assert still == 0 and moving > 0.01
+    assert still < 1e-5 and moving > 0.01  # two programs, whose rounding may differ
