@@ -191,3 +191,23 @@ def test_a_remat_policy_keeps_what_long_attention_found(capsys, name, keys):
     kept = [line for line in lines if "argument" not in line and "a constant" not in line]
     # The output, and the sum of the softmax; through a shard_map they lose their name.
     assert len(kept) == (2 if keys >= attention_kernels.LONG else 0), kept
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "parts", "want", "block"),
+    [
+        (75_600, "ulysses", 1, 75_776, 1024),  # 81 frames of 720p: 75,648 has blocks of 384
+        (75_600, "ulysses", 4, 75_776, 1024),
+        (75_600, "ring", 4, 77_824, 1024),  # each device attends with its own quarter
+        (32_760, "ulysses", 1, 32_768, 1024),  # 81 frames of 480p
+        (7_800, "ulysses", 1, 8_192, 1024),  # 17 frames: 7,808 has blocks of 128
+        (8_200, "ulysses", 1, 8_448, 768),  # 9,216 would be more than a sixteenth
+        (65, "ulysses", 1, 128, 128),
+    ],
+)
+def test_sequences_are_padded_to_large_blocks(tokens, context, parts, want, block):
+    kernel = attention_kernels.Splash(block=1024)
+    implementation = attention_context.Sharded(kernel, context)
+    with arrays.on(make_mesh({"context": parts}, jax.devices()[:parts])):
+        assert attn.padded(tokens, implementation) == want
+    assert kernel.block_of(want // (parts if context == "ring" else 1)) == block

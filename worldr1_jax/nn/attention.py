@@ -181,12 +181,24 @@ def laid_out(
 
 
 def padded(tokens: int, implementation: Implementation) -> int:
-    """To how many tokens this implementation needs a sequence padded on the current mesh."""
+    """To how many tokens this implementation needs a sequence padded on the current mesh.
+
+    Splash divides what a device attends to into equal blocks, so that the number decides how large
+    they are: 75,600 tokens (81 frames of 720p) would be 591 lanes of 128, with no block above 384,
+    and with blocks so small the backward pass holds a gradient of the queries for each of 197. Of
+    all numbers up to a sixteenth more, the first with the largest blocks is taken.
+    """
     if not isinstance(implementation, attention_context.Sharded):
         return tokens
-    mesh = current()
-    unit = implementation.kernel.multiple * (1 if mesh is None else mesh.shape["context"])
-    return -(-tokens // unit) * unit
+    mesh, kernel = current(), implementation.kernel
+    parts = 1 if mesh is None else mesh.shape["context"]
+    unit = kernel.multiple * parts
+    least = -(-tokens // unit) * unit
+    if not isinstance(kernel, attention_kernels.Splash):
+        return least
+    share = parts if implementation.context == "ring" else 1  # of the tokens, in one call
+    fitting = range(least, max(least, tokens + tokens // 16) + 1, unit)
+    return max(fitting, key=lambda n: (kernel.block_of(n // share), -n))
 
 
 def _fitting(device_kind: str, keys: int | None) -> str:

@@ -186,9 +186,13 @@ class Splash:
             _heads_first(x).astype(jnp.float32) for x in (dq * jnp.asarray(scale, dq.dtype), dk, dv)
         )
 
+    def block_of(self, tokens: int) -> int:
+        """Queries or keys of a block where there are so many, a multiple of `LANES`."""
+        return _divisor(tokens, self.block)
+
     def _kernel(self, q, k, residuals: bool = False) -> Any:
         heads, rows, columns = q.shape[1], q.shape[2], k.shape[2]
-        block_q, block_k = (_divisor(n, self.block) for n in (rows, columns))
+        block_q, block_k = self.block_of(rows), self.block_of(columns)
         compute = _divisor(block_k, 1024)
         sizes = splash.BlockSizes(
             block_q=block_q, block_kv=block_k, block_kv_compute=compute,
