@@ -194,20 +194,23 @@ def test_a_remat_policy_keeps_what_long_attention_found(capsys, name, keys):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "context", "parts", "want", "block"),
+    ("tokens", "keys", "context", "parts", "want", "block", "gradients"),
     [
-        (75_600, "ulysses", 1, 75_776, 1024),  # 81 frames of 720p: 75,648 has blocks of 384
-        (75_600, "ulysses", 4, 75_776, 1024),
-        (75_600, "ring", 4, 77_824, 1024),  # each device attends with its own quarter
-        (32_760, "ulysses", 1, 32_768, 1024),  # 81 frames of 480p
-        (7_800, "ulysses", 1, 8_192, 1024),  # 17 frames: 7,808 has blocks of 128
-        (8_200, "ulysses", 1, 8_448, 768),  # 9,216 would be more than a sixteenth
-        (65, "ulysses", 1, 128, 128),
+        (75_600, 2048, "ulysses", 1, 75_776, 1024, 37),  # 81 frames of 720p; 75,648 has 197
+        (75_600, 2048, "ulysses", 4, 75_776, 1024, 37),
+        (75_600, 2048, "ring", 4, 78_848, 896, 11),  # each device with its own quarter
+        (75_600, 4096, "ulysses", 1, 77_824, 1024, 19),
+        (57_600, 4096, "ulysses", 1, 57_600, 768, 15),  # 59,392 has blocks of 1024, 29 of them
+        (32_760, 2048, "ulysses", 1, 32_768, 1024, 16),  # 81 frames of 480p
+        (7_800, 2048, "ulysses", 1, 8_192, 1024, 4),  # 17 frames: 7,808 has 61
+        (17_160, 2048, "ulysses", 1, 17_280, 640, 9),  # 41 frames: 17,408 has 17
+        (65, 2048, "ulysses", 1, 128, 128, 1),
     ],
 )
-def test_sequences_are_padded_to_large_blocks(tokens, context, parts, want, block):
-    kernel = attention_kernels.Splash(block=1024)
+def test_sequences_are_padded_to_few_blocks(tokens, keys, context, parts, want, block, gradients):
+    kernel = attention_kernels.Splash(block=1024, keys=keys)
     implementation = attention_context.Sharded(kernel, context)
     with arrays.on(make_mesh({"context": parts}, jax.devices()[:parts])):
         assert attn.padded(tokens, implementation) == want
-    assert kernel.block_of(want // (parts if context == "ring" else 1)) == block
+    seen = want // (parts if context == "ring" else 1)
+    assert (kernel.block_of(seen), seen // kernel.keys_of(seen)) == (block, gradients)

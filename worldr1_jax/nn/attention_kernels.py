@@ -190,14 +190,17 @@ class Splash:
         """Queries or keys of a block where there are so many, a multiple of `LANES`."""
         return _divisor(tokens, self.block)
 
+    def keys_of(self, tokens: int) -> int:
+        """Keys of a block of the backward pass where there are so many; see `keys`."""
+        return _divisor(tokens, self.keys, _computed(self.block_of(tokens)))
+
     def _kernel(self, q, k, residuals: bool = False) -> Any:
         heads, rows, columns = q.shape[1], q.shape[2], k.shape[2]
         block_q, block_k = self.block_of(rows), self.block_of(columns)
-        compute = _divisor(block_k, 1024)
         sizes = splash.BlockSizes(
-            block_q=block_q, block_kv=block_k, block_kv_compute=compute,
-            block_q_dkv=_divisor(rows, 1024), block_kv_dkv=_divisor(columns, self.keys, compute),
-            block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
+            block_q=block_q, block_kv=block_k, block_kv_compute=_computed(block_k),
+            block_q_dkv=_divisor(rows, 1024), block_kv_dkv=self.keys_of(columns),
+            block_kv_dkv_compute=_computed(block_k), use_fused_bwd_kernel=True,
         )  # fmt: skip
         mask = masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads)
         return splash.make_splash_mha(
@@ -315,6 +318,11 @@ def _by_video(x, batch):
 
 def _heads_first(x):
     return jnp.swapaxes(x, 1, 2)
+
+
+def _computed(block: int) -> int:
+    """Keys of a block that the kernel multiplies at a time."""
+    return _divisor(block, 1024)
 
 
 def _divisor(length: int, largest: int, unit: int = LANES) -> int:
