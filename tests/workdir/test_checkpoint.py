@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import subprocess
@@ -374,29 +376,44 @@ def test_two_runs_in_one_folder_are_refused_and_a_dead_ones_lock_is_taken(tmp_pa
 
 
 def test_a_lock_of_another_host_counts_while_its_heart_beats(tmp_path):
-    path = tmp_path / "lock"
+    path, stopped = tmp_path / "lock", threading.Event()
+
+    def owner(beat):
+        return json.dumps({"host": "elsewhere", "pid": 7, "beat": beat})
 
     def beat():
-        for count in range(40):
-            path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "beat": count}))
-            time.sleep(0.05)
+        with path.open("r+") as file:  # in place, and never empty, as `Lock` has it
+            for count in itertools.count(100):
+                file.seek(0)
+                file.write(owner(count))
+                file.flush()
+                if stopped.wait(0.05):
+                    return
 
-    quick = {"beat": 0.1, "patience": 0.4}
+    quick = {"beat": 0.1, "patience": 1.0}
+    path.write_text(owner(100))
     thread = threading.Thread(target=beat)
     thread.start()
-    while not path.exists():
-        time.sleep(0.01)
     with pytest.raises(ValueError, match="is in use by process 7 on elsewhere"):
         Lock(tmp_path, **quick).__enter__()
+    stopped.set()
     thread.join()
+    path.write_text(path.read_text() + "of one that said more")
     with Lock(tmp_path, **quick):
-        first = path.read_text()
-        assert "elsewhere" not in first
-        time.sleep(0.3)
-        assert path.read_text() != first  # it beats, too
+        first = json.loads(path.read_text())
+        assert first["host"] != "elsewhere"
+        while json.loads(path.read_text()) == first:  # it beats, too
+            time.sleep(0.05)
     path.write_text("{")  # half written
     with Lock(tmp_path, **quick):
         pass
+
+
+def test_a_lock_is_never_seen_without_its_owner(tmp_path):
+    """Another host that found it empty would take it."""
+    with Lock(tmp_path, beat=1e-4):
+        for _ in range(2000):
+            assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_folder_that_is_removed_under_a_run_is_noticed(tmp_path):

@@ -50,7 +50,7 @@ class Lock:
     ) -> None:
         self._path = files.local(workdir).absolute() / NAME
         self._beat, self._patience = beat, patience
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._count = 0
@@ -71,11 +71,12 @@ class Lock:
         Every process must call it. The name is new, for a mounted bucket may go on showing what
         a file held before, such as this lock's."""
         number = np.asarray(secrets.randbits(31))
+        # First the file, then its name: a host that looked too early would go on seeing none.
+        if jax.process_index() == 0:
+            files.write_atomically(self._token(number), b"")
         if jax.process_count() > 1:
             number = multihost_utils.broadcast_one_to_all(number)
-        path = self._path.with_name(f".seen-{int(number):08x}")
-        if jax.process_index() == 0:
-            files.write_atomically(path, b"")
+        path = self._token(number)
         end = time.monotonic() + wait
         while not (found := path.exists()) and time.monotonic() < end:
             time.sleep(0.2)
@@ -84,6 +85,9 @@ class Lock:
         if jax.process_index() == 0:
             path.unlink(missing_ok=True)
         return path.name if found else ""
+
+    def _token(self, number: np.ndarray) -> Path:
+        return self._path.with_name(f".seen-{int(number):08x}")
 
     def __enter__(self) -> Lock:
         refusal = ""
@@ -114,7 +118,7 @@ class Lock:
         files.make_folder(self._path.parent)
         with files.named(self._path, "locked"):
             while self._file is None:
-                file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 (held until exit)
+                file = open(self._path, "r+b", 0, opener=_made)  # noqa: SIM115 (held until exit)
                 try:
                     self._claim(file)
                 except BaseException:
@@ -128,7 +132,7 @@ class Lock:
         self._thread = threading.Thread(target=self._keep_alive, daemon=True)
         self._thread.start()
 
-    def _claim(self, file: IO[str]) -> None:
+    def _claim(self, file: IO[bytes]) -> None:
         """Locks the open file, once its owner is known to be gone."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,21 +154,26 @@ class Lock:
         )
 
     def _write(self) -> None:
-        """Says who holds the lock, in place: another file would be another lock."""
+        """Says who holds the lock, in place: another file would be another lock. In one write, over
+        what was there: another host that found the file empty would take the lock."""
         if self._file is None:
             return
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._count}
         self._count += 1
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(owner) + "\n")
-        self._file.flush()
+        said = f"{json.dumps(owner)}\n".encode()
+        os.pwrite(self._file.fileno(), said, 0)
+        os.ftruncate(self._file.fileno(), len(said))  # of who held it before
         os.fsync(self._file.fileno())  # without which a mounted bucket shows others nothing
 
     def _keep_alive(self) -> None:
         while not self._done.wait(self._beat):
             with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, in words
                 self._write()
+
+
+def _made(path: str, flags: int) -> int:
+    """Opens a file that may not be there yet."""
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def _owner(path: Path) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def _owner(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
+def _is_at(file: IO[bytes], path: Path) -> bool:
     """Whether the open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
