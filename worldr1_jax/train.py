@@ -89,7 +89,7 @@ def run(
     prompts = settings.load_prompts(found)
     mesh = settings.make_mesh(found)
     preflight.check(found, mesh, prompts)
-    if found.algorithm.captions > 1 and (shared := preflight.shared_scenes(prompts)):
+    if found.algorithm.captions > 1 and (shared := preflight.shared_scenes(found, prompts)):
         _say(
             f"note: {len(shared)} scenes of held-out prompts are learnt from, too, such as "
             f"'{short(shared[0])}': rival captions may be held-out prompts"
@@ -200,6 +200,7 @@ def learn(
                 state, outcome = one_update(
                     programs, state, keeper.loader, update, timer, between=stop.between_stages
                 )
+                keeper.lock.check()  # or metrics would go to a run that has taken the folder
                 # Metrics go before the checkpoint, so that a killed run loses none.
                 writer.write(update, outcome.scalars)
                 progress.update(update, {k: v for k, v in outcome.scalars.items() if k in shown})
