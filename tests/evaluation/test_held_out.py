@@ -152,6 +152,15 @@ def test_guidances_are_compared_on_the_same_prompts():
     assert evaluate.best_guidance(measured, ("hps",)) == 4.0
 
 
+@pytest.mark.parametrize("scored", [0, 1, 7])
+def test_a_guidance_that_mostly_fails_does_not_choose_for_the_others(scored):
+    """Nor does it leave the first of those that were scored at all prompts."""
+    failing = np.where(np.arange(16) < scored, 0.5, np.nan)
+    values = {1.0: np.r_[1.3, [0.9] * 15], 2.7: np.r_[0.9, [1.25] * 15], 12.0: failing}
+    measured = {g: {"hps": x} for g, x in values.items()}
+    assert evaluate.best_guidance(measured, ("hps",)) == 2.7
+
+
 def test_a_report_says_how_many_prompts_it_is_of():
     before = np.linspace(0, 1, 40)
     after = np.where(np.arange(40) < 2, np.nan, before + 0.1)

@@ -244,7 +244,7 @@ def compare(
     videos/heldout_before.png and heldout_after.png.
 
     Returns:
-      heldout: `{metric: {before, after, paired_ci95, pairs}}`, before: the base at its best.
+      heldout: `report`'s table, before: the base at its best.
       heldout_same_guidance: the same, before: the base at the policy's guidance; missing where it
         is the best.
       heldout_guidance: before, after, and `swept`, {guidance: {metric: mean}}.
@@ -315,11 +315,15 @@ def judged_by(choice: Choice) -> tuple[str, ...]:
 
 def best_guidance(measured: Mapping[float, Measures], by: Sequence[str]) -> float:
     """The guidance at which the measures `by`, summed, are highest on average over the prompts that
-    were scored at all of them; where there are none, the one at which most were scored."""
+    were scored at all of them. One at which fewer than half as many could be scored as at another
+    is not among them: it would leave few prompts to choose on."""
     sums = np.array([np.sum([found[name] for name in by], axis=0) for found in measured.values()])
-    common = np.isfinite(sums).all(axis=0)
-    totals = sums[:, common].mean(axis=1) if common.any() else np.isfinite(sums).sum(axis=1)
-    return list(measured)[int(np.argmax(totals))]
+    scored = np.isfinite(sums)
+    counts = scored.sum(axis=1)
+    tried = 2 * counts >= counts.max()
+    common = scored[tried].all(axis=0)
+    totals = sums[:, common].mean(axis=1) if common.any() else counts
+    return list(measured)[int(np.argmax(np.where(tried, totals, -np.inf)))]
 
 
 def report(before: Measures, after: Measures, seed: int) -> dict[str, dict[str, Any]]:
