@@ -8,7 +8,7 @@ import pytest
 from worldr1_jax.camera import commands, trajectory
 from worldr1_jax.geometry import SH_C0
 from worldr1_jax.nano import captions, videos, world
-from worldr1_jax.rewards import likeness, meta_view
+from worldr1_jax.rewards import consistency, likeness, meta_view
 from worldr1_jax.rewards import trajectory as s_traj
 from worldr1_jax.rewards.base import Evidence
 from worldr1_jax.rewards.reconstruct import thinned
@@ -182,6 +182,20 @@ def test_gaussians_of_fewer_frames_are_split_by_their_own(room):
     both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), first, last)
     again, _ = agreement(found.replace(gaussians=both, gaussian_frames=2), asked)
     np.testing.assert_array_equal(score, again)
+
+
+def test_a_reconstruction_that_is_not_finite_is_not_judged(room):
+    """The renderer leaves out what is not finite, and frames that disagree would agree again."""
+    found, asked = room
+    means = found.gaussians.means.at[:, 0].set(jnp.nan)
+    broken = found.replace(gaussians=found.gaussians.replace(means=means))
+    evidence = Evidence(jnp.zeros((1, FRAMES, 8, 8, 3)), asked, broken, jnp.full((1, FRAMES), 0.1))
+    scores = {"meta_view": jnp.ones(1)}
+    assert np.isnan(likeness.where_shown(scores, evidence)["meta_view"][0])
+    assert likeness.where_shown(scores, evidence.replace(reconstruction=found))["meta_view"][0] == 1
+    turned = found.replace(camtoworld=found.camtoworld.at[0, 1, 0, 3].set(jnp.nan), gaussians=None)
+    lost = evidence.replace(reconstruction=turned)
+    assert np.isnan(consistency.Mvcs().score({}, lost, ())["mvcs"][0])
 
 
 @pytest.mark.slow

@@ -118,7 +118,16 @@ def _blur(image: Float[Array, "*batch H W C"]) -> Float[Array, "*batch h w C"]:
     return image
 
 
+def finite(tree: object) -> Bool[Array, " B"]:
+    """Per sample, whether every number of every leaf [B ...] is finite."""
+    leaves = jax.tree.leaves(tree)
+    checks = [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+    return jnp.all(jnp.stack(checks), axis=0)
+
+
 def where_shown(scores: Parts, evidence: Evidence) -> Parts:
-    """The scores, NaN for videos with a frame that shows nothing."""
+    """The scores, NaN for videos with a frame that shows nothing, or with a reconstruction that is
+    not finite: what renders or compares it passes over such parts, which would hide the failure."""
     shown = jnp.min(jnp.asarray(evidence.texture), axis=1) >= BLANK
-    return {name: jnp.where(shown, score, jnp.nan) for name, score in scores.items()}
+    sound = shown & finite(evidence.reconstruction)
+    return {name: jnp.where(sound, score, jnp.nan) for name, score in scores.items()}

@@ -36,7 +36,7 @@ from worldr1_jax.mesh.make import current
 from worldr1_jax.models import lpips
 from worldr1_jax.rewards import reconstruct
 from worldr1_jax.rewards.base import GAUSSIANS, Evidence, Networks, Parts, Reward
-from worldr1_jax.rewards.likeness import psnr, ssim, texture
+from worldr1_jax.rewards.likeness import finite, psnr, ssim, texture
 from worldr1_jax.rewards.reconstruct import frame_indices
 from worldr1_jax.rewards.trajectory import moves
 from worldr1_jax.splat import render as splat
@@ -126,7 +126,7 @@ def s_recon(
         **({} if perceptual is None else {"perceptual": 1.0 - likeness}),
     }
     # The renderer leaves out a Gaussian that is not finite, which would hide the failure.
-    sound = _finite((video, reconstruction))
+    sound = finite((video, reconstruction))
     score = jnp.clip(judged, 0.0, 1.0) * gate
     return jax.tree.map(lambda part: jnp.where(sound, part, jnp.nan), (score, parts))
 
@@ -201,13 +201,6 @@ def _likeness(
     return 1.0 - perceptual(*flat).reshape(image.shape[:2])
 
 
-def _finite(tree: object) -> Array:
-    """Per sample, whether every number of every leaf [B ...] is finite."""
-    leaves = jax.tree.leaves(tree)
-    checks = [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-    return jnp.all(jnp.stack(checks), axis=0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Recon(Reward):
     """S_recon as a reward; PSNR, SSIM, coverage, texture and what else `s_recon` finds beside it.
@@ -241,7 +234,7 @@ class Recon(Reward):
         if self.likeness == "ssim":
             return ()
         what = "LPIPS, which python -m worldr1_jax.models.lpips_files makes of AlexNet's trunk"
-        return (Needed("rewards.recon.lpips", self.lpips, what, "0.24 GB", "BSD-3-Clause"),)
+        return (Needed("rewards.recon.lpips", self.lpips, what, "0.24 GB", "BSD-3-Clause", ()),)
 
     def networks(self, mesh: jax.sharding.Mesh, dtype: Any) -> Networks:
         self.check()
