@@ -5,8 +5,8 @@ python launch/score.py --config=configs/world.py --list=videos.jsonl --pictures 
 
 The list has a line {"video": "a.mp4", "prompt": "..."} for each video. Videos of any size and of up
 to --config.frames frames. --pictures writes workdir/<number>-<video>.png: frames, their re-renders,
-depth, and the camera path asked for against the one recovered. scores.json is written once a minute
-and at the end, so that a long list that is stopped keeps what it has.
+depth, and the camera path asked for against the one recovered. scores.json is written every ten
+seconds and at the end: a long list that is stopped keeps what it had then.
 """
 
 import cli

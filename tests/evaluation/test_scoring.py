@@ -125,7 +125,7 @@ def test_a_list_that_is_stopped_keeps_what_it_has(tmp_path, capsys):
 
     for rows in (videos(), stopped_at_once()):
         with pytest.raises(KeyboardInterrupt):
-            scoring.keep(rows, tmp_path, metrics.Progress(3, unit="video"), save_every=0.0)
+            scoring.keep(rows, tmp_path, metrics.Progress(3, unit="video"))
     assert written() == [("a.mp4", True), ("b.mp4", False)]
     assert (tmp_path / "001-a.png").read_bytes() == b"png"
     assert "video 2/3" in capsys.readouterr().err

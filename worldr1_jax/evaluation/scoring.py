@@ -79,14 +79,14 @@ def score(
 
 
 def keep(
-    scored: Iterable[Scored], folder: Path, progress: Progress, save_every: float = 60.0
+    scored: Iterable[Scored], folder: Path, progress: Progress, save_every: float = 10.0
 ) -> list[Scored]:
-    """Writes each picture as it comes, and folder/scores.json every so many seconds and at the end,
-    whatever ends it; a file of before stays until there is a video to write. Returns the rows
-    without their pictures, of which a long list would not fit."""
+    """Writes each picture as it comes, and folder/scores.json with the first video, then every so
+    many seconds, and at the end; a file of before stays until there is a video to write. Returns
+    the rows without their pictures, of which a long list would not fit."""
     rows: list[Scored] = []
     records: list[dict[str, object]] = []
-    saved = time.monotonic()
+    saved = -np.inf
     try:
         for done, row in enumerate(scored):
             if row.picture:
