@@ -32,7 +32,7 @@ def main() -> None:
     folder = resolve(found.policy.weights)
     folded = family(folder).read_adapters(ADAPTERS.value, folder, KIND.value)
     family(folder).store(
-        folder, cli.WORKDIR.value, mesh=settings.make_mesh(found),
+        folder, cli.WORKDIR.value, mesh=settings.make_mesh(found, videos=found.run.videos),
         dtype=jnp.dtype(found.policy.dtype), form=FORM.value,
         adapters=folded.adapters or None, differences=folded.differences or None,
         shift=found.sample.shift,

@@ -30,7 +30,7 @@ def main() -> None:
     if config.mesh.data == -1:
         cli.use_cpu_well(BATCH.value)
     found = settings.read(config)
-    mesh = settings.make_mesh(found)
+    mesh = settings.make_mesh(found, videos=found.run.videos)
     parts = placement.batch_parts(mesh)
     if BATCH.value < 1 or BATCH.value % parts:
         raise ValueError(f"--batch is {BATCH.value}: the mesh needs a multiple of {parts}")

@@ -53,7 +53,7 @@ def main() -> None:
     if config.mesh.data == -1:
         cli.use_cpu_well(BATCH.value or max(wanted, 1))
     found = settings.read(config)
-    mesh = settings.make_mesh(found)
+    mesh = settings.make_mesh(found, videos=found.run.videos)
     preflight.check_policy(found)
     if found.policy.adapters:
         raise ValueError("policy.adapters is what training starts from: sample with --adapters")

@@ -1,5 +1,6 @@
 """What is refused before anything is loaded, and what a run that goes on has to find as it was."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -107,7 +108,13 @@ def test_scenes_that_are_learnt_from_and_held_out():
     """With another camera clause a prompt is another text, and its rivals are the held-out ones."""
     train = ("Camera push in. A red sphere.", "Camera pan left. A box.")
     test = ("Camera pan left. A red sphere.", "Camera pan left. A cylinder.")
-    assert preflight.shared_scenes(PromptSets(train, (), test)) == ["A red sphere."]
+    found = settings.read(world.get_config("nano"))
+    assert preflight.shared_scenes(found, PromptSets(train, (), test)) == ["A red sphere."]
+    assert preflight.shared_scenes(found, PromptSets((), train, test)) == ["A red sphere."]
+    never = dataclasses.replace(
+        found, dynamic=dataclasses.replace(found.dynamic, dynamic_updates=0)
+    )
+    assert not preflight.shared_scenes(never, PromptSets((), train, test))
 
 
 def test_what_paths_hold_counts_and_not_where_they_lead(tmp_path, weights):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,16 @@ def _check_step(found: Settings, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def shared_scenes(prompts: PromptSets) -> list[str]:
+def shared_scenes(found: Settings, prompts: PromptSets) -> list[str]:
     """Scenes that are both learnt from and held out, under whatever camera clauses: where captions
     are contrasted, rivals may be the held-out prompts."""
-    seen = {commands.scene(text) for text in (*prompts.train, *prompts.dynamic)}
+    seen = {commands.scene(text) for texts in _learnt(found, prompts) for text in texts}
     return sorted(seen & {commands.scene(text) for text in prompts.test})
+
+
+def _learnt(found: Settings, prompts: PromptSets) -> tuple[Sequence[str], Sequence[str]]:
+    """Prompts of the main phase, and of the dynamic one, if there is one."""
+    return prompts.train, prompts.dynamic if found.dynamic.dynamic_updates else ()
 
 
 def contents(found: Settings, prompts: PromptSets) -> dict[str, str]:
@@ -129,11 +134,13 @@ def contents(found: Settings, prompts: PromptSets) -> dict[str, str]:
     start, strength = strength_of(found.policy.adapters)
     times = "" if strength == 1 else f" times {strength!r}"
     run = Path(start) / "checkpoints"  # of another run, which has more that is not learnt from
-    used = (prompts.train, prompts.dynamic if found.dynamic.dynamic_updates else ())
+    used = repr(_learnt(found, prompts))
     return {
-        "prompts": hashlib.sha256(repr(used).encode()).hexdigest(),
+        "prompts": hashlib.sha256(used.encode()).hexdigest(),
         **{
-            one.field: _held(resolve(one.value) if one.value == "nano" else one.value)
+            one.field: _held(*(resolve("nano", part) for part in one.parts))
+            if one.value == "nano"
+            else _held(one.value)
             for one in (_policy(found), *found.rewards.needed())
         },
         **({"policy.adapters": _held(run if run.is_dir() else start) + times} if start else {}),
@@ -160,11 +167,12 @@ def identity(
     }
 
 
-def _held(path: str | Path) -> str:
-    return text_cache.fingerprint([path])
+def _held(*paths: str | Path) -> str:
+    return text_cache.fingerprint(paths)
 
 
 def _policy(found: Settings) -> Needed:
     sizes = {"large": ("Wan-AI/Wan2.1-T2V-14B", "69 GB")}
     what, size = sizes.get(found.run.variant, ("Wan-AI/Wan2.1-T2V-1.3B", "18 GB"))
-    return Needed("policy.weights", found.policy.weights, what, size, "Apache-2.0")
+    parts = ("transformer", "vae", "text_encoder", "tokenizer")
+    return Needed("policy.weights", found.policy.weights, what, size, "Apache-2.0", parts)

@@ -256,13 +256,18 @@ def make_loader(found: Settings, prompts: prompt_files.PromptSets) -> Loader:
 
 
 def make_mesh(
-    found: Settings, devices: Sequence[Any] | None = None, work: Work | None = None
+    found: Settings,
+    devices: Sequence[Any] | None = None,
+    work: Work | None = None,
+    *,
+    videos: int | None = None,
 ) -> jax.sharding.Mesh:
     """The mesh that the config asks for; with mesh.data = 0, one that suits devices and model.
 
     Args:
       devices: by default all that there are.
       work: of the policy's forward; by default it is read from policy.weights.
+      videos: that there are at a time; by default those that an optimizer step evaluates.
     """
     if found.mesh.data:
         return meshes.make_mesh(dataclasses.asdict(found.mesh), devices)
@@ -271,12 +276,9 @@ def make_mesh(
         folder = resolve(found.policy.weights)
         work = family(folder).read(folder).work(found.run.size, found.policy.text_tokens)
     context = least_context(found, work, there) if there[0].platform == "tpu" else 1
-    return meshes.make_mesh(
-        meshes.default_sizes(
-            there, found.run.videos // found.train.minibatches, work.heads, context
-        ),
-        there,
-    )
+    if videos is None:
+        videos = found.run.videos // (found.train.minibatches * max(found.train.microbatches, 1))
+    return meshes.make_mesh(meshes.default_sizes(there, videos, work.heads, context), there)
 
 
 def scoring_mesh(found: Settings) -> jax.sharding.Mesh:

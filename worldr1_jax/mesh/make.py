@@ -113,7 +113,7 @@ def current() -> Any:
 def default_sizes(
     devices: Sequence[Any], videos: int, heads: int, least_context: int = 1
 ) -> dict[str, int]:
-    """Mesh sizes that suit a number of devices, for `videos` of an optimizer step and a DiT of
+    """Mesh sizes that suit a number of devices, for so many `videos` at a time and a DiT of
     `heads`.
 
     A device takes whole videos where there are enough of them, for then tokens need no exchange;
@@ -141,5 +141,6 @@ def default_sizes(
             data = slices * (per_slice // fsdp)
             return {"data": data, "fsdp": fsdp, "context": context, "tensor": 1}
     raise ValueError(
-        f"{videos} videos do not divide over {count} devices: choose groups so that they do"
+        f"{videos} videos, which is groups x group_size over train.minibatches and "
+        f"train.microbatches, do not divide over {count} devices: choose these so that they do"
     )

@@ -300,7 +300,9 @@ class Judge(Reward):
 
     def needed(self) -> tuple[Needed, ...]:
         what = "Qwen/Qwen3-VL-4B-Instruct (2B and 8B fit too)"
-        return (Needed("rewards.judge.weights", self.weights, what, "8.9 GB", "Apache-2.0"),)
+        return (
+            Needed("rewards.judge.weights", self.weights, what, "8.9 GB", "Apache-2.0", ("judge",)),
+        )
 
     def check(self) -> None:
         super().check()

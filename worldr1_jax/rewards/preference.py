@@ -85,7 +85,9 @@ class Hps(Reward):
 
     def needed(self) -> tuple[Needed, ...]:
         what, size, licence = self.published
-        return (Needed(f"rewards.{self.name}.weights", self.weights, what, size, licence),)
+        return (
+            Needed(f"rewards.{self.name}.weights", self.weights, what, size, licence, ("clip",)),
+        )
 
     def check(self) -> None:
         super().check()

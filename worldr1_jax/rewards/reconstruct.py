@@ -60,7 +60,7 @@ class Reconstruct:
         """Files of weights that it reads."""
         what = "depth-anything/DA3-GIANT-1.1, the only size with Gaussians"
         licence = "CC BY-NC 4.0: not for commercial use"
-        return (Needed("rewards.reconstruct.da3", self.da3, what, "5.4 GB", licence),)
+        return (Needed("rewards.reconstruct.da3", self.da3, what, "5.4 GB", licence, ("da3",)),)
 
     def check(self, needs: str) -> None:
         """Raises ValueError where there is no such network, or none with what rewards need."""

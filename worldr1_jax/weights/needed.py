@@ -18,6 +18,7 @@ class Needed(NamedTuple):
       what: the publisher's repository, and what of it.
       size: of the download.
       licence: of the weights.
+      parts: its folders among those that ship.
     """
 
     field: str
@@ -25,6 +26,7 @@ class Needed(NamedTuple):
     what: str
     size: str
     licence: str
+    parts: tuple[str, ...]
 
     @property
     def missing(self) -> bool:
