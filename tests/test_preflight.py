@@ -13,6 +13,7 @@ from worldr1_jax import preflight, settings
 from worldr1_jax.data.prompts import PromptSets
 from worldr1_jax.mesh.make import make_mesh
 from worldr1_jax.nn import lora
+from worldr1_jax.weights import shipped
 
 MESH_OF_8 = {"data": 2, "fsdp": 4}
 PROMPTS = PromptSets(("a",), ("b",), ("c", "d"))
@@ -149,3 +150,17 @@ def test_the_strength_of_the_adapters_that_training_starts_from_counts(tmp_path,
 
     assert held("a") == held("a:1") != held("a:0.8")
     assert held("a:0.8") == held("a:0.80") != held("a:0.5")
+
+
+def test_shipped_networks_count_one_by_one(tmp_path):
+    """Each for the field that reads it: another judge is nothing to a run that has none."""
+
+    def contents(**fields):
+        config = world.get_config("nano")
+        config.update_from_flattened_dict(fields)
+        return preflight.contents(settings.read(config), PromptSets(("a",), ()))
+
+    here = contents()
+    assert len(set(here.values())) == len(here)
+    copied = shutil.copytree(shipped.WEIGHTS / "da3", tmp_path / "da3")
+    assert contents(**{"rewards.reconstruct.da3": str(copied)}) == here
