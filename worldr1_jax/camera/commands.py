@@ -15,32 +15,11 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from worldr1_jax.camera import vocabulary
 from worldr1_jax.files import short
 
-PUBLISHED: tuple[str, ...] = (
-    "push_in",
-    "pull_out",
-    "move_left",
-    "move_right",
-    "orbit_left",
-    "orbit_right",
-    "pan_left",
-    "pan_right",
-    "fixed",
-)
-EXTENSIONS: tuple[str, ...] = (
-    "tilt_up",
-    "tilt_down",
-    "move_up",
-    "move_down",
-    "roll_left",
-    "roll_right",
-)
-NAMES: tuple[str, ...] = PUBLISHED + EXTENSIONS
-SPEEDS: tuple[str, ...] = ("", "slowly", "quickly")
-TURNS: tuple[str, ...] = tuple(
-    name for name in NAMES if name.startswith(("pan", "tilt", "roll", "orbit"))
-)
+PUBLISHED, EXTENSIONS, NAMES = vocabulary.PUBLISHED, vocabulary.EXTENSIONS, vocabulary.NAMES
+SPEEDS, TURNS = vocabulary.SPEEDS, vocabulary.TURNS
 
 
 class Move(NamedTuple):
@@ -56,139 +35,6 @@ class Move(NamedTuple):
     name: str
     degrees: float | None = None
     speed: str = ""
-
-
-_MARKS = r"""[\s"'“”‘’«»„(\[{*_#>•·‣–—-]"""  # of quotations, lists and headings
-_HEAD = re.compile(
-    rf"(?:{_MARKS}|\(?\d{{1,3}}[.):]\s)*(?:the\s+)?cameras?(?![a-z0-9])[\s:=_\"“'–—-]*"
-    r"(?:first\b[\s,]*)?",
-    re.IGNORECASE,
-)
-# A point inside "7.5 degrees" or before ".5 degrees" does not end a sentence.
-_SENTENCE = re.compile(
-    r"""(?P<body>(?:[^.!?;…。\n"”»)\]}]|\.(?=\d))*)"""
-    r"""(?P<end>[.!?;…。\n"”»)\]}]*[*_']*\s*)"""
-)
-_GOES_ON = re.compile(  # a sentence behind the first that speaks of the camera still
-    r"(?:and\s+)?(?:then|next|after that|afterwards|finally|lastly|it|(?:the\s+)?camera)\b[\s,:]*",
-    re.IGNORECASE,
-)
-_OPENS = re.compile(rf"(?:{_MARKS}|,)*")
-# Openings of a sentence: manners of a camera, as "family" and "Emily" are none; and what is as
-# likely seen as asked for, "Moving up the stairs is an old man".
-_HOW = re.compile("(?:slow|quick|rapid|swift|brisk|gent|smooth|slight|steadi|gradual|subt)ly")
-_NO_HOW = re.compile(r"(?:\w*f|fami|emi|li|mil|mol|sal|al|bul|bel|jel|ital|assemb)ly")
-_SEEN_MOVING = re.compile(r"fixed|(?:mov|roll|push|pull)\w*(?:ing|ed)\b")
-_ENDING = "(?:s|es|d|ed|ing|ning|ting)?"  # pushes in, panning left
-_GAP = r"[\s_-]+"
-
-
-# What follows a direction, and no place: "to the right of it", "to the left wall".
-_NO_PLACE = rf"(?!{_GAP}(?!(?:and|then|with|at|in|over|across|along|through|past)\b|\w+ly)[a-z])"
-
-
-def _phrase(name: str) -> str:
-    """Regular expression of one command: inflected verb, any separator, whole words only."""
-    verb, *direction = name.split("_")
-    if verb == "move":
-        verb = "mov(?:e)?"
-    ending = "" if verb == "fixed" else _ENDING
-    for here, there in (("left", "right"), ("right", "left")):
-        if direction == [here]:  # "pans to the left", "pans leftwards", "pans from right to left"
-            across = (
-                rf"(?:from{_GAP})?(?:the{_GAP})?{{}}{_GAP}to{_GAP}(?:the{_GAP})?{{}}{_NO_PLACE}"
-            )
-            one = rf"(?:to\s+(?:the|its)\s+)?{here}(?:wards?)?"
-            other = across.format(here, there)
-            direction = [rf"(?!{other})(?:{across.format(there, here)}|{one})"]
-    return _GAP.join([verb + ending, *direction])
-
-
-_COMMANDS = re.compile(
-    r"(?<![a-z])(?:" + "|".join(f"(?P<{name}>{_phrase(name)})" for name in NAMES) + r")(?![a-z])"
-)
-_SEPARATOR = re.compile(r"[,;&+/|]|->|→|\bthen\b|\band\b|\btransition(?:s|ing)\b")
-# A sign or a range before the number, and it is none: "-30 degrees", "20-30 degrees".
-_DEGREES = re.compile(r"(?:\bby\s+)?(?<![\w.−–-])\+?(\d+(?:\.\d+)?)[\s-]*(?:°|º|deg(?:rees?)?\b)")
-_SPEED = re.compile(
-    r"\b(?:(?P<slowly>slow(?:ly)?)|(?P<quickly>(?:quick|rapid|swift|brisk)(?:ly)?|fast))\b"
-)
-# Of what the camera sees: "to the fast river", "on a slowly spinning top".
-_SEEN_SPEED = re.compile(
-    r"\b(?:an?|the)\s+(?:slow|quick|fast|rapid|swift|brisk)\b|\b[a-z]+ly\s+[a-z]+(?:ing|ed)\b"
-)
-_NARROW: dict[int, int | str] = {
-    **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # full-width letters and signs
-    **dict.fromkeys(map(ord, "‐‑‒−⁻﹣"), "-"),  # each of which may be a minus
-}
-
-
-def _listed(words: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", words))
-
-
-# Words that may stand between commands without asking for any movement.
-_FILLERS = _listed(
-    "then and while transitioning transitions into a an the to slowly gently smoothly quickly "
-    "slightly steadily shot camera is remains stays view movement"
-)
-# And before the first of a part, which they leave as it is. So does what ends in "ly" and is none
-# of `_CHANGES`; other words are refused.
-_LEADS = _listed(
-    "motion path work direction directions instruction instructions command commands should will "
-    "must do be being it its now next also finally lastly starts start begins begin "
-    "s continues continue keeps keep makes make performs perform does goes with smooth cinematic "
-    "gentle steady subtle gradual continuous constant simple long short single very quite motions "
-    "movements angle style trajectory control technique action setting position executes takes by"
-)
-# What a camera can be asked for that is no command here. The verbs always ask for movement; the
-# others are things as well, and ask for it before a direction or the end ("crane up"), or
-# inflected ("craning").
-_VERBS = re.compile(
-    r"(?:zoom|doll(?:y|ie)|fl(?:y|ie)|follow|swoop|div|rotat|descend|ascend|whip|strafe|retreat|"
-    r"approach|advance|glid|zigzag|spin|rush|lift|lower|push|pull|mov|pan|tilt|orbit|hover|climb|"
-    r"tumbl|plung|soar)(?:e|ing|ning|ming|ping|s|es|ed)?"
-)
-_CAMERAS_OWN = re.compile(r"(?:zoom|pan|tilt|doll(?:y|ie)|orbit)(?:s|ing|ning|ed|ned)?")
-_THINGS = _listed(
-    "crane truck track boom jib pedestal arc spiral circle drop shake handheld sweep turn roll "
-    "swing rise float drift slide dip bank loop flip walk back jump fall"
-)
-_INFLECTED = re.compile(
-    rf"(?:{'|'.join(sorted(word.rstrip('e') for word in _THINGS))})\w?(?:ing|es|s)"
-)
-_DIRECTIONS = _listed(
-    "up down left right in out forward forwards backward backwards back over around upward upwards "
-    "downward downwards sideways closer away zoom"
-)
-_PREPOSITIONS = _listed(
-    "toward towards past over under through along across from at on with of behind above below "
-    "near beside between for by in around"
-)
-# Where what the camera sees begins: "push in toward the left door" asks for no other direction.
-_PLACE = re.compile(
-    r"\b(?:toward|towards|past|over|under|through|along|across|at|on|of|behind|above|below|near|"
-    r"beside|between|around|to\s+(?:reveal|show|(?:an?|the)(?!\s+(?:left|right))))\b"
-)
-_SHOWS = re.compile(rf"\bfixed\b|{_PLACE.pattern}")
-# Words that turn a command beside them into something else.
-_CHANGES = re.compile(
-    r"not|no|nor|never|without|cannot|\w+n['’]?t|avoid\w*|stop\w*|instead|rather|except|unless|"
-    r"until|after|before|or|n?either|but|opposite|revers\w*|backwards?|twice|thrice|again|"
-    r"repeatedly|whil(?:e|st)|as|simultaneously|left|right|up|down|(?:counter|anti)?-?clockwise|"
-    r"half\w*|quarter|full|[-−–+]?\d[\w.%°º]*|x\d+|[¼-¾⅐-⅞]|-[a-z].*|minus|negative|less|more|than|"
-    r"least|most|per|times|seconds?|first|second|when|whenever|if|once|same|forbidden|prohibited|"
-    r"false|none|hardly|barely|scarcely|rarely|nearly|part(?:ial)?ly|previously|occasionally|"
-    r"concurrently|faster|slower|speed\w*|slow(?:s|ing)|(?:ac|de)celerat\w*"
-)
-_MANNER = re.compile(  # said of the movement, though it looks like a place
-    r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}"
-    r"(?:speed|pace|rate|tempo|same\s+time|once|loop|reverse)\s*$"
-    r"|\b(?:per|an?|each|every)\s+(?:second|minute|frame|s|sec)\s*$"
-    r"|\b(?:twice|thrice|again|repeatedly)\s*$"
-)
-# "It moves left" behind these is as likely what the camera sees.
-_IT = re.compile(r"(?:then|next|after that|afterwards|finally|lastly)?[\s,:]*it\b", re.IGNORECASE)
 
 
 class _Clause(NamedTuple):
@@ -325,25 +171,19 @@ def check(names: Sequence[str | Move]) -> tuple[Move, ...]:
 
 
 _LISTED = ", ".join(name.replace("_", " ") for name in NAMES) + ", in a sentence that comes first"
-_STRAY = re.compile(
-    r"\bcameras?(?:[^\w,;.!?]|_)+"
-    r"(?:(?:\w+ly|then|and|also|now|is|to|will|starts?|begins?|slow|fast)[^\w,;.!?]+){0,3}"
-    rf"(?:{'|'.join(_phrase(name) for name in NAMES if name != 'fixed')}|zoom(?:s|ing))(?![a-z])",
-    re.IGNORECASE,
-)
 
 
 def _read(text: str) -> _Clause:
     plain, places = _plain(text)
-    head = _HEAD.match(plain)
-    first = _SENTENCE.match(plain, head.end()) if head else None
+    head = vocabulary.HEAD.match(plain)
+    first = vocabulary.SENTENCE.match(plain, head.end()) if head else None
     if first is None:
         return _Clause((), _strays(plain), text)
     bodies, end = [first["body"]], first.end()
     doubtful: list[str] = []
     while (more := _goes_on(plain, end, after=first["end"])) is not None:
         said = plain[end : more.end("body")].lower()
-        if _IT.match(said) and _SHOWS.search(bodies[-1].lower()):
+        if vocabulary.IT.match(said) and vocabulary.SHOWS.search(bodies[-1].lower()):
             doubtful += [" ".join(said.split())]
         bodies.append(more["body"])
         first, end = more, more.end()
@@ -360,46 +200,50 @@ def _plain(text: str) -> tuple[str, list[int]]:
     if text.isascii():
         return text, list(range(len(text) + 1))
     seen = [i for i, c in enumerate(text) if unicodedata.category(c) != "Cf"]
-    return "".join(text[i] for i in seen).translate(_NARROW), [*seen, len(text)]
+    return "".join(text[i] for i in seen).translate(vocabulary.NARROW), [*seen, len(text)]
 
 
 def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
     """The sentence at `start`, if it goes on with the clause, which ended with `after`."""
-    lead = _GOES_ON.match(plain, start)
-    opens = _OPENS.match(plain, lead.end() if lead else start)
-    sentence = _SENTENCE.match(plain, opens.end() if opens else start)
+    lead = vocabulary.GOES_ON.match(plain, start)
+    opens = vocabulary.OPENS.match(plain, lead.end() if lead else start)
+    sentence = vocabulary.SENTENCE.match(plain, opens.end() if opens else start)
     if sentence is None:
         return None
     body = sentence["body"].lower()
     words = re.findall(r"[\w'’-]+", body)
     if not lead and ";" not in after:  # a sentence of its own, which may well be of the scene
-        while words and (words[0] == "and" or _HOW.fullmatch(words[0])):
+        while words and (words[0] == "and" or vocabulary.HOW.fullmatch(words[0])):
             del words[0]
-        command = _COMMANDS.match(" ".join(words))
-        moves_on = command is not None and not _SEEN_MOVING.match(command[0])
+        command = vocabulary.COMMANDS.match(" ".join(words))
+        moves_on = command is not None and not vocabulary.SEEN_MOVING.match(command[0])
         return sentence if moves_on or _is_only_how(body) else None
-    while words and (words[0] in _FILLERS or words[0] == "it" or _SPEED.fullmatch(words[0])):
+    while words and (
+        words[0] in vocabulary.FILLERS or words[0] == "it" or vocabulary.SPEED.fullmatch(words[0])
+    ):
         del words[0]
-    begins = _COMMANDS.match(" ".join(words)) or (words and _CHANGES.fullmatch(words[0]))
+    begins = vocabulary.COMMANDS.match(" ".join(words)) or (
+        words and vocabulary.CHANGES.fullmatch(words[0])
+    )
     return sentence if begins or _asks(words) else None
 
 
 def _is_strange(word: str, first: bool) -> bool:
     """Whether a word before a command, the first of a part or another, may change what it says."""
     if word.endswith("ly"):
-        return bool(_NO_HOW.fullmatch(word))
-    return not first or word not in _LEADS
+        return bool(vocabulary.NO_HOW.fullmatch(word))
+    return not first or word not in vocabulary.LEADS
 
 
 def _is_only_how(part: str) -> bool:
     """Whether a part says how far or how fast, and nothing else."""
-    said = _SPEED.search(part) or _DEGREES.search(part)
-    return bool(said) and not _words(_DEGREES.sub(" ", part))
+    said = vocabulary.SPEED.search(part) or vocabulary.DEGREES.search(part)
+    return bool(said) and not _words(vocabulary.DEGREES.sub(" ", part))
 
 
 def _strays(plain: str) -> tuple[str, ...]:
     """A camera that is asked to move where no clause is read; it would stand still."""
-    stray = _STRAY.search(plain)
+    stray = vocabulary.STRAY.search(plain)
     return (f"... {' '.join(stray[0].lower().split())}",) if stray else ()
 
 
@@ -409,7 +253,7 @@ def _clause(body: str) -> tuple[tuple[Move, ...], tuple[str, ...]]:
     apart: list[list[str]] = []  # words of parts without a command
     wrong: list[list[str]] = []
     for part in _parts(body):
-        hits = list(_COMMANDS.finditer(part))
+        hits = list(vocabulary.COMMANDS.finditer(part))
         if not hits:
             apart.append(_words(part))
         for index, hit in enumerate(hits):
@@ -418,9 +262,9 @@ def _clause(body: str) -> tuple[tuple[Move, ...], tuple[str, ...]]:
             move, near, refused = _move(str(hit.lastgroup), before, after)
             joins = before if end == len(part) else f"{before} {after}"  # this one to the others
             near.append(re.findall(r"\b(?:while|whilst|as|before|after)\b", joins))
-            changed = [words for words in near if any(map(_CHANGES.fullmatch, words))]
+            changed = [words for words in near if any(map(vocabulary.CHANGES.fullmatch, words))]
             start = hits[index - 1].end() if index else 0
-            lead = _words(_DEGREES.sub(" ", part[start : hit.start()]))
+            lead = _words(vocabulary.DEGREES.sub(" ", part[start : hit.start()]))
             if any(_is_strange(word, first=not index) for word in lead):
                 changed.append(lead)
             wrong += changed + refused
@@ -437,8 +281,8 @@ def _parts(body: str) -> Iterator[str]:
     command before it, or with the one after it when it comes first."""
     held: list[str] = []
     waiting = True  # for a command: what is held says only how, if anything
-    for part in _SEPARATOR.split(body):
-        only_how = not _words(_DEGREES.sub(" ", part))
+    for part in vocabulary.SEPARATOR.split(body):
+        only_how = not _words(vocabulary.DEGREES.sub(" ", part))
         if not waiting and not only_how:
             yield " ".join(held)
             held, waiting = [], True
@@ -450,19 +294,19 @@ def _parts(body: str) -> Iterator[str]:
 def _move(name: str, before: str, after: str) -> tuple[Move, list[list[str]], list[list[str]]]:
     """The command with its angle and speed; the words beside it; what it cannot honour of them."""
     refused: list[list[str]] = []
-    angles = list(_DEGREES.finditer(f"{before};{after}"))
+    angles = list(vocabulary.DEGREES.finditer(f"{before};{after}"))
     degrees = float(angles[0][1]) if len(angles) == 1 else None
     if angles and not (degrees and name in TURNS and degrees <= 360):
         degrees = None
         refused += [angle[0].removeprefix("by ").split() for angle in angles]
-    before, after = _DEGREES.sub(" ", before), _DEGREES.sub(" ", after)
-    place = _PLACE.search(after)
+    before, after = vocabulary.DEGREES.sub(" ", before), vocabulary.DEGREES.sub(" ", after)
+    place = vocabulary.PLACE.search(after)
     near, scene = (after[: place.start()], after[place.start() :]) if place else (after, "")
-    refused += [match[0].split() for match in _MANNER.finditer(after)]
+    refused += [match[0].split() for match in vocabulary.MANNER.finditer(after)]
     # In what the camera sees, "slow" is a river; "slowly" is the camera.
-    adverbs = re.findall(r"[a-z]+ly", _SEEN_SPEED.sub(" ", scene))
-    said = f"{before} {_SEEN_SPEED.sub(' ', near)} {' '.join(adverbs)}"
-    speeds = list(dict.fromkeys(str(match.lastgroup) for match in _SPEED.finditer(said)))
+    adverbs = re.findall(r"[a-z]+ly", vocabulary.SEEN_SPEED.sub(" ", scene))
+    said = f"{before} {vocabulary.SEEN_SPEED.sub(' ', near)} {' '.join(adverbs)}"
+    speeds = list(dict.fromkeys(str(match.lastgroup) for match in vocabulary.SPEED.finditer(said)))
     if len(speeds) > 1:
         refused.append(speeds)
     pieces = [_words(before), _words(near), _words(scene)]
@@ -472,14 +316,15 @@ def _move(name: str, before: str, after: str) -> tuple[Move, list[list[str]], li
 
 
 def _words(part: str) -> list[str]:
-    words = re.findall(r"[-−–+]?[^\W_][\w'’°º%.-]*|[°º]", _SPEED.sub(" ", part))
-    return [word for word in words if word not in _FILLERS]
+    words = re.findall(r"[-−–+]?[^\W_][\w'’°º%.-]*|[°º]", vocabulary.SPEED.sub(" ", part))
+    return [word for word in words if word not in vocabulary.FILLERS]
 
 
 def _is_scene(words: Sequence[str]) -> bool:
     """Whether a part without a command says only where: "past a crane"."""
-    return words[0] in _PREPOSITIONS and (
-        bool(_PLACE.fullmatch(words[0])) or not any(map(_CHANGES.fullmatch, words))
+    return words[0] in vocabulary.PREPOSITIONS and (
+        bool(vocabulary.PLACE.fullmatch(words[0]))
+        or not any(map(vocabulary.CHANGES.fullmatch, words))
     )
 
 
@@ -488,12 +333,12 @@ def _asks(words: Sequence[str]) -> bool:
     if not words:
         return False
     first, *rest = words
-    if first in _THINGS:
-        return not rest or rest[0] in _DIRECTIONS
+    if first in vocabulary.THINGS:
+        return not rest or rest[0] in vocabulary.DIRECTIONS
     if any(word.startswith("deg") or set(word) & set("°º") for word in words):
         return True
-    if _VERBS.fullmatch(first) or _INFLECTED.fullmatch(first):
+    if vocabulary.VERBS.fullmatch(first) or vocabulary.INFLECTED.fullmatch(first):
         return True
-    if not _PLACE.fullmatch(first) and any(map(_CAMERAS_OWN.fullmatch, words)):
+    if not vocabulary.PLACE.fullmatch(first) and any(map(vocabulary.CAMERAS_OWN.fullmatch, words)):
         return True
     return len(words) == 2 and rest[0] in ("left", "right", "up", "down")
