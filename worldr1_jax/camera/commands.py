@@ -180,17 +180,15 @@ def _read(text: str) -> _Clause:
     if first is None:
         return _Clause((), _strays(plain), text)
     bodies, end = [first["body"]], first.end()
-    doubtful: list[str] = []
-    while (more := _goes_on(plain, end, after=first["end"])) is not None:
-        said = plain[end : more.end("body")].lower()
-        if vocabulary.IT.match(said) and vocabulary.SHOWS.search(bodies[-1].lower()):
-            doubtful += [" ".join(said.split())]
-        bodies.append(more["body"])
+    if aside := _aside(first["body"].lower()):
+        bodies, end = [first["body"][: aside.start()]], first.start() + aside.end()
+    while not aside and (more := _goes_on(plain, end, after=first["end"])) is not None:
+        bodies.append(_with_it(plain[end : more.start()], more["body"]))
         first, end = more, more.end()
     found, wrong = _clause(" then ".join(bodies).lower())
     if not found and not wrong:
         return _Clause((), _strays(plain), text)
-    return _Clause(found, (*wrong, *doubtful, *_strays(plain[end:])), text[places[end] :])
+    return _Clause(found, (*wrong, *_strays(plain[end:])), text[places[end] :])
 
 
 def _plain(text: str) -> tuple[str, list[int]]:
@@ -213,7 +211,14 @@ def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
     body = sentence["body"].lower()
     words = re.findall(r"[\w'’-]+", body)
     if not lead and ";" not in after:  # a sentence of its own, which may well be of the scene
-        while words and (words[0] == "and" or vocabulary.HOW.fullmatch(words[0])):
+        never = words[:2] == ["do", "not"] or (words and words[0] in ("don't", "don’t", "never"))
+        if never and vocabulary.COMMANDS.match(" ".join(words[1 + (words[1:2] == ["not"]) :])):
+            return sentence
+        while words and (
+            words[0] == "and"
+            or vocabulary.HOW.fullmatch(words[0])
+            or vocabulary.HOW_ELSE.fullmatch(words[0])
+        ):
             del words[0]
         command = vocabulary.COMMANDS.match(" ".join(words))
         moves_on = command is not None and not vocabulary.SEEN_MOVING.match(command[0])
@@ -226,6 +231,27 @@ def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
         words and vocabulary.CHANGES.fullmatch(words[0])
     )
     return sentence if begins or _asks(words) else None
+
+
+def _with_it(lead: str, body: str) -> str:
+    """The sentence with the "it" that led it, which may be what the camera sees."""
+    if re.search(r"\bit\W*$", lead, re.IGNORECASE):
+        return "it " + re.sub(r"^\s*(?:then|next|also|now)\b", "", body, flags=re.IGNORECASE)
+    return body
+
+
+def _aside(body: str) -> re.Match[str] | None:
+    """What parts a command from the scene within a sentence, if anything does."""
+    for mark in vocabulary.ASIDE.finditer(body):
+        rest = body[mark.end() :]
+        words = _words(rest)
+        if vocabulary.COMMANDS.search(rest) or vocabulary.HOW.match(rest):
+            continue
+        if not vocabulary.COMMANDS.search(body[: mark.start()]):
+            continue
+        if not (_asks(words) or any(map(vocabulary.CHANGES.fullmatch, words))) and words:
+            return mark
+    return None
 
 
 def _is_strange(word: str, first: bool) -> bool:
@@ -252,13 +278,19 @@ def _clause(body: str) -> tuple[tuple[Move, ...], tuple[str, ...]]:
     found: list[Move] = []
     apart: list[list[str]] = []  # words of parts without a command
     wrong: list[list[str]] = []
+    shows = False  # what "it" may be
     for part in _parts(body):
+        if shows and vocabulary.IT_MOVES.match(part):
+            wrong.append(part.split())
+            continue
+        shows = shows or bool(vocabulary.SHOWS.search(part))
         hits = list(vocabulary.COMMANDS.finditer(part))
         if not hits:
             apart.append(_words(part))
         for index, hit in enumerate(hits):
             end = hits[index + 1].start() if index + 1 < len(hits) else len(part)
             before, after = part[: hit.start()] if index == 0 else "", part[hit.end() : end]
+            before += " ".join(["", *vocabulary.HOW.findall(hit[0])])  # "pans slowly left"
             move, near, refused = _move(str(hit.lastgroup), before, after)
             joins = before if end == len(part) else f"{before} {after}"  # this one to the others
             near.append(re.findall(r"\b(?:while|whilst|as|before|after)\b", joins))
@@ -284,11 +316,11 @@ def _parts(body: str) -> Iterator[str]:
     for part in vocabulary.SEPARATOR.split(body):
         only_how = not _words(vocabulary.DEGREES.sub(" ", part))
         if not waiting and not only_how:
-            yield " ".join(held)
+            yield ", ".join(held)
             held, waiting = [], True
         held.append(part)
         waiting = waiting and only_how
-    yield " ".join(held)
+    yield ", ".join(held)
 
 
 def _move(name: str, before: str, after: str) -> tuple[Move, list[list[str]], list[list[str]]]:
@@ -296,13 +328,15 @@ def _move(name: str, before: str, after: str) -> tuple[Move, list[list[str]], li
     refused: list[list[str]] = []
     angles = list(vocabulary.DEGREES.finditer(f"{before};{after}"))
     degrees = float(angles[0][1]) if len(angles) == 1 else None
-    if angles and not (degrees and name in TURNS and degrees <= 360):
+    if angles and not (degrees and name in TURNS and degrees <= 360 and _turns_by(after)):
         degrees = None
         refused += [angle[0].removeprefix("by ").split() for angle in angles]
+    refused += [match[0].split() for match in vocabulary.MANNER.finditer(after)]
+    if name in ("move_up", "move_down") and (ahead := vocabulary.AHEAD.match(after)):
+        refused.append([*name.split("_"), ahead[0].strip()])
     before, after = vocabulary.DEGREES.sub(" ", before), vocabulary.DEGREES.sub(" ", after)
     place = vocabulary.PLACE.search(after)
     near, scene = (after[: place.start()], after[place.start() :]) if place else (after, "")
-    refused += [match[0].split() for match in vocabulary.MANNER.finditer(after)]
     # In what the camera sees, "slow" is a river; "slowly" is the camera.
     adverbs = re.findall(r"[a-z]+ly", vocabulary.SEEN_SPEED.sub(" ", scene))
     said = f"{before} {vocabulary.SEEN_SPEED.sub(' ', near)} {' '.join(adverbs)}"
@@ -313,6 +347,20 @@ def _move(name: str, before: str, after: str) -> tuple[Move, list[list[str]], li
     refused += [words for words in pieces if _asks(words)]
     move = Move(name, degrees, speeds[0] if len(speeds) == 1 else "")
     return move, pieces[:2], refused
+
+
+def _turns_by(after: str) -> bool:
+    """Whether angles behind a command are the movement's, and not those of a place."""
+    place = vocabulary.PLACE.search(after)
+    for angle in vocabulary.DEGREES.finditer(after):
+        said, rest = after[: angle.start()], after[angle.end() :]
+        if place is None or angle.start() < place.start() or angle[0].startswith("by"):
+            continue
+        if vocabulary.TO_TURN_BY.search(said):
+            continue
+        if vocabulary.OF_A_PLACE.search(said) or vocabulary.HOW.sub("", rest).strip(" ,"):
+            return False
+    return True
 
 
 def _words(part: str) -> list[str]:

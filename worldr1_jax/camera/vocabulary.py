@@ -40,13 +40,16 @@ SENTENCE = re.compile(
     r"""(?P<end>[.!?;…。\n"”»)\]}]*[*_']*\s*)"""
 )
 GOES_ON = re.compile(  # a sentence behind the first that speaks of the camera still
-    r"(?:and\s+)?(?:then|next|after that|afterwards|finally|lastly|it|(?:the\s+)?camera)\b[\s,:]*",
+    r"(?:and\s+)?(?:then|next|after (?:that|this)|afterwards?|subsequently|second(?:ly)?|"
+    r"finally|lastly|it|(?:the\s+)?(?:camera|view|shot))\b[\s,:]*",
     re.IGNORECASE,
 )
 OPENS = re.compile(rf"(?:{_MARKS}|,)*")
 # Openings of a sentence: manners of a camera, as "family" and "Emily" are none; and what is as
 # likely seen as asked for, "Moving up the stairs is an old man".
 HOW = re.compile("(?:slow|quick|rapid|swift|brisk|gent|smooth|slight|steadi|gradual|subt)ly")
+# The same of a movement that is named as a thing, "Slow pan left", or said to go on.
+HOW_ELSE = re.compile("slow|quick|fast|smooth|gentle|steady|also|keeps?|continues?|to")
 NO_HOW = re.compile(r"(?:\w*f|fami|emi|li|mil|mol|sal|al|bul|bel|jel|ital|assemb)ly")
 SEEN_MOVING = re.compile(r"fixed|(?:mov|roll|push|pull)\w*(?:ing|ed)\b")
 _ENDING = "(?:s|es|d|ed|ing|ning|ting)?"  # pushes in, panning left
@@ -54,7 +57,11 @@ _GAP = r"[\s_-]+"
 
 
 # What follows a direction, and no place: "to the right of it", "to the left wall".
-_NO_PLACE = rf"(?!{_GAP}(?!(?:and|then|with|at|in|over|across|along|through|past)\b|\w+ly)[a-z])"
+_NO_PLACE = (
+    rf"(?!{_GAP}(?!(?:and|then|with|at|in|over|across|along|through|past|on|around|towards?|to|by|"
+    r"for|from|as|while|before|showing|revealing|under|between|behind|below|above|near|beside)\b"
+    r"|\w+ly)[a-z])"
+)
 
 
 def _phrase(name: str) -> str:
@@ -71,6 +78,8 @@ def _phrase(name: str) -> str:
             one = rf"(?:to\s+(?:the|its)\s+)?{here}(?:wards?)?"
             other = across.format(here, there)
             direction = [rf"(?!{other})(?:{across.format(there, here)}|{one})"]
+    if direction:  # "pans slowly left"
+        direction[0] = rf"(?:{HOW.pattern}{_GAP})?{direction[0]}"
     return _GAP.join([verb + ending, *direction])
 
 
@@ -79,7 +88,10 @@ COMMANDS = re.compile(
 )
 SEPARATOR = re.compile(r"[,;&+/|]|->|→|\bthen\b|\band\b|\btransition(?:s|ing)\b")
 # A sign or a range before the number, and it is none: "-30 degrees", "20-30 degrees".
-DEGREES = re.compile(r"(?:\bby\s+)?(?<![\w.−–-])\+?(\d+(?:\.\d+)?)[\s-]*(?:°|º|deg(?:rees?)?\b)")
+DEGREES = re.compile(
+    r"(?:\bby\s+)?(?<![\w.−–-])\+?(\d+(?:\.\d+)?)[\s-]*(?:°|º|deg(?:rees?)?\b)"
+    r"(?!\s*(?:[cf]\b|celsius|fahrenheit))"
+)
 SPEED = re.compile(
     r"\b(?:(?P<slowly>slow(?:ly)?)|(?P<quickly>(?:quick|rapid|swift|brisk)(?:ly)?|fast))\b"
 )
@@ -122,7 +134,8 @@ VERBS = re.compile(
 CAMERAS_OWN = re.compile(r"(?:zoom|pan|tilt|doll(?:y|ie)|orbit)(?:s|ing|ning|ed|ned)?")
 THINGS = _listed(
     "crane truck track boom jib pedestal arc spiral circle drop shake handheld sweep turn roll "
-    "swing rise float drift slide dip bank loop flip walk back jump fall"
+    "swing rise float drift slide dip bank loop flip walk back jump fall travel creep ease "
+    "encircle revolve"
 )
 INFLECTED = re.compile(
     rf"(?:{'|'.join(sorted(word.rstrip('e') for word in THINGS))})\w?(?:ing|es|s)"
@@ -140,7 +153,18 @@ PLACE = re.compile(
     r"\b(?:toward|towards|past|over|under|through|along|across|at|on|of|behind|above|below|near|"
     r"beside|between|around|to\s+(?:reveal|show|(?:an?|the)(?!\s+(?:left|right))))\b"
 )
-SHOWS = re.compile(rf"\bfixed\b|{PLACE.pattern}")
+# "It moves left" behind these is as likely what the camera sees; what pans, tilts or orbits is a
+# camera.
+SHOWS = re.compile(rf"\bfixed\b|{PLACE.pattern}|\b(?:with|by|for|from)\s+(?:an?|the)\b")
+IT_MOVES = re.compile(r"\s*it\b.*?(?:mov|roll|push|pull)")
+# An angle behind a place is the movement's where it comes at the end or has a word for it, and the
+# place's in "around a 90 degree corner", "tilted 23 degrees", "at 60 degrees".
+TO_TURN_BY = re.compile(r"(?:,|\b(?:by|for|over|through|around|another))\s*$")
+OF_A_PLACE = re.compile(r"(?:\b(?:an?|the|at|of|is)|ed)\s*$")
+# "Moves down the street" goes ahead, and "moves up to the window" does.
+AHEAD = re.compile(r"\s*(?:an?|the|to|towards?|close|closer)\b")
+# What a command is followed by is the scene, behind these: "Camera push in: a red fox."
+ASIDE = re.compile(r":\s+|\s+[-–—]+\s+|—")
 # Words that turn a command beside them into something else.
 CHANGES = re.compile(
     r"not|no|nor|never|without|cannot|\w+n['’]?t|avoid\w*|stop\w*|instead|rather|except|unless|"
@@ -151,14 +175,16 @@ CHANGES = re.compile(
     r"false|none|hardly|barely|scarcely|rarely|nearly|part(?:ial)?ly|previously|occasionally|"
     r"concurrently|faster|slower|speed\w*|slow(?:s|ing)|(?:ac|de)celerat\w*"
 )
+_COUNT = r"(?:\d+|two|three|four|five|six|several|many|a\s+few)"
+_END = rf"(?=\s*$|\s*,|\s+(?:\w+ly|{PLACE.pattern[2:]}))"
 MANNER = re.compile(  # said of the movement, though it looks like a place
     r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}"
-    r"(?:speed|pace|rate|tempo|same\s+time|once|loop|reverse)\s*$"
-    r"|\b(?:per|an?|each|every)\s+(?:second|minute|frame|s|sec)\s*$"
-    r"|\b(?:twice|thrice|again|repeatedly)\s*$"
+    rf"(?:speed|pace|rate|tempo|same\s+time|once|loop|reverse(?:\s+motion)?|a\s+row){_END}"
+    rf"|(?:\bper\s+|/\s*|{DEGREES.pattern}\s*(?:an?|each|every)\s+)"
+    r"(?:second|minute|frame|s|sec)\b"
+    rf"|\b{_COUNT}\s+(?:\w+\s+)?(?:times|turns|laps|revolutions|rotations|seconds|minutes)\b"
+    rf"|\b(?:twice|thrice|again|repeatedly|backwards?){_END}"
 )
-# "It moves left" behind these is as likely what the camera sees.
-IT = re.compile(r"(?:then|next|after that|afterwards|finally|lastly)?[\s,:]*it\b", re.IGNORECASE)
 
 STRAY = re.compile(
     r"\bcameras?(?:[^\w,;.!?]|_)+"
