@@ -22,6 +22,7 @@ from tests.launching import environment
 from tests.measure import kills
 from worldr1_jax import settings, train
 from worldr1_jax.mesh import make as meshes
+from worldr1_jax.workdir.lock import Lock
 
 ROOT = Path(__file__).parents[2]
 UPDATES = 5
@@ -193,6 +194,21 @@ def test_eight_devices_agree_with_one(folder, tmp_path, monkeypatch):
         assert np.allclose(a, b, atol=1e-5), np.abs(a - b).max()
 
 
+def loop(monkeypatch, one_update, lock, workdir, saved):
+    """Two updates of `train.learn` with nothing in them but `one_update`."""
+    keeper = SimpleNamespace(
+        saved=0, loader=None, lock=lock, settled=lambda: saved[-1],
+        watcher=train.Watcher(settings.Watch()), save=lambda done, state: saved.append(done),
+    )  # fmt: skip
+    monkeypatch.setattr(train, "one_update", one_update)
+    run = SimpleNamespace(num_updates=2, checkpoint_every=1, fps=8.0)
+    programs = SimpleNamespace(
+        settings=SimpleNamespace(run=run, rewards=SimpleNamespace(reported=tuple)),
+        pipeline=SimpleNamespace(base=nnx.State({})), mesh=meshes.make_mesh({}, jax.devices()[:1]),
+    )  # fmt: skip
+    train.learn(programs, SimpleNamespace(adapters={}), 0, keeper, str(workdir))
+
+
 def test_a_stop_in_the_last_stage_comes_before_the_report(monkeypatch, tmp_path):
     """Which at full size takes hours."""
 
@@ -204,19 +220,25 @@ def test_a_stop_in_the_last_stage_comes_before_the_report(monkeypatch, tmp_path)
         return state, train.Outcome(None, {}, None, {"reward": 0.0})
 
     saved = []
-    keeper = SimpleNamespace(
-        saved=0, loader=None, lock=SimpleNamespace(check=lambda: None), settled=lambda: saved[-1],
-        watcher=train.Watcher(settings.Watch()), save=lambda done, state: saved.append(done),
-    )  # fmt: skip
-    monkeypatch.setattr(train, "one_update", one_update)
-    run = SimpleNamespace(num_updates=2, checkpoint_every=1, fps=8.0)
-    programs = SimpleNamespace(
-        settings=SimpleNamespace(run=run, rewards=SimpleNamespace(reported=tuple)),
-        pipeline=SimpleNamespace(base=nnx.State({})), mesh=meshes.make_mesh({}, jax.devices()[:1]),
-    )  # fmt: skip
     with pytest.raises(train.Stopped):
-        train.learn(programs, SimpleNamespace(adapters={}), 0, keeper, str(tmp_path))
+        loop(monkeypatch, one_update, SimpleNamespace(check=lambda: None), tmp_path, saved)
     assert saved[-1] == 2
+
+
+def test_a_run_whose_folder_was_taken_writes_nothing_there(monkeypatch, tmp_path):
+    """`rm -r` of a run, and another in the same place: its metrics are its own."""
+    workdir = tmp_path / "run"
+
+    def one_update(programs, state, loader, update, timer, *, between):
+        if update == 1:
+            shutil.rmtree(workdir)
+            workdir.mkdir()
+        return state, train.Outcome(None, {}, None, {"reward": 0.0})
+
+    saved = []
+    with Lock(workdir) as lock, pytest.raises(ValueError, match="the folder was removed"):
+        loop(monkeypatch, one_update, lock, workdir, saved)
+    assert saved == [1] and not (workdir / "metrics.jsonl").exists()
 
 
 def wrong_prompts(tmp_path, content):
