@@ -2,6 +2,7 @@
 
 python -m tests.measure.kernels v5e:2x2 v5p:2x2x1 v6e:2x2 tpu7x:2x2x1      # 480x832x81, forward
 python -m tests.measure.kernels v6e:2x2 --backward --heads 5 --tokens 75600
+python -m tests.measure.kernels v5p:2x2x1 --tokens 30720 --block 384       # as where no larger fits
 
 One row of docs/pods.md for each topology: milliseconds of a forward (or of a backward, without the
 forward that it may repeat) of so many heads of 128 over so many tokens, and the share of the chip's
@@ -26,7 +27,7 @@ TOKENS = 32760  # of 480x832x81
 
 
 def attention(
-    topology: str, *, heads: int, tokens: int, backward: bool = False
+    topology: str, *, heads: int, tokens: int, backward: bool = False, block: int = 0
 ) -> tuple[float, float]:
     """Seconds that the kernel of a chip takes, and the FLOPs of the products that it makes.
 
@@ -37,9 +38,10 @@ def attention(
     device, chip = report.topology_devices(topology)[0], topology.split(":")[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("one",))
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    padded = -(-tokens // BLOCKS[chip]) * BLOCKS[chip]
+    block = block or BLOCKS[chip]
+    padded = -(-tokens // block) * block
     shape = jax.ShapeDtypeStruct((1, padded, heads, WIDTH), jnp.bfloat16, sharding=here)
-    kernel = Splash(BLOCKS[chip], keys_in(compiler.scoped_memory(chip)))
+    kernel = Splash(block, keys_in(compiler.scoped_memory(chip)))
 
     def forward(q, k, v):
         return kernel(q, k, v, scale=WIDTH**-0.5, length=tokens)
@@ -67,11 +69,16 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--block", type=int, default=0, help="queries and keys; 0: the chip's")
     asked = parser.parse_args()
     kind = "backward" if asked.backward else "forward"
     for topology in asked.topologies:
         seconds, flops = attention(
-            topology, heads=asked.heads, tokens=asked.tokens, backward=asked.backward
+            topology,
+            heads=asked.heads,
+            tokens=asked.tokens,
+            backward=asked.backward,
+            block=asked.block,
         )
         share = flops / seconds / CHIPS[topology.split(":")[0]].peak
         print(

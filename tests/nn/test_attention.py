@@ -197,17 +197,18 @@ def test_a_remat_policy_keeps_what_long_attention_found(capsys, name, keys):
     ("tokens", "keys", "context", "parts", "want", "block", "gradients"),
     [
         (75_600, 2048, "ulysses", 1, 75_776, 1024, 37),  # 81 frames of 720p; 75,648 has 197
+        (75_600, 8192, "ulysses", 1, 76_800, 1024, 15),
         (75_600, 2048, "ulysses", 4, 75_776, 1024, 37),
-        (75_600, 2048, "ring", 4, 78_848, 896, 11),  # each device with its own quarter
-        (75_600, 4096, "ulysses", 1, 77_824, 1024, 19),
-        (57_600, 4096, "ulysses", 1, 57_600, 768, 15),  # 59,392 has blocks of 1024, 29 of them
+        (75_600, 2048, "ring", 4, 77_824, 1024, 19),  # each device with its own quarter
+        (57_600, 8192, "ulysses", 1, 58_368, 1024, 19),  # 58,752 has 9, and blocks of 384
         (32_760, 2048, "ulysses", 1, 32_768, 1024, 16),  # 81 frames of 480p
-        (7_800, 2048, "ulysses", 1, 8_192, 1024, 4),  # 17 frames: 7,808 has 61
-        (17_160, 2048, "ulysses", 1, 17_280, 640, 9),  # 41 frames: 17,408 has 17
+        (7_800, 2048, "ulysses", 1, 8_192, 1024, 4),  # 17 frames: 7,808 has 61, blocks of 128
         (65, 2048, "ulysses", 1, 128, 128, 1),
     ],
 )
-def test_sequences_are_padded_to_few_blocks(tokens, keys, context, parts, want, block, gradients):
+def test_sequences_are_padded_to_few_and_large_blocks(
+    tokens, keys, context, parts, want, block, gradients
+):
     kernel = attention_kernels.Splash(block=1024, keys=keys)
     implementation = attention_context.Sharded(kernel, context)
     with arrays.on(make_mesh({"context": parts}, jax.devices()[:parts])):

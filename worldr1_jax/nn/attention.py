@@ -186,8 +186,7 @@ def padded(tokens: int, implementation: Implementation) -> int:
     Splash divides what a device attends to into equal blocks, so that the number decides how large
     they are: 75,600 tokens (81 frames of 720p) would be 591 lanes of 128, with no block above 384,
     and a backward pass that holds 197 gradients of the queries, one for each block of keys. Of all
-    numbers up to a sixteenth more, that with the fewest gradients is taken, of these the one with
-    the largest blocks forward, and of these the least.
+    numbers up to a sixteenth more, the one that costs least is taken (`Splash.cost`).
     """
     if not isinstance(implementation, attention_context.Sharded):
         return tokens
@@ -198,12 +197,8 @@ def padded(tokens: int, implementation: Implementation) -> int:
     if not isinstance(kernel, attention_kernels.Splash):
         return least
     share = parts if implementation.context == "ring" else 1  # of the tokens, in one call
-
-    def cost(padded: int) -> tuple[int, int, int]:
-        seen = padded // share
-        return seen // kernel.keys_of(seen), -kernel.block_of(seen), padded
-
-    return min(range(least, max(least, tokens + tokens // 16) + 1, unit), key=cost)
+    fitting = range(least, max(least, tokens + tokens // 16) + 1, unit)
+    return min(fitting, key=lambda padded: kernel.cost(padded // share))
 
 
 def _fitting(device_kind: str, keys: int | None) -> str:

@@ -194,6 +194,13 @@ class Splash:
         """Keys of a block of the backward pass where there are so many; see `keys`."""
         return _divisor(tokens, self.keys, _computed(self.block_of(tokens)))
 
+    def cost(self, tokens: int) -> float:
+        """Of attention of so many tokens to each other, in no unit: forward, by size of the block,
+        as the compiler schedules it (tests/measure/kernels.py --block), and something for what the
+        backward pass holds."""
+        forward = 1 + 5.5 * (LANES / self.block_of(tokens)) ** 2
+        return tokens**2 * (forward + tokens // self.keys_of(tokens) / 500)
+
     def _kernel(self, q, k, residuals: bool = False) -> Any:
         heads, rows, columns = q.shape[1], q.shape[2], k.shape[2]
         block_q, block_k = self.block_of(rows), self.block_of(columns)
