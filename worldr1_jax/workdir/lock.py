@@ -160,9 +160,8 @@ class Lock:
             return
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._count}
         self._count += 1
-        said = f"{json.dumps(owner)}\n".encode()
-        os.pwrite(self._file.fileno(), said, 0)
-        os.ftruncate(self._file.fileno(), len(said))  # of who held it before
+        length = os.fstat(self._file.fileno()).st_size - 1  # of who held it before
+        os.pwrite(self._file.fileno(), f"{json.dumps(owner):<{max(length, 0)}}\n".encode(), 0)
         os.fsync(self._file.fileno())  # without which a mounted bucket shows others nothing
 
     def _keep_alive(self) -> None:
