@@ -279,12 +279,17 @@ def test_what_others_do_is_no_command(text, name):
 
 
 @pytest.mark.parametrize(
-    "piece", [",", "pan left,", "slowly,", ".then", "camera ", "(", ";", "1. "]
-)
+    "piece",
+    [
+        ",", "pan left,", "slowly,", ".then", "camera ", "(", ";", "1. ", " - ", " - 5", "— no",
+        ": x no", " a -", "it ", " ", " 5 degrees",
+    ],
+)  # fmt: skip
 def test_a_long_text_takes_no_longer_than_its_length(piece):
     """100 kB, which take 0.2 s; what grew with the square would take minutes."""
     began = time.process_time()
-    commands.complaint("Camera pan left, " + piece * (100_000 // len(piece)))
+    for opening in ("Camera pan left, ", "Camera pan left at x"):
+        commands.complaint(opening + piece * (50_000 // len(piece)) + "x")
     assert time.process_time() - began < 5
 
 
@@ -393,6 +398,7 @@ eases in
 encircles the cat
 revolves around the cat
 push in - zoom
+pans left: at a slow pace
 pan left: no tilt
 moves down the corridor
 slowly moves up the hill
@@ -436,6 +442,28 @@ READ = {
     "pushes slowly in": [("push_in", None, "slowly")],
     "tilts gently up": ["tilt_up"],
     "pans quickly right 30 degrees": [("pan_right", 30, "quickly")],
+    "push in - toward the window. Then pan left to the desk": ["push_in", "pan_left"],
+    "push in - cinematic. Then pan left": ["push_in", "pan_left"],
+    "push in - past the trees; tilt up": ["push_in", "tilt_up"],
+    "pan left - very slowly": [("pan_left", None, "slowly")],
+    "pan left — in slow motion": [("pan_left", None, "slowly")],
+    "move up to reveal the skyline, then pan left": ["move_up", "pan_left"],
+    "moves down a little and pans left": ["move_down", "pan_left"],
+    "begins with a slow push in, then it moves left": [
+        ("push_in", None, "slowly"),
+        "move_left",
+    ],
+    "push in for a while, then it pulls out": ["push_in", "pull_out"],
+    "pans left past a tree, and it tilts up past a moving train": ["pan_left", "tilt_up"],
+    "pans left past houses in a row": ["pan_left"],
+    "pushes in on a man walking backwards": ["push_in"],
+    "pushes in on a clock showing five minutes to noon": ["push_in"],
+    "pushes in on a bomb with 10 seconds left": ["push_in"],
+    "orbits left around the bed 180 degrees": [("orbit_left", 180, "")],
+    "orbit left of 90 degrees around the statue": [("orbit_left", 90, "")],
+    "orbits left through an arc of 90 degrees": [("orbit_left", 90, "")],
+    "tilts up toward the sky 20 degrees to reveal a bird": [("tilt_up", 20, "")],
+    "push in. The shot is slow": [("push_in", None, "slowly")],
 }
 
 
@@ -458,9 +486,22 @@ def test_the_scene_may_follow_in_the_same_sentence(mark):
     assert commands.moves(slow) == (commands.Move("push_in", None, "slowly"),)
 
 
-@pytest.mark.parametrize("scene", ["Slow rivers run.", "The shot glows.", "Quick moving clouds."])
+@pytest.mark.parametrize(
+    "scene",
+    [
+        "Slow rivers run.", "The shot glows.", "Quick moving clouds.", "View up the street.",
+        "The view up the street is clear.", "View left. A fox.", "Second half of a match.",
+    ],
+)  # fmt: skip
 def test_what_follows_may_be_the_scene(scene):
     assert commands.scene(f"Camera push in. {scene}") == scene
+
+
+def test_letters_that_change_their_length_cut_nothing():
+    for prompt in ("Camera pan left over İzmir, İstanbul: 家", "Camera push in on İİ — x"):
+        assert commands.parse(prompt)
+    prompt = "Camera push in through İstanbul: a red fox in the snow."
+    assert commands.scene(prompt) == "a red fox in the snow."
 
 
 def test_a_thing_that_travels_is_no_camera():

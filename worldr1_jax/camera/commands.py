@@ -10,6 +10,7 @@ stands before a command and may give it another meaning or subject: "refuses to 
 moves left".
 """
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -180,11 +181,14 @@ def _read(text: str) -> _Clause:
     if first is None:
         return _Clause((), _strays(plain), text)
     bodies, end = [first["body"]], first.end()
-    if aside := _aside(first["body"].lower()):
+    more, aside = _goes_on(plain, end, after=first["end"]), _aside(first["body"].lower())
+    if aside and (more is None or _ENDS_IN_IT.search(plain[end : more.start()])):
         bodies, end = [first["body"][: aside.start()]], first.start() + aside.end()
-    while not aside and (more := _goes_on(plain, end, after=first["end"])) is not None:
+        more = None
+    while more is not None:
         bodies.append(_with_it(plain[end : more.start()], more["body"]))
         first, end = more, more.end()
+        more = _goes_on(plain, end, after=first["end"])
     found, wrong = _clause(" then ".join(bodies).lower())
     if not found and not wrong:
         return _Clause((), _strays(plain), text)
@@ -227,29 +231,34 @@ def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
         words[0] in vocabulary.FILLERS or words[0] == "it" or vocabulary.SPEED.fullmatch(words[0])
     ):
         del words[0]
-    begins = vocabulary.COMMANDS.match(" ".join(words)) or (
-        words and vocabulary.CHANGES.fullmatch(words[0])
-    )
-    return sentence if begins or _asks(words) else None
+    begins = vocabulary.COMMANDS.match(" ".join(words)) or _is_only_how(body)
+    changes = bool(words and vocabulary.CHANGES.fullmatch(words[0]))
+    if changes and lead and vocabulary.SCENES_OPEN.search(lead[0]):  # "View up the street."
+        changes = words[0] not in ("up", "down", "left", "right", "half")
+    return sentence if begins or changes or _asks(words) else None
+
+
+_ENDS_IN_IT = re.compile(r"\bit\W*$", re.IGNORECASE)
 
 
 def _with_it(lead: str, body: str) -> str:
     """The sentence with the "it" that led it, which may be what the camera sees."""
-    if re.search(r"\bit\W*$", lead, re.IGNORECASE):
+    if _ENDS_IN_IT.search(lead):
         return "it " + re.sub(r"^\s*(?:then|next|also|now)\b", "", body, flags=re.IGNORECASE)
     return body
 
 
 def _aside(body: str) -> re.Match[str] | None:
     """What parts a command from the scene within a sentence, if anything does."""
-    for mark in vocabulary.ASIDE.finditer(body):
+    hits = list(vocabulary.COMMANDS.finditer(body))
+    marks = vocabulary.ASIDE.finditer(body, hits[-1].end()) if hits else iter(())
+    for mark in itertools.islice(marks, 8):  # each looks at all of the rest
         rest = body[mark.end() :]
         words = _words(rest)
-        if vocabulary.COMMANDS.search(rest) or vocabulary.HOW.match(rest):
+        how = vocabulary.HOW.match(rest) or vocabulary.HOW_AT_LAST.match(rest)
+        if how or not words or _is_scene(words[:1]) or _asks(words):
             continue
-        if not vocabulary.COMMANDS.search(body[: mark.start()]):
-            continue
-        if not (_asks(words) or any(map(vocabulary.CHANGES.fullmatch, words))) and words:
+        if not any(map(vocabulary.CHANGES.fullmatch, words)):
             return mark
     return None
 
@@ -354,9 +363,10 @@ def _turns_by(after: str) -> bool:
     place = vocabulary.PLACE.search(after)
     for angle in vocabulary.DEGREES.finditer(after):
         said, rest = after[: angle.start()], after[angle.end() :]
+        rest = vocabulary.TO_SHOW.sub("", rest)
         if place is None or angle.start() < place.start() or angle[0].startswith("by"):
             continue
-        if vocabulary.TO_TURN_BY.search(said):
+        if vocabulary.TO_TURN_BY.search(said) or re.match(r"\s*arc\b", rest):
             continue
         if vocabulary.OF_A_PLACE.search(said) or vocabulary.HOW.sub("", rest).strip(" ,"):
             return False

@@ -48,6 +48,9 @@ OPENS = re.compile(rf"(?:{_MARKS}|,)*")
 # Openings of a sentence: manners of a camera, as "family" and "Emily" are none; and what is as
 # likely seen as asked for, "Moving up the stairs is an old man".
 HOW = re.compile("(?:slow|quick|rapid|swift|brisk|gent|smooth|slight|steadi|gradual|subt)ly")
+HOW_AT_LAST = re.compile(r"(?:[a-z]+[\s,]+){0,3}(?:slow|quick|fast)(?:ly)?\s*$")  # "very slowly"
+# A scene may open with these, too: "View up the street."
+SCENES_OPEN = re.compile(r"(?:view|shot|second)\W*$", re.IGNORECASE)
 # The same of a movement that is named as a thing, "Slow pan left", or said to go on.
 HOW_ELSE = re.compile("slow|quick|fast|smooth|gentle|steady|also|keeps?|continues?|to")
 NO_HOW = re.compile(r"(?:\w*f|fami|emi|li|mil|mol|sal|al|bul|bel|jel|ital|assemb)ly")
@@ -102,6 +105,7 @@ SEEN_SPEED = re.compile(
 NARROW: dict[int, int | str] = {
     **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},  # full-width letters and signs
     **dict.fromkeys(map(ord, "‐‑‒−⁻﹣"), "-"),  # each of which may be a minus
+    0x130: "I",  # whose small letter is two characters
 }
 
 
@@ -155,16 +159,27 @@ PLACE = re.compile(
 )
 # "It moves left" behind these is as likely what the camera sees; what pans, tilts or orbits is a
 # camera.
-SHOWS = re.compile(rf"\bfixed\b|{PLACE.pattern}|\b(?:with|by|for|from)\s+(?:an?|the)\b")
-IT_MOVES = re.compile(r"\s*it\b.*?(?:mov|roll|push|pull)")
+SHOWS = re.compile(
+    rf"\bfixed\b|{PLACE.pattern}|\b(?:with|by|for|from)\s+(?:an?|the)\b"
+    r"(?!\s+(?:\w+\s+)?(?:push|pull|mov|pan|tilt|orbit|roll)|\s+(?:moment|while|bit|few)\b)"
+)
+IT_MOVES = re.compile(
+    r"\s*it\b(?:\s+(?:then|also|now|next|\w+ly|will|is|starts?|begins?|to))*"
+    r"\s+(?:mov|roll|push|pull)"
+)
 # An angle behind a place is the movement's where it comes at the end or has a word for it, and the
 # place's in "around a 90 degree corner", "tilted 23 degrees", "at 60 degrees".
-TO_TURN_BY = re.compile(r"(?:,|\b(?:by|for|over|through|around|another))\s*$")
-OF_A_PLACE = re.compile(r"(?:\b(?:an?|the|at|of|is)|ed)\s*$")
+TO_TURN_BY = re.compile(
+    r"(?:,|\b(?:by|for|over|through|around|another)|^\s*of|\b(?:arc|angle)\s+of)\s*$"
+)
+OF_A_PLACE = re.compile(r"(?:\b(?:an?|the|at|of|is)|\w{3,}ed)\s*$")
 # "Moves down the street" goes ahead, and "moves up to the window" does.
-AHEAD = re.compile(r"\s*(?:an?|the|to|towards?|close|closer)\b")
+AHEAD = re.compile(
+    r"\s*(?:an?(?!\s+(?:bit|little|few|touch)\b)|the|to(?!\s+(?:reveal|show)\b)|towards?|closer?)\b"
+)
+TO_SHOW = re.compile(r"^\s*to\s+(?:reveal|show)\b.*", re.DOTALL)
 # What a command is followed by is the scene, behind these: "Camera push in: a red fox."
-ASIDE = re.compile(r":\s+|\s+[-–—]+\s+|—")
+ASIDE = re.compile(r":\s+|(?<!\s)\s+[-–—]+\s+|—")
 # Words that turn a command beside them into something else.
 CHANGES = re.compile(
     r"not|no|nor|never|without|cannot|\w+n['’]?t|avoid\w*|stop\w*|instead|rather|except|unless|"
@@ -176,14 +191,15 @@ CHANGES = re.compile(
     r"concurrently|faster|slower|speed\w*|slow(?:s|ing)|(?:ac|de)celerat\w*"
 )
 _COUNT = r"(?:\d+|two|three|four|five|six|several|many|a\s+few)"
-_END = rf"(?=\s*$|\s*,|\s+(?:\w+ly|{PLACE.pattern[2:]}))"
+_END = r"(?=\s*$|\s*,)"
 MANNER = re.compile(  # said of the movement, though it looks like a place
     r"\b(?:at|with|in)\s+(?:\w+\s+){0,2}"
-    rf"(?:speed|pace|rate|tempo|same\s+time|once|loop|reverse(?:\s+motion)?|a\s+row){_END}"
+    rf"(?:speed|pace|rate|tempo|same\s+time|once|loop|reverse(?:\s+motion)?){_END}"
     rf"|(?:\bper\s+|/\s*|{DEGREES.pattern}\s*(?:an?|each|every)\s+)"
     r"(?:second|minute|frame|s|sec)\b"
-    rf"|\b{_COUNT}\s+(?:\w+\s+)?(?:times|turns|laps|revolutions|rotations|seconds|minutes)\b"
-    rf"|\b(?:twice|thrice|again|repeatedly|backwards?){_END}"
+    rf"|\b{_COUNT}\s+(?:\w+\s+)?(?:times|turns|laps|revolutions|rotations){_END}"
+    rf"|\b(?:over|in|for|within)\s+{_COUNT}\s+(?:seconds|minutes){_END}"
+    rf"|\b(?<!ing )(?:twice|thrice|again|repeatedly|backwards?)(?:\s+in\s+a\s+row)?{_END}"
 )
 
 STRAY = re.compile(

@@ -148,7 +148,7 @@ def for_long_sequences(implementation: Implementation, tokens: int, heads: int) 
         context = "ring"
         tokens //= sizes["context"]
     # Splash divides a sequence into equal blocks; 128 x 521 tokens would get no larger one than
-    # 128. Many tokens are padded to whole blocks, at most an eighth more.
+    # 128. Frames, which are not padded by `padded`, come to whole blocks, at most an eighth more.
     if isinstance(kernel, attention_kernels.Splash) and tokens >= 8 * kernel.block:
         kernel = dataclasses.replace(kernel, multiple=kernel.block)
     return attention_context.Sharded(kernel, context)
