@@ -234,7 +234,7 @@ class Recon(Reward):
         if self.likeness == "ssim":
             return ()
         what = "LPIPS, which python -m worldr1_jax.models.lpips_files makes of AlexNet's trunk"
-        return (Needed("rewards.recon.lpips", self.lpips, what, "0.24 GB", "BSD-3-Clause", ()),)
+        return (Needed("rewards.recon.lpips", self.lpips, what, "0.24 GB", "BSD-3-Clause"),)
 
     def networks(self, mesh: jax.sharding.Mesh, dtype: Any) -> Networks:
         self.check()

@@ -26,7 +26,7 @@ class Needed(NamedTuple):
     what: str
     size: str
     licence: str
-    parts: tuple[str, ...]
+    parts: tuple[str, ...] = ()
 
     @property
     def missing(self) -> bool:
