@@ -137,12 +137,7 @@ def contents(found: Settings, prompts: PromptSets) -> dict[str, str]:
     used = repr(_learnt(found, prompts))
     return {
         "prompts": hashlib.sha256(used.encode()).hexdigest(),
-        **{
-            one.field: _held(*(resolve("nano", part) for part in one.parts))
-            if one.value == "nano"
-            else _held(one.value)
-            for one in (_policy(found), *found.rewards.needed())
-        },
+        **{one.field: _held(*_files(one)) for one in (_policy(found), *found.rewards.needed())},
         **({"policy.adapters": _held(run if run.is_dir() else start) + times} if start else {}),
     }
 
@@ -165,6 +160,11 @@ def identity(
         "version of worldr1_jax and jax": f"{worldr1_jax.__version__} {jax.__version__}",
         "files of weights": repr(sorted(contents.items())),
     }
+
+
+def _files(one: Needed) -> Sequence[str | Path]:
+    """Of what ships, the network's own."""
+    return [resolve("nano", part) for part in one.parts] if one.value == "nano" else [one.value]
 
 
 def _held(*paths: str | Path) -> str:

@@ -182,7 +182,7 @@ def _read(text: str) -> _Clause:
         return _Clause((), _strays(plain), text)
     bodies, end = [first["body"]], first.end()
     more, aside = _goes_on(plain, end, after=first["end"]), _aside(first["body"].lower())
-    if aside and (more is None or _ENDS_IN_IT.search(plain[end : more.start()])):
+    if aside and (more is None or vocabulary.ENDS_IN_IT.search(plain[end : more.start()])):
         bodies, end = [first["body"][: aside.start()]], first.start() + aside.end()
         more = None
     while more is not None:
@@ -214,36 +214,37 @@ def _goes_on(plain: str, start: int, after: str) -> re.Match[str] | None:
         return None
     body = sentence["body"].lower()
     words = re.findall(r"[\w'’-]+", body)
-    if not lead and ";" not in after:  # a sentence of its own, which may well be of the scene
-        never = words[:2] == ["do", "not"] or (words and words[0] in ("don't", "don’t", "never"))
-        if never and vocabulary.COMMANDS.match(" ".join(words[1 + (words[1:2] == ["not"]) :])):
-            return sentence
-        while words and (
-            words[0] == "and"
-            or vocabulary.HOW.fullmatch(words[0])
-            or vocabulary.HOW_ELSE.fullmatch(words[0])
-        ):
-            del words[0]
-        command = vocabulary.COMMANDS.match(" ".join(words))
-        moves_on = command is not None and not vocabulary.SEEN_MOVING.match(command[0])
-        return sentence if moves_on or _is_only_how(body) else None
-    while words and (
-        words[0] in vocabulary.FILLERS or words[0] == "it" or vocabulary.SPEED.fullmatch(words[0])
-    ):
-        del words[0]
-    begins = vocabulary.COMMANDS.match(" ".join(words)) or _is_only_how(body)
+    # A sentence of its own may well be of the scene.
+    speaks_on = _speaks_on if lead or ";" in after else _is_asked_for
+    return sentence if _is_only_how(body) or speaks_on(words, lead[0] if lead else "") else None
+
+
+def _is_asked_for(words: list[str], _: str) -> bool:
+    """Whether words that nothing leads begin with a command, or forbid one."""
+    never = ["do", "not"] if words[:2] == ["do", "not"] else words[:1]
+    if never and never[-1] in ("not", "don't", "don’t", "never"):
+        return bool(vocabulary.COMMANDS.match(" ".join(words[len(never) :])))
+    manner = itertools.takewhile(vocabulary.HOW_ELSE.fullmatch, words)
+    command = vocabulary.COMMANDS.match(" ".join(words[len(list(manner)) :]))
+    return command is not None and not vocabulary.SEEN_MOVING.match(command[0])
+
+
+def _speaks_on(words: list[str], lead: str) -> bool:
+    """Whether words behind such a lead begin with something that is asked of the camera."""
+    fillers = itertools.takewhile(
+        lambda word: word in vocabulary.FILLERS or word == "it" or vocabulary.SPEED.fullmatch(word),
+        words,
+    )
+    words = words[len(list(fillers)) :]
     changes = bool(words and vocabulary.CHANGES.fullmatch(words[0]))
-    if changes and lead and vocabulary.SCENES_OPEN.search(lead[0]):  # "View up the street."
+    if changes and vocabulary.SCENES_OPEN.search(lead):  # "View up the street."
         changes = words[0] not in ("up", "down", "left", "right", "half")
-    return sentence if begins or changes or _asks(words) else None
-
-
-_ENDS_IN_IT = re.compile(r"\bit\W*$", re.IGNORECASE)
+    return bool(vocabulary.COMMANDS.match(" ".join(words))) or changes or _asks(words)
 
 
 def _with_it(lead: str, body: str) -> str:
     """The sentence with the "it" that led it, which may be what the camera sees."""
-    if _ENDS_IN_IT.search(lead):
+    if vocabulary.ENDS_IN_IT.search(lead):
         return "it " + re.sub(r"^\s*(?:then|next|also|now)\b", "", body, flags=re.IGNORECASE)
     return body
 

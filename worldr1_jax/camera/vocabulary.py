@@ -49,10 +49,14 @@ OPENS = re.compile(rf"(?:{_MARKS}|,)*")
 # likely seen as asked for, "Moving up the stairs is an old man".
 HOW = re.compile("(?:slow|quick|rapid|swift|brisk|gent|smooth|slight|steadi|gradual|subt)ly")
 HOW_AT_LAST = re.compile(r"(?:[a-z]+[\s,]+){0,3}(?:slow|quick|fast)(?:ly)?\s*$")  # "very slowly"
-# A scene may open with these, too: "View up the street."
+# The same, of a movement that is named as a thing, "Slow pan left", and of one that goes on.
+HOW_ELSE = re.compile(
+    rf"{HOW.pattern}|slow|quick|fast|smooth|gentle|steady|and|also|keeps?|continues?|to"
+)
+# Ends of what leads a sentence: a scene may open with the first, "View up the street.", and what
+# the camera sees may be the other.
 SCENES_OPEN = re.compile(r"(?:view|shot|second)\W*$", re.IGNORECASE)
-# The same of a movement that is named as a thing, "Slow pan left", or said to go on.
-HOW_ELSE = re.compile("slow|quick|fast|smooth|gentle|steady|also|keeps?|continues?|to")
+ENDS_IN_IT = re.compile(r"\bit\W*$", re.IGNORECASE)
 NO_HOW = re.compile(r"(?:\w*f|fami|emi|li|mil|mol|sal|al|bul|bel|jel|ital|assemb)ly")
 SEEN_MOVING = re.compile(r"fixed|(?:mov|roll|push|pull)\w*(?:ing|ed)\b")
 _ENDING = "(?:s|es|d|ed|ing|ning|ting)?"  # pushes in, panning left

@@ -86,7 +86,7 @@ def keep(
     the rows without their pictures, of which a long list would not fit."""
     rows: list[Scored] = []
     records: list[dict[str, object]] = []
-    saved = -np.inf
+    saved = -math.inf
     try:
         for done, row in enumerate(scored):
             if row.picture:
